@@ -1,0 +1,1 @@
+"""SGD-SaI for Hugging Face."""
