@@ -1,0 +1,170 @@
+"""One SGD-SaI update of a list of tensors: the plain, the multi-tensor and the fused path."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["FUSED_DEVICES", "FUSED_DTYPES", "can_fuse", "sgd_sai"]
+
+#: What torch's fused SGD kernel takes.
+FUSED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+FUSED_DEVICES = ("cpu", "cuda")
+
+
+def sgd_sai(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | None],
+    scales: Sequence[float],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    maximize: bool = False,
+    foreach: bool | None = None,
+    fused: bool | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    r"""Update ``params`` and ``momentum_buffers`` in place by one step (arXiv 2412.11768, Algorithm 1, lines 10 to 16).
+
+    .. math::
+        m \leftarrow \mu m + (1 - \mu) g, \qquad
+        \theta \leftarrow (1 - \gamma\lambda) \theta - \gamma\, G\, m
+
+    The first step's rule :math:`m_1 = g_1` needs no case of its own: a buffer that starts at the gradient stays there.
+
+    Args:
+        params: Tensors :math:`\theta` of any shapes.
+        grads: Their gradients :math:`g`, same shapes.
+        momentum_buffers: :math:`m`, same shapes and dtypes as ``params``; entries are ignored (None) if momentum is 0.
+        scales: One factor :math:`G` per tensor: its g-SNR, normalised or not.
+        lr: Learning rate :math:`\gamma`, a float or a one-element tensor.
+        momentum: :math:`\mu` in [0, 1).
+        weight_decay: :math:`\lambda` >= 0.
+        maximize: Negate the gradients.
+        foreach: Use torch's multi-tensor operations. None: on CUDA.
+        fused: Use torch's fused SGD kernel.
+        grad_scale: GradScaler's scale, by which the gradients are still multiplied (``fused`` only).
+        found_inf: GradScaler's flag, 1.0 to skip the update (``fused`` only).
+
+    Example:
+        >>> import torch
+        >>> theta, m = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])
+        >>> sgd_sai([theta], [torch.ones(2)], [m], [2.0], lr=0.25, momentum=0.5, weight_decay=0.0)
+        >>> theta
+        tensor([0.5000, 1.5000])
+    """
+    if not params:
+        return
+    if foreach is None and not fused:
+        foreach = all(p.is_cuda and _is_plain(p) for p in params)
+    options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": maximize}
+    if fused:
+        _fused(params, grads, momentum_buffers, scales, **options, grad_scale=grad_scale, found_inf=found_inf)
+    elif foreach:
+        _multi_tensor(params, grads, momentum_buffers, scales, **options)
+    else:
+        _single_tensor(params, grads, momentum_buffers, scales, **options)
+
+
+def can_fuse(param: Tensor) -> bool:
+    """Whether torch's fused SGD kernel can update this parameter."""
+    return (
+        param.dtype in FUSED_DTYPES
+        and param.device.type in FUSED_DEVICES
+        and param.is_contiguous()
+        and _is_plain(param)
+    )
+
+
+def _is_plain(param: Tensor) -> bool:
+    """Whether this is an ordinary tensor, not a subclass such as DTensor."""
+    return type(param) in (Tensor, torch.nn.Parameter)
+
+
+def _single_tensor(params, grads, momentum_buffers, scales, *, lr, momentum, weight_decay, maximize):
+    """The plain path, which the others must equal to rounding."""
+    for p, g, m, scale in zip(params, grads, momentum_buffers, scales, strict=True):
+        # --- gradient
+        direction = (-g if maximize else g).to(p.dtype)
+        # --- momentum
+        if momentum != 0:
+            direction = m.lerp_(direction, 1 - momentum)
+        # --- decoupled weight decay
+        if weight_decay != 0:
+            p.mul_(1 - lr * weight_decay)
+        # --- scaled step
+        if isinstance(lr, Tensor):
+            p.addcmul_(direction, (lr * scale).to(p), value=-1)
+        else:
+            p.add_(direction, alpha=-lr * scale)
+
+
+def _multi_tensor(params, grads, momentum_buffers, scales, *, lr, momentum, weight_decay, maximize):
+    """The same through torch's multi-tensor operations: few kernel launches for many tensors."""
+    buckets: dict[tuple, list[int]] = defaultdict(list)
+    for index, (p, g) in enumerate(zip(params, grads, strict=True)):
+        buckets[p.device, p.dtype, g.dtype].append(index)
+    for (_, dtype, _), indices in buckets.items():
+        bucket = [params[i] for i in indices]
+        # --- gradient
+        directions = [grads[i].to(dtype) for i in indices]
+        if maximize:
+            directions = list(torch._foreach_neg(directions))
+        # --- momentum
+        if momentum != 0:
+            buffers = [momentum_buffers[i] for i in indices]
+            torch._foreach_lerp_(buffers, directions, 1 - momentum)
+            directions = buffers
+        # --- decoupled weight decay
+        if weight_decay != 0:
+            torch._foreach_mul_(bucket, 1 - lr * weight_decay)
+        # --- scaled step
+        if isinstance(lr, Tensor):
+            steps = torch._foreach_mul(directions, [scales[i] for i in indices])
+            torch._foreach_mul_(steps, lr)
+        else:
+            steps = torch._foreach_mul(directions, [lr * scales[i] for i in indices])
+        torch._foreach_sub_(bucket, steps)
+
+
+def _fused(params, grads, momentum_buffers, scales, *, lr, momentum, weight_decay, maximize, grad_scale, found_inf):
+    """The same through torch's fused SGD kernel, which unscales the gradients and skips on inf by itself.
+
+    The kernel walks memory in order whatever the strides, so tensors that it would misread take the plain path.
+    """
+    plain = [i for i, p in enumerate(params) if not can_fuse(p)]
+    if plain:
+        if grad_scale is not None or found_inf is not None:
+            raise ValueError("grad_scale and found_inf need contiguous parameters; unscale the gradients before.")
+        rest = [i for i, p in enumerate(params) if can_fuse(p)]
+        lists = (params, grads, momentum_buffers, scales)
+        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": maximize}
+        _single_tensor(*([values[i] for i in plain] for values in lists), **options)
+        params, grads, momentum_buffers, scales = ([values[i] for i in rest] for values in lists)
+
+    decay = 1 - lr * weight_decay
+    if found_inf is not None:  # stays on the device: no synchronisation
+        decay = torch.where(found_inf > 0, torch.ones_like(found_inf), decay)
+    for p, g, m, scale in zip(params, grads, momentum_buffers, scales, strict=True):
+        if weight_decay != 0:
+            p.mul_(decay)
+        torch._fused_sgd_(
+            [p],
+            [g.to(p.dtype).contiguous()],
+            [] if momentum == 0 else [m],
+            lr=lr * scale,
+            momentum=momentum,
+            dampening=momentum,
+            weight_decay=0.0,
+            nesterov=False,
+            maximize=maximize,
+            is_first_step=False,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )

@@ -1,0 +1,113 @@
+"""Makes ``sgd_sai`` an optimizer name of transformers' Trainer; the only file that touches its private seams."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from hf_sai.groups import param_groups
+from hf_sai.optim import SGDSaI
+from hf_sai.optim_args import parse_optim_args
+
+__all__ = ["OPTIMIZER_NAME", "register"]
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZER_NAME = "sgd_sai"
+
+
+def register() -> None:
+    """Register ``sgd_sai`` with transformers (>= 4.56 and 5.x). Importing ``hf_sai`` does this; again does nothing.
+
+    Afterwards ``TrainingArguments(optim="sgd_sai")``, ``--optim sgd_sai``, ``set_optimizer`` and every subclass
+    (Seq2SeqTrainingArguments, TRL's configs) take the name, and Trainer builds ``SGDSaI`` from named groups.
+    """
+    if OPTIMIZER_NAME not in OptimizerNames._value2member_map_:
+        _add_member(OptimizerNames, OPTIMIZER_NAME)
+    _register_handler()
+    _wrap_trainer()
+
+
+def optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[type[SGDSaI], dict[str, Any]]:
+    """What Trainer needs to build the optimizer: its class and its keyword arguments, parameter groups included.
+
+    Args:
+        args: ``learning_rate``, ``weight_decay`` and ``optim_args`` (see :func:`parse_optim_args`) are read.
+        model: The model to train. Without one the caller groups the parameters.
+
+    Returns:
+        ``SGDSaI`` and its arguments.
+
+    Raises:
+        ValueError: ``optim_args`` is wrong, or needs a model to group.
+    """
+    options = parse_optim_args(args.optim_args)
+    grouping = {key: options.pop(key) for key in ("lr_ratios", "freeze") if key in options}
+    _warn_of_default_learning_rate(args)
+    kwargs = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **options}
+    if model is not None:
+        kwargs["params"] = param_groups(model, lr=args.learning_rate, weight_decay=args.weight_decay, **grouping)
+    elif grouping:
+        raise ValueError(f"optim_args {', '.join(grouping)} need the model, but get_optimizer_cls_and_kwargs got none.")
+    return SGDSaI, kwargs
+
+
+def _add_member(enum: Any, value: str) -> None:
+    """Add a member to a closed string enum, so that iterating it (as HfArgumentParser does) shows the new name."""
+    member = str.__new__(enum, value)
+    member._name_ = value.upper()
+    member._value_ = value
+    member._sort_order_ = len(enum._member_names_)
+    member.__objclass__ = enum
+    # A pickled TrainingArguments must load where hf_sai is not imported, and in spawned workers: pickle a plain string.
+    member.__reduce_ex__ = lambda protocol: (str, (value,))
+    enum._member_names_.append(member._name_)
+    enum._member_map_[member._name_] = member
+    enum._value2member_map_[value] = member
+
+
+def _register_handler() -> None:
+    """Enter the table of optimizers that transformers has from 5.2 on."""
+    try:
+        from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+    except ImportError:
+        return
+    _OPTIMIZER_HANDLERS[OPTIMIZER_NAME] = lambda context: optimizer_cls_and_kwargs(context.args, context.model)
+
+
+def _wrap_trainer() -> None:
+    """Take ``sgd_sai`` out of ``Trainer.get_optimizer_cls_and_kwargs`` before it is looked at there.
+
+    Before transformers 5.2 this is the only seam. From 5.2 on it stands in front of the table, because transformers
+    splits ``optim_args`` before any handler runs and fails on a wrong item without naming it.
+    """
+    original = Trainer.get_optimizer_cls_and_kwargs
+    if getattr(original, "_hf_sai", False):
+        return
+
+    @functools.wraps(original)
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        if args.optim == OPTIMIZER_NAME:
+            return optimizer_cls_and_kwargs(args, model)
+        return original(args, model)
+
+    get_optimizer_cls_and_kwargs._hf_sai = True  # type: ignore[attr-defined]
+    Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)  # type: ignore[method-assign]
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _warn_of_default_learning_rate(args: TrainingArguments) -> None:
+    default = type(args).__dataclass_fields__["learning_rate"].default
+    if args.learning_rate == default:
+        _warn_once(
+            f"learning_rate is {default:g}, the default of {type(args).__name__}, which is meant for AdamW. SGD-SaI "
+            "needs a larger one and will hardly learn: try --learning_rate 1e-2, then a third and three times that."
+        )
