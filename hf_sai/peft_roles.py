@@ -111,7 +111,7 @@ def _owner_entries(owner: Any, peft: ModuleType) -> Iterator[tuple[str, str, Ten
                 if adapter in owner.peft_config:
                     yield from ((adapter, role, parameter) for parameter in _parameters(value))
     if isinstance(owner, peft.tuners.xlora.XLoraModel):
-        adapter = next(name for name, config in owner.peft_config.items() if config is owner.xlora_config)
+        adapter = next(name for name, config in owner.peft_config.items() if isinstance(config, peft.XLoraConfig))
         for parameter in owner.internal_xlora_classifier.parameters():
             yield adapter, "internal_xlora_classifier", parameter
 
