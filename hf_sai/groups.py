@@ -95,7 +95,7 @@ def param_groups(
     ratios = dict(lr_ratios or {})
     _require_known("lr_ratios", ratios, {key for _, _, role in named for key in _keys(role)})
     for key, ratio in ratios.items():
-        if not (isinstance(ratio, int | float) and math.isfinite(ratio) and ratio > 0):
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
             hint = f'; to keep a role from training use freeze=("{key}",)' if ratio == 0 else ""
             raise ValueError(f"lr_ratios[{key!r}] is {ratio!r}: a ratio must be a finite number above 0{hint}")
 
