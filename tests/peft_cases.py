@@ -241,12 +241,12 @@ CASES = {
 }
 
 
-def base_model() -> Any:
+def base_model(hidden: int = HIDDEN) -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=32,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=2,
         num_attention_heads=2,
         attention_bias=True,

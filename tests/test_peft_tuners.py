@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft_cases import CASES, VOCAB, Case, base_model, build, peft
+from peft_cases import CASES, VOCAB, Case, base_model, build, peft, transformers
 
 from hf_sai import SGDSaI, param_groups
 from hf_sai.peft_roles import merged_adapters
@@ -125,3 +125,51 @@ def test_merging_and_unmerging_keep_scales(name: str, tmp_path: Any) -> None:
     model.unmerge_adapter()
     assert _step(model, optimizer, case, seed=STEPS)
     assert _scales(optimizer) == scales
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["float32_adapter", "half_adapter"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["lora", "dora", "loha", "ia3", "vera"])
+def test_adapters_train_on_a_half_precision_base(name: str, dtype: torch.dtype, autocast: bool, tmp_path: Any) -> None:
+    case = CASES[name]
+    config = case.build(tmp_path)
+    model = base_model().to(dtype)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=autocast)
+    trainable = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trainable.values()} == {torch.float32 if autocast else dtype}
+
+    optimizer = _optimizer(model)
+    for seed in range(STEPS):
+        _step(model, optimizer, case, seed)
+    scales = _scales(optimizer)
+    assert not optimizer.gsnr_report().unmeasured
+    moved = {n for n, p in model.named_parameters() if n in trainable and not torch.equal(p, trainable[n])}
+    # A half-precision weight near 1 rounds small updates away, whatever the optimizer.
+    assert moved == trainable.keys() if autocast else moved
+    resumed = _optimizer(model)
+    resumed.load_state_dict(optimizer.state_dict())
+    _step(model, resumed, case, seed=STEPS)
+    assert _scales(resumed) == scales
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_adapters_train_on_a_kbit_base(bits: int, tmp_path: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    base_model(hidden=64).save_pretrained(tmp_path / "base")  # bitsandbytes' CPU kernels want multiples of 32
+    quantization = transformers.BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=quantization, device_map="cpu"
+    )
+    model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(model, CASES["lora"].build(tmp_path))
+    assert any(p.dtype in (torch.int8, torch.uint8) for p in model.parameters())
+
+    optimizer = _optimizer(model)
+    assert {group["name"] for group in optimizer.param_groups} == {"default/lora_A", "default/lora_B"}
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    for seed in range(STEPS):
+        _step(model, optimizer, CASES["lora"], seed)
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+    assert not optimizer.gsnr_report().unmeasured
