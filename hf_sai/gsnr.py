@@ -10,14 +10,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_GSNR_RATIO", "UNMEASURED", "GSNRReport", "GSNRRow", "gsnr_from_moments", "measure_gsnr"]
+__all__ = [
+    "MAX_EPS_SHARE",
+    "MAX_GSNR_RATIO",
+    "UNMEASURED",
+    "GSNRReport",
+    "GSNRRow",
+    "gsnr_from_moments",
+    "measure_gsnr",
+]
 
 #: The g-SNR of ``n`` elements is capped at this multiple of ``sqrt(n)``. A gradient without a mean has a ratio of 1;
 #: real gradients reach about 5; a (nearly) constant one has no noise to divide by and would grow without bound.
 MAX_GSNR_RATIO = 10.0
 
+#: The part of the standard deviation that ``eps`` may add at most.
+MAX_EPS_SHARE = 0.005
+
 #: What ``state["gsnr"]`` holds while no usable gradient has come. No measured g-SNR can be 0: it is at least
-#: ``sqrt(n - 1) / (1 + eps)``, and 1 for one element.
+#: ``sqrt(n - 1) / (1 + MAX_EPS_SHARE)``, and 1 for one element.
 UNMEASURED = 0.0
 
 
@@ -30,9 +41,9 @@ def measure_gsnr(gradients: Sequence[Tensor], *, eps: float | Sequence[float] = 
 
     Args:
         gradients: Tensors of any floating dtype, shape and device.
-        eps: Added to the standard deviation **relative to the gradient's root mean square** (dimensionless, >= 0);
-            one value for all gradients or one each. The paper and the official code add an absolute ``eps``, which
-            falsifies the g-SNR of small gradients; for gradients far above ``eps`` both agree.
+        eps: Added to the standard deviation (in units of the gradient, >= 0), but at most ``MAX_EPS_SHARE`` of it; one
+            value for all gradients or one each. The paper and the official code have no such limit, which falsifies
+            the g-SNR of gradients not far above ``eps``.
 
     Returns:
         One float per gradient; ``UNMEASURED`` (0.0) where nothing can be measured yet: the gradient is empty, all
@@ -40,8 +51,8 @@ def measure_gsnr(gradients: Sequence[Tensor], *, eps: float | Sequence[float] = 
 
     Example:
         >>> import torch
-        >>> measure_gsnr([torch.tensor([3.0, -3.0, 3.0, -3.0]), torch.zeros(2)])
-        [1.7320507902449378, 0.0]
+        >>> [round(value, 6) for value in measure_gsnr([torch.tensor([3.0, -3.0, 3.0, -3.0]), torch.zeros(2)])]
+        [1.732051, 0.0]
     """
     floors = [eps] * len(gradients) if isinstance(eps, (int, float)) else eps
     return [
@@ -61,7 +72,7 @@ def gsnr_from_moments(n: int, total: float, total_of_squares: float, *, eps: flo
         n: Number of elements.
         total: Their sum :math:`S_1`.
         total_of_squares: Their sum of squares :math:`S_2`.
-        eps: Relative floor of the standard deviation, see :func:`measure_gsnr`.
+        eps: Addition to the standard deviation, see :func:`measure_gsnr`.
 
     Returns:
         The g-SNR, at most ``MAX_GSNR_RATIO * sqrt(n)``; ``UNMEASURED`` (0.0) if the moments are zero or not finite.
@@ -72,7 +83,8 @@ def gsnr_from_moments(n: int, total: float, total_of_squares: float, *, eps: flo
         return 1.0
     norm = math.sqrt(total_of_squares)
     variance = max(total_of_squares - total * total / n, 0.0) / (n - 1)
-    noise = math.sqrt(variance) + eps * norm / math.sqrt(n)
+    deviation = math.sqrt(variance)
+    noise = deviation + min(eps, MAX_EPS_SHARE * deviation)
     largest = MAX_GSNR_RATIO * math.sqrt(n)
     return min(norm / noise, largest) if noise > 0.0 else largest
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from hf_sai.functional import FUSED_DEVICES, FUSED_DTYPES, can_fuse, sgd_sai
+from hf_sai.functional import can_fuse, sgd_sai
 from hf_sai.gsnr import UNMEASURED, GSNRReport, GSNRRow, measure_gsnr
 
 __all__ = ["SGDSaI"]
@@ -33,7 +33,7 @@ class SGDSaI(Optimizer):
     For each parameter tensor :math:`\theta` with gradient :math:`g_t`:
 
     .. math::
-        G &= \|g_1\|_2 / (\sigma(g_1) + \epsilon \cdot \mathrm{rms}(g_1)) && \text{once, at the first usable gradient}\\
+        G &= \|g_1\|_2 / (\sigma(g_1) + \epsilon) && \text{once, at the first usable gradient}\\
         m_1 &= g_1, \qquad m_t = \mu m_{t-1} + (1 - \mu) g_t\\
         \theta_t &= (1 - \gamma\lambda)\, \theta_{t-1} - \gamma\, G\, m_t
 
@@ -50,7 +50,7 @@ class SGDSaI(Optimizer):
     - g-SNR is measured per parameter at its first gradient that is finite and not all zero. Until then the parameter
       is left as it is: no update, no decay. (Officially: at step 1; a zero gradient, as of LoRA's A, freezes the
       parameter for ever, a missing one is a KeyError, inf or NaN stays.)
-    - ``eps`` is relative to the gradient's root mean square, so that small gradients measure like large ones.
+    - ``eps`` adds at most 0.5 % to the standard deviation, so that small gradients measure like large ones.
     - One element has g-SNR 1 (officially about ``|g| / eps``), and no g-SNR exceeds ``10 * sqrt(n)``.
     - A g-SNR is never measured again: not after resume, copying, pickling or a change of dtype.
 
@@ -61,7 +61,7 @@ class SGDSaI(Optimizer):
         lr: Learning rate, a finite number or one-element tensor >= 0.
         momentum: Coefficient in [0, 1). With 0 no buffer is kept.
         weight_decay: Decoupled decay per unit of learning rate, >= 0. It is not scaled by g-SNR.
-        eps: Floor of the standard deviation relative to the gradient's root mean square, >= 0.
+        eps: Added to the standard deviation, at most 0.5 % of it, in units of the gradient, >= 0.
         normalize: Divide every g-SNR by the largest (the paper's Algorithm 1, line 14; the official code
             does not). The largest is taken over all parameters of this optimizer, or over the groups that share a
             ``normalize_over``. Since the largest is about ``sqrt(n)`` of the largest tensor, the same training needs
@@ -70,7 +70,8 @@ class SGDSaI(Optimizer):
         maximize: Ascend instead of descend.
         foreach: Use torch's multi-tensor operations, which need temporary memory of the size of the parameters.
             None chooses them on CUDA.
-        fused: Use torch's fused SGD kernel (CPU and CUDA, floating dtypes), without temporary memory.
+        fused: Use torch's fused SGD kernel, without temporary memory, for contiguous parameters on CUDA and for
+            float32 and float64 ones on CPU; others are updated one by one.
 
     Raises:
         ValueError: An option is out of range, a parameter is complex, or ``foreach`` and ``fused`` are both True.
@@ -328,18 +329,13 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def _check_params(group: dict[str, Any]) -> None:
-    """Raise ValueError for a parameter that cannot be trained with the group's options."""
+    """Raise ValueError for a parameter that cannot be trained."""
     for index, p in enumerate(group["params"]):
         name = group["param_names"][index] if "param_names" in group else f"number {index}"
         if p.is_complex():
             raise ValueError(
                 f"Parameter {name} is complex ({p.dtype}), which SGD-SaI does not support. "
                 "Make its real view the parameter: torch.nn.Parameter(torch.view_as_real(p.detach()))."
-            )
-        if group["fused"] and (p.dtype not in FUSED_DTYPES or p.device.type not in FUSED_DEVICES):
-            raise ValueError(
-                f"fused=True supports {', '.join(map(str, FUSED_DTYPES))} on {' and '.join(FUSED_DEVICES)}, but "
-                f"parameter {name} is {p.dtype} on {p.device.type}. Leave fused at None."
             )
 
 

@@ -30,9 +30,7 @@ def main() -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="everything after the target is the script's own")
     options = parser.parse_args()
     if not options.is_module and not os.path.exists(options.target):
-        parser.error(
-            f"there is no script {options.target!r} in {os.getcwd()!r}; for a module write -m {options.target}"
-        )
+        parser.error(f"no script {options.target!r} in {os.getcwd()!r}; for a module write -m {options.target}")
 
     sys.excepthook = _without_runner_frames
     sys.argv = [options.target, *options.arguments]

@@ -1,0 +1,31 @@
+"""SGD-SaI written as plainly as possible, in float64: what every path of the optimizer is compared with."""
+
+import torch
+
+
+def reference_gsnr(gradient, eps=0.0):
+    """||g|| / (std + eps) of a tensor with at least two elements, two-pass, float64."""
+    g = gradient.detach().to(torch.float64).flatten()
+    return (g.norm() / (g.std() + eps)).item()
+
+
+class ReferenceSGDSaI:
+    """Algorithm 1 of arXiv 2412.11768 (without normalisation), a copy of each parameter in float64."""
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=1e-2, eps=1e-8, maximize=False):
+        self.params = [p.detach().to(torch.float64).clone() for p in params]
+        self.lr, self.momentum, self.weight_decay, self.eps = lr, momentum, weight_decay, eps
+        self.maximize = maximize
+        self.gsnr = None
+        self.buffers = None
+
+    def step(self, gradients):
+        sign = -1.0 if self.maximize else 1.0
+        gradients = [sign * g.detach().to(torch.float64) for g in gradients]
+        if self.gsnr is None:
+            self.gsnr = [reference_gsnr(g, self.eps) for g in gradients]
+            self.buffers = [g.clone() for g in gradients]
+        for i, g in enumerate(gradients):
+            self.buffers[i] = self.momentum * self.buffers[i] + (1 - self.momentum) * g
+            decayed = self.params[i] - self.lr * self.weight_decay * self.params[i]
+            self.params[i] = decayed - self.lr * self.gsnr[i] * self.buffers[i]
