@@ -1,0 +1,259 @@
+"""``--optim sgd_sai`` in transformers; also run against the oldest supported release (``make test-oldest``)."""
+
+import copy
+import json
+import logging
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+import hf_sai
+from hf_sai import registration
+
+
+class Regression(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 3)
+        self.norm = nn.LayerNorm(3)
+
+    def forward(self, x, labels):
+        return {"loss": (self.norm(self.linear(x)) - labels).square().mean()}
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return {"x": torch.randn(4, generator=generator), "labels": torch.randn(3, generator=generator)}
+
+
+def arguments(folder, cls=TrainingArguments, **options):
+    defaults = {
+        "output_dir": str(folder),
+        "optim": "sgd_sai",
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "report_to": [],
+        "per_device_train_batch_size": 8,
+        "max_steps": 8,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    return cls(**{**defaults, **options})
+
+
+def trainer(folder, **options):
+    return Trainer(model=Regression(), args=arguments(folder, **options), train_dataset=Rows())
+
+
+# --- the name
+
+
+@pytest.mark.parametrize("cls", [TrainingArguments, Seq2SeqTrainingArguments])
+def test_training_arguments_accept_the_name(cls, tmp_path):
+    args = arguments(tmp_path, cls)
+    assert args.optim == "sgd_sai"
+    assert args.optim is OptimizerNames("sgd_sai")
+    assert args.to_dict()["optim"] == "sgd_sai"
+    assert json.loads(args.to_json_string())["optim"] == "sgd_sai"
+
+
+def test_set_optimizer_accepts_the_name(tmp_path):
+    args = arguments(tmp_path, optim="adamw_torch").set_optimizer("sgd_sai", learning_rate=0.02, weight_decay=0.1)
+    assert (args.optim, args.learning_rate, args.weight_decay) == ("sgd_sai", 0.02, 0.1)
+
+
+def test_the_command_line_accepts_the_name_and_lists_it(tmp_path, capsys):
+    parser = HfArgumentParser(TrainingArguments)
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--optim", "sgd_sai"])
+    assert args.optim == "sgd_sai"
+    with pytest.raises(ValueError, match="sgd_sai"):
+        TrainingArguments(str(tmp_path), optim="sgd_say")
+
+
+def test_trl_configs_and_parser_accept_the_name(tmp_path):
+    trl = pytest.importorskip("trl")
+    options = ["--output_dir", str(tmp_path), "--optim", "sgd_sai", "--use_cpu", "--bf16", "false"]
+    (args,) = trl.TrlParser(trl.SFTConfig).parse_args_and_config(options)
+    assert args.optim == "sgd_sai"
+
+
+def test_registering_twice_is_harmless():
+    before = list(OptimizerNames)
+    seam = Trainer.get_optimizer_cls_and_kwargs
+    hf_sai.registration.register()
+    assert list(OptimizerNames) == before
+    assert Trainer.get_optimizer_cls_and_kwargs is seam
+    assert [name.value for name in OptimizerNames].count("sgd_sai") == 1
+
+
+def test_the_member_survives_copying_and_other_names_are_untouched(tmp_path):
+    args = arguments(tmp_path)
+    assert copy.deepcopy(args).optim == "sgd_sai"
+    assert pickle.loads(pickle.dumps(args)).optim == "sgd_sai"
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim="sgd"))
+    assert cls is torch.optim.SGD
+    assert kwargs == {"lr": 1e-2}
+
+
+def run_python(source, *argv):
+    command = [sys.executable, "-c", textwrap.dedent(source), *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_training_args_bin_loads_where_hf_sai_is_not_imported(tmp_path):
+    torch.save(arguments(tmp_path), tmp_path / "training_args.bin")
+    done = run_python(
+        """
+        import sys, torch
+        args = torch.load(sys.argv[1], weights_only=False)
+        assert "hf_sai" not in sys.modules
+        print(args.optim, type(args.optim).__name__)
+        """,
+        tmp_path / "training_args.bin",
+    )
+    assert done.stdout.split() == ["sgd_sai", "str"], done.stderr
+
+
+def test_a_spawned_worker_takes_the_arguments_and_does_not_hang(tmp_path):
+    script = tmp_path / "spawn.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import multiprocessing, sys
+            def name(args):
+                return args.optim, "hf_sai" in sys.modules
+            if __name__ == "__main__":
+                import hf_sai
+                from transformers import TrainingArguments
+                args = TrainingArguments("out", optim="sgd_sai", learning_rate=0.01, report_to=[])
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    print(*pool.apply(name, (args,)))
+            """
+        )
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.stdout.split() == ["sgd_sai", "False"], done.stderr
+
+
+# --- what Trainer builds
+
+
+def test_trainer_trains_with_named_groups_and_applies_weight_decay_where_it_belongs(tmp_path):
+    run = trainer(tmp_path, weight_decay=0.1, optim_args="momentum=0.8,eps=1e-6")
+    run.train()
+    optimizer = run.optimizer.optimizer if hasattr(run.optimizer, "optimizer") else run.optimizer
+    assert type(optimizer) is hf_sai.SGDSaI
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert groups["base/decay"]["param_names"] == ["linear.weight"]
+    assert groups["base/decay"]["weight_decay"] == 0.1
+    assert sorted(groups["base/no_decay"]["param_names"]) == ["linear.bias", "norm.bias", "norm.weight"]
+    assert groups["base/no_decay"]["weight_decay"] == 0.0
+    assert {(group["momentum"], group["eps"]) for group in groups.values()} == {(0.8, 1e-6)}
+    assert not optimizer.gsnr_report().unmeasured
+
+
+def test_trainer_equals_a_plain_loop(tmp_path):
+    run = trainer(tmp_path, weight_decay=0.1, lr_scheduler_type="constant", max_grad_norm=0.0, seed=3)
+    seen = []
+    run.data_collator = lambda rows, collate=run.data_collator: seen.append(collate(rows)) or seen[-1]
+    run.train()
+    model = Regression()
+    optimizer = hf_sai.create_sgd_sai_optimizer(model, lr=1e-2, weight_decay=0.1)
+    for batch in seen[:8]:
+        optimizer.zero_grad()
+        model(**batch)["loss"].backward()
+        optimizer.step()
+    for trained, expected in zip(run.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(trained, expected)
+
+
+def test_resume_continues_exactly_and_measures_nothing_again(tmp_path):
+    whole = trainer(tmp_path / "whole", max_steps=8)
+    whole.train()
+    first = trainer(tmp_path / "parts", max_steps=8, save_strategy="steps", save_steps=4)
+    first.train()
+    resumed = trainer(tmp_path / "parts", max_steps=8)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_accelerate_load_state_keeps_gsnr(tmp_path):
+    from accelerate import Accelerator
+
+    def prepare():
+        model = Regression()
+        return accelerator.prepare(model, hf_sai.create_sgd_sai_optimizer(model, lr=1e-2))
+
+    def train(model, optimizer, seed):
+        torch.manual_seed(seed)
+        accelerator.backward(model(torch.randn(8, 4), torch.randn(8, 3))["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = prepare()
+    train(model, optimizer, 0)
+    accelerator.save_state(tmp_path)
+    expected = [row.gsnr for row in optimizer.optimizer.gsnr_report()]
+    train(model, optimizer, 1)
+    accelerator.load_state(tmp_path)
+    train(model, optimizer, 2)
+    assert [row.gsnr for row in optimizer.optimizer.gsnr_report()] == expected
+
+
+@pytest.mark.parametrize(
+    ("optim_args", "message"),
+    [
+        ("momentum", "'momentum' in 'momentum' is not of the form key=value"),
+        ("momentum=0.9,", "is not of the form key=value"),
+        ("betas=0.9", "unknown key 'betas'"),
+        ("momentum=1.5", r"momentum must be a number in \[0, 1\), but is 1.5"),
+        ("weight_decay=0.1", "set by --weight_decay"),
+        ("lr_ratios=lora_B:4", "lora_B"),
+    ],
+)
+def test_wrong_optim_args_stop_the_training_before_it_starts(optim_args, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, optim_args=optim_args).train()
+
+
+def test_optim_args_may_be_a_mapping_as_in_yaml(tmp_path):
+    _, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim_args={"momentum": 0.5}), Regression())
+    assert kwargs["momentum"] == 0.5
+
+
+def test_without_a_model_the_caller_groups_and_grouping_options_are_refused(tmp_path):
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, weight_decay=0.2))
+    assert cls is hf_sai.SGDSaI
+    assert kwargs == {"lr": 1e-2, "weight_decay": 0.2}
+    with pytest.raises(ValueError, match="freeze need the model"):
+        Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim_args="freeze=lora_A"))
+
+
+def test_the_default_learning_rate_is_warned_about_once(tmp_path, caplog):
+    registration._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="hf_sai"):
+        for _ in range(2):
+            Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, learning_rate=5e-5), Regression())
+        Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path), Regression())
+    assert len(caplog.records) == 1
+    assert "try --learning_rate 1e-2" in caplog.text
+
+
+def test_the_table_of_transformers_knows_the_name():
+    table = pytest.importorskip("transformers.trainer_optimizer", reason="transformers before 5.2 has no table")
+    assert "sgd_sai" in table._OPTIMIZER_HANDLERS
