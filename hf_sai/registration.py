@@ -6,14 +6,16 @@ import functools
 import logging
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, modelcard
 from transformers.training_args import OptimizerNames
 
+from hf_sai.describe import optimizer_line
 from hf_sai.groups import param_groups
+from hf_sai.meters import unwrap_optimizer
 from hf_sai.optim import SGDSaI
 from hf_sai.optim_args import parse_optim_args
 
-__all__ = ["OPTIMIZER_NAME", "register"]
+__all__ = ["OPTIMIZER_NAME", "add_scalars_to_trainer_logs", "register"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,28 @@ def register() -> None:
         _add_member(OptimizerNames, OPTIMIZER_NAME)
     _register_handler()
     _wrap_trainer()
+    _wrap_model_card()
+
+
+def add_scalars_to_trainer_logs() -> None:
+    """Let callbacks that have a ``scalars()`` add to Trainer's training logs; again does nothing.
+
+    A callback cannot do it by itself: those that write to ``report_to`` come before it and have no word of it.
+    """
+    original = Trainer.log
+    if getattr(original, "_hf_sai", False):
+        return
+
+    @functools.wraps(original)
+    def log(self: Trainer, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:  # a training log, no evaluation and no summary
+            for callback in self.callback_handler.callbacks:
+                if hasattr(callback, "scalars"):
+                    logs.update(callback.scalars())
+        original(self, logs, *args, **kwargs)
+
+    log._hf_sai = True  # type: ignore[attr-defined]
+    Trainer.log = log  # type: ignore[method-assign]
 
 
 def optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[type[SGDSaI], dict[str, Any]]:
@@ -97,6 +121,24 @@ def _wrap_trainer() -> None:
 
     get_optimizer_cls_and_kwargs._hf_sai = True  # type: ignore[attr-defined]
     Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)  # type: ignore[method-assign]
+
+
+def _wrap_model_card() -> None:
+    """Give Trainer's automatic model card the optimizer as it was: by itself it knows ``optim_args`` and no more."""
+    original = modelcard.extract_hyperparameters_from_trainer
+    if getattr(original, "_hf_sai", False):
+        return
+
+    @functools.wraps(original)
+    def extract_hyperparameters_from_trainer(trainer: Trainer) -> dict[str, Any]:
+        hyperparameters = original(trainer)
+        optimizer = unwrap_optimizer(trainer.optimizer)
+        if isinstance(optimizer, SGDSaI):
+            hyperparameters["optimizer"] = optimizer_line(optimizer, max_grad_norm=trainer.args.max_grad_norm)
+        return hyperparameters
+
+    extract_hyperparameters_from_trainer._hf_sai = True  # type: ignore[attr-defined]
+    modelcard.extract_hyperparameters_from_trainer = extract_hyperparameters_from_trainer
 
 
 @functools.cache

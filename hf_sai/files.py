@@ -1,0 +1,71 @@
+"""Writes files whole or not at all, and reads text from strangers with a limit on its size."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["atomic_write", "read_text"]
+
+
+def atomic_write(path: str | Path, content: str | bytes) -> Path:
+    """Write a file so that a reader finds the old content or the new one, never a part.
+
+    Args:
+        path: The file; its folder is made where missing.
+        content: Text (written as UTF-8) or bytes.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: It cannot be written (disk full, no permission). The old file is as it was and nothing is left over.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     atomic_write(folder + "/a/b.txt", "text").read_text()
+        'text'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, f"could not write {path} ({error.strerror}); what was there before is unchanged"
+        ) from error
+    return path
+
+
+def read_text(path: str | Path, limit: int) -> str:
+    """Read a UTF-8 text file of at most ``limit`` bytes.
+
+    Args:
+        path: The file.
+        limit: Largest size that is read (bytes).
+
+    Returns:
+        Its text.
+
+    Raises:
+        ValueError: There is no such file, it is larger than ``limit``, or it is not UTF-8.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    if len(content) > limit:
+        raise ValueError(f"{path} is larger than {limit:,} bytes, the most that is read of such a file")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
