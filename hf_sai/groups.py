@@ -43,8 +43,8 @@ def param_groups(
     not name (biases set free by ``bias="all"``, layers a user unfroze, a module PEFT does not know) lands there.
     Shared parameters count once.
 
-    Each group has ``name``, ``params`` (as (name, parameter), so that the optimizer's groups hold ``param_names``),
-    ``lr``, ``weight_decay``, and in adapter groups ``normalize_over``: the adapter, over which
+    Each group has ``params`` (as (name, parameter), so that the optimizer's groups hold ``param_names``), ``name``,
+    ``role``, ``lr``, ``weight_decay``, and in adapter groups ``normalize_over``: the adapter, over which
     ``SGDSaI(normalize=True)`` takes the largest g-SNR, so that adapters do not scale one another.
 
     Args:
@@ -213,6 +213,7 @@ def _assemble(
             group = {
                 "params": params,
                 "name": _group_name(role, decays, alone=len(kinds) == 1),
+                "role": BASE if role is None else role.role,
                 # Schedulers write into a tensor lr in place, so that no two groups may share one.
                 "lr": lr.detach().clone() * ratio if isinstance(lr, Tensor) else lr * ratio,
                 "weight_decay": weight_decay if decays else 0.0,
