@@ -110,6 +110,7 @@ class RunRecorder:
         record.settings = {key: _short(value) for key, value in to_json(dict(settings or {})).items()}
         record.model = describe_model(model)
         self.save()
+        self._spent = 0.0  # what it takes to begin is no cost of a step
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
