@@ -33,7 +33,8 @@ def peft_roles(model: nn.Module) -> dict[int, Role]:
 
     Read in this order, the first to name a parameter wins:
 
-    1. tuner layers and training wrappers: the containers listed in their ``adapter_layer_names``, keyed by adapter;
+    1. tuner layers and training wrappers: the containers listed in their ``adapter_layer_names``, keyed by adapter,
+       then their other containers;
     2. LLaMA-Adapter, which swaps whole attention modules instead of keeping containers;
     3. containers keyed by adapter that belong to the model and not to a layer (prompt encoders, shadow backbones);
     4. X-LoRA's classifier.
@@ -63,7 +64,7 @@ def merged_adapters(model: nn.Module) -> set[str]:
     if peft is None:
         return set()
     layers: list[Any] = [module for module in model.modules() if isinstance(module, _layer_types(peft))]
-    return {adapter for layer in layers for adapter in layer.merged_adapters}
+    return {adapter for layer in layers for adapter in getattr(layer, "merged_adapters", ())}
 
 
 def _layer_types(peft: Any) -> tuple[type, ...]:
@@ -88,10 +89,13 @@ def _entries(model: nn.Module, peft: ModuleType) -> Iterator[tuple[str, str, Ten
 
 def _layer_entries(layer: Any) -> Iterator[tuple[str, str, Tensor]]:
     frozen: Mapping[str, tuple[str, ...]] = getattr(layer, "frozen_peft_weight_names", {})
-    for path in layer.adapter_layer_names:
+    listed = [(path, attrgetter(path)(layer)) for path in getattr(layer, "adapter_layer_names", ())]
+    # PEFT 0.17 does not list the containers of its wrappers, nor the magnitudes of a convolution's DoRA.
+    unlisted = [(name, m) for name, m in layer.named_children() if isinstance(m, nn.ModuleDict | nn.ParameterDict)]
+    for path, container in listed + unlisted:
         # A wrapper reaches into the layer below with a dotted path ("token_adapter.trainable_tokens_delta").
         role = path.rpartition(".")[2]
-        for adapter, value in attrgetter(path)(layer).items():
+        for adapter, value in container.items():
             if path not in frozen.get(adapter, ()):
                 yield from ((adapter, role, parameter) for parameter in _parameters(value))
 
