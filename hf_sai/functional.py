@@ -39,7 +39,8 @@ def sgd_sai(
         m \leftarrow \mu m + (1 - \mu) g, \qquad
         \theta \leftarrow (1 - \gamma\lambda) \theta - \gamma\, G\, m
 
-    The first step's rule :math:`m_1 = g_1` needs no case of its own: a buffer that starts at the gradient stays there.
+    The first step's rule :math:`m_1 = g_1` needs no case of its own: a buffer that starts at the gradient stays there
+    (exactly in the plain and the multi-tensor path, to rounding in the fused one).
 
     Args:
         params: Tensors :math:`\theta` of any shapes.
@@ -50,8 +51,9 @@ def sgd_sai(
         momentum: :math:`\mu` in [0, 1).
         weight_decay: :math:`\lambda` >= 0.
         maximize: Negate the gradients.
-        foreach: Use torch's multi-tensor operations. None: on CUDA.
-        fused: Use torch's fused SGD kernel for the tensors that it can update (:func:`can_fuse`).
+        foreach: Use torch's multi-tensor operations. With both ``foreach`` and ``fused`` None: on CUDA.
+        fused: Use torch's fused SGD kernel for the tensors that it can update (:func:`can_fuse`). With both None: on
+            CPU, if it can update all of them.
         grad_scale: GradScaler's scale, by which the gradients are still multiplied (``fused`` only).
         found_inf: GradScaler's flag, 1.0 to skip the update (``fused`` only).
 
@@ -64,8 +66,9 @@ def sgd_sai(
     """
     if not params:
         return
-    if foreach is None and not fused:
+    if foreach is None and fused is None:
         foreach = all(p.is_cuda and _is_plain(p) for p in params)
+        fused = all(p.device.type == "cpu" and can_fuse(p) for p in params)
     options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": maximize}
     if fused:
         _fused(params, grads, momentum_buffers, scales, **options, grad_scale=grad_scale, found_inf=found_inf)
@@ -76,7 +79,7 @@ def sgd_sai(
 
 
 def can_fuse(param: Tensor) -> bool:
-    """Whether torch's fused SGD kernel updates this parameter rightly: contiguous, of a dtype it handles, no DTensor."""
+    """Whether torch's fused SGD kernel updates this parameter rightly: contiguous, a dtype it handles, no DTensor."""
     return param.dtype in _FUSED_DTYPES.get(param.device.type, ()) and param.is_contiguous() and _is_plain(param)
 
 
