@@ -286,3 +286,36 @@ def test_fault_lora_a_never_moves():
             model(torch.randn(4, 6)).square().sum().backward()
             optimizer.step()
         assert (not torch.equal(a, start)) == trains
+
+
+def test_fault_bfloat16_gradients_are_measured_in_bfloat16():
+    g = (torch.randn(3000, generator=torch.Generator().manual_seed(0)) + 0.5).to(torch.bfloat16)
+    exact = (g.double().norm() / g.double().std()).item()
+    errors = []
+    for make_optimizer in (official, SGDSaI):
+        p = nn.Parameter(torch.zeros(3000, dtype=torch.bfloat16))
+        optimizer = make_optimizer([p])
+        p.grad = g.clone()
+        optimizer.step()
+        errors.append(abs(float(optimizer.state[p]["gsnr"]) / exact - 1))
+    assert errors[0] > 1e-3
+    assert errors[1] < 1e-6
+
+
+def test_fault_a_constant_gradient_explodes():
+    ends = []
+    for make_optimizer in (official, SGDSaI):
+        p = nn.Parameter(torch.zeros(100))
+        p.grad = torch.ones(100)
+        make_optimizer([p], lr=1e-3, weight_decay=0.0).step()
+        ends.append(p.abs().max().item())
+    assert ends[0] > 1e5
+    assert ends[1] == pytest.approx(1e-3 * 10 * 10)
+
+
+def test_fault_sparse_gradients_fail_without_saying_what_to_do():
+    for make_optimizer, error in ((official, NotImplementedError), (SGDSaI, ValueError)):
+        embedding = nn.Embedding(5, 3, sparse=True)
+        embedding(torch.tensor([1, 2])).sum().backward()
+        with pytest.raises(error):
+            make_optimizer(embedding.parameters()).step()
