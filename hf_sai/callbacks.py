@@ -25,6 +25,7 @@ class RunRecordCallback(TrainerCallback):
     Args:
         name: The run's name; default: the output directory's.
         data: One dict per data source: ``name``, ``role`` (train, validation), ``license``, and what else is known.
+        card: For the model card, see :class:`RunRecorder`: ``description``, ``limits``, ``license``, ...
         budget: Largest part of the training time to spend (0 to 1).
 
     Example:
@@ -33,9 +34,14 @@ class RunRecordCallback(TrainerCallback):
     """
 
     def __init__(
-        self, *, name: str | None = None, data: Iterable[Mapping[str, Any]] = (), budget: float = 0.01
+        self,
+        *,
+        name: str | None = None,
+        data: Iterable[Mapping[str, Any]] = (),
+        card: Mapping[str, Any] | None = None,
+        budget: float = 0.01,
     ) -> None:
-        self._name, self._data, self._budget = name, list(data), budget
+        self._options: dict[str, Any] = {"name": name, "data": list(data), "card": card, "budget": budget}
         self._recorder: RunRecorder | None = None
         add_scalars_to_trainer_logs()
 
@@ -55,9 +61,7 @@ class RunRecordCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._recorder = RunRecorder(
             str(args.output_dir),
-            name=self._name,
-            data=self._data,
-            budget=self._budget,
+            **self._options,
             secrets=[token for token in (args.hub_token,) if token],
             main_process=state.is_world_process_zero,
         )

@@ -31,7 +31,7 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that a run may depend on.
+    """Versions of Python, of this package, and of the libraries in use in this process.
 
     Example:
         >>> versions()["torch"] == __import__("torch").__version__
@@ -39,6 +39,8 @@ def versions() -> dict[str, str]:
     """
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
+        if package.replace("-", "_") not in sys.modules:
+            continue
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

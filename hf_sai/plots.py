@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_sai.files import atomic_write
 from hf_sai.record import RunRecord
+from hf_sai.units import human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -241,20 +242,6 @@ def layer_and_kind(name: str) -> tuple[str, str]:
     return (
         words[number] if stack in ("h", "layer", "layers", "blocks", "block", "") else f"{stack}.{words[number]}"
     ), kind
-
-
-def human_bytes(value: float) -> str:
-    """Bytes for a reader, in powers of 1000.
-
-    Example:
-        >>> human_bytes(4_310_000)
-        '4.31 MB'
-    """
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(value) < 1000 or unit == "TB":
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    raise AssertionError("unreachable")
 
 
 def _figure(theme: str, width: float, height: float = 4.2) -> Figure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,8 +30,9 @@ class RunRecord:
     """How a run was made and what it measured.
 
     Attributes:
-        run: ``name``, ``status`` (running, finished), ``created`` and ``updated`` (UTC, ISO 8601), ``steps``, and
-            ``sessions``: one entry per process that trained it, with its ``command`` and the step it began at.
+        run: ``name``, ``status`` (running, finished), ``created`` and ``updated`` (UTC, ISO 8601), ``steps``;
+            ``sessions``: one entry per process that trained it, with its ``command`` and the step it began at;
+            ``card``: what only its author knows, for the model card.
         versions: Package to version.
         hardware: See :func:`hf_sai.environment.hardware`.
         settings: The training arguments.
@@ -43,6 +45,7 @@ class RunRecord:
         results: Final figures by name.
         samples: ``title`` and ``text`` of generated samples.
         images: ``title`` and ``file`` (relative to the record) of pictures the run made.
+        twins: :meth:`summary` of runs to compare with.
     """
 
     run: dict[str, Any] = field(default_factory=dict)
@@ -58,6 +61,7 @@ class RunRecord:
     results: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     images: list[dict[str, Any]] = field(default_factory=list)
+    twins: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -87,6 +91,29 @@ class RunRecord:
     def keys(self, prefix: str = "") -> list[str]:
         """The names that were logged, in order of their first appearance, those beginning with ``prefix``."""
         return list(dict.fromkeys(key for entry in self.history for key in entry if key.startswith(prefix)))
+
+    def metrics(self) -> dict[str, float]:
+        """The last value of each evaluation metric, without ``eval_``, and the final figures among ``results``."""
+        found: dict[str, float] = {}
+        for entry in self.history:
+            found.update({key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")})
+        found.update({key.removeprefix("eval_"): value for key, value in self.results.items()})
+        timings = re.compile(r"(^|_)(runtime|samples_per_second|steps_per_second|tokens_per_second)$")
+        return {key: value for key, value in found.items() if _is_number(value) and not timings.search(key)}
+
+    def summary(self) -> dict[str, Any]:
+        """What a comparison of runs needs: name, optimizer, rate, metrics, bytes of state, seconds per step."""
+        steps, seconds = self.timing.get("steps"), self.timing.get("step_seconds")
+        return {
+            "name": self.name,
+            "optimizer": self.optimizer.get("name", "?"),
+            "lr": self.optimizer.get("options", {}).get("lr"),
+            "steps": self.run.get("steps", 0),
+            "metrics": self.metrics(),
+            "state_bytes": self.state_bytes,
+            "step_seconds": seconds / steps if steps and seconds else None,
+            "optimizer_share": self.optimizer_share,
+        }
 
     def save(self, path: str | Path, secrets: Iterable[str] = ()) -> Path:
         """Write the record, atomically and without secrets.
@@ -176,7 +203,16 @@ _DICT = ("an object", lambda value: isinstance(value, dict))
 _LIST = ("a list of objects", lambda value: isinstance(value, list) and all(isinstance(v, dict) for v in value))
 _SHAPE = ("a list of integers", lambda value: isinstance(value, list) and all(_COUNT[1](v) for v in value))
 _FIELDS: dict[str, dict[str, Any]] = {
-    "run": {"name": _TEXT, "status": _TEXT, "created": _TEXT, "updated": _TEXT, "steps": _COUNT, "sessions": _LIST},
+    "run": {
+        "name": _TEXT,
+        "status": _TEXT,
+        "created": _TEXT,
+        "updated": _TEXT,
+        "steps": _COUNT,
+        "sessions": _LIST,
+        "card": _DICT,
+    },
+    "run.sessions[]": {"command": _TEXT, "from_step": _COUNT},
     "hardware": {"accelerators": _LIST, "processes": _COUNT, "memory_bytes": _OPTIONAL_COUNT},
     "model": {"parameters": _COUNT, "trainable": _COUNT},
     "optimizer": {"name": _TEXT, "options": _DICT, "groups": _LIST, "state_bytes": _OPTIONAL_COUNT},
@@ -210,6 +246,14 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "data[]": {"name": _TEXT},
     "samples[]": {"title": _TEXT, "text": _TEXT},
     "images[]": {"title": _TEXT, "file": _TEXT},
+    "twins[]": {
+        "name": _TEXT,
+        "optimizer": _TEXT,
+        "steps": _COUNT,
+        "metrics": _DICT,
+        "state_bytes": _OPTIONAL_COUNT,
+        **dict.fromkeys(("lr", "step_seconds", "optimizer_share"), _OPTIONAL_NUMBER),
+    },
 }
 #: Fields that every item of a list must have; all others may be missing.
 _REQUIRED = {
@@ -220,6 +264,8 @@ _REQUIRED = {
     "data[]": ("name",),
     "samples[]": ("title", "text"),
     "images[]": ("title", "file"),
+    "run.sessions[]": ("command", "from_step"),
+    "twins[]": ("name", "optimizer", "metrics"),
 }
 
 

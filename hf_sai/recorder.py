@@ -46,7 +46,10 @@ class RunRecorder:
     Args:
         directory: Where ``run_record.json`` goes.
         name: The run's name; default: the directory's.
-        data: One dict per data source, with ``name``, ``role`` (train, validation) and ``license``.
+        data: One dict per data source, with ``name``, ``role`` (train, validation), ``license``, and ``id`` where it
+            is on the Hub.
+        card: What only you know, for the model card: ``description``, ``limits`` (texts), and metadata such as
+            ``license``, ``language``, ``base_model``.
         budget: Largest part of the step time that measuring and writing may take (0 to 1). Measurements and
             intermediate writes that would exceed it are left out; 1 leaves out nothing. What is asked for expressly
             (``save``, ``finish``) is always written, and counted.
@@ -60,6 +63,7 @@ class RunRecorder:
         *,
         name: str | None = None,
         data: Iterable[Mapping[str, Any]] = (),
+        card: Mapping[str, Any] | None = None,
         budget: float = 0.01,
         secrets: Iterable[str] = (),
         main_process: bool | None = None,
@@ -70,6 +74,7 @@ class RunRecorder:
         self.record = RunRecord(data=[to_json(dict(source)) for source in data])
         self.active = is_main_process() if main_process is None else main_process
         self._name = name or self.directory.resolve().name
+        self._card = to_json(dict(card or {}))
         self._budget = budget
         self._secrets = tuple(secrets)
         self._optimizer: Any = None
@@ -104,7 +109,7 @@ class RunRecorder:
             self._continue(step)
         now, record = _now(), self.record
         record.run = {"name": self._name, "created": now, "sessions": [], **record.run}
-        record.run.update(status="running", steps=step)
+        record.run.update(status="running", steps=step, card=self._card)
         record.run["sessions"].append({"command": command_line(), "started": now, "from_step": step})
         record.versions, record.hardware = versions(), hardware()
         record.settings = {key: _short(value) for key, value in to_json(dict(settings or {})).items()}

@@ -19,7 +19,7 @@ ROWS = [{"input_ids": [1, 2, 3, 4, 5, 6, 7, i % 9], "labels": [1, 2, 3, 4, 5, 6,
 def tiny_gpt2():
     torch.manual_seed(0)
     ids = {"bos_token_id": 0, "eos_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=16, n_positions=8, **ids))
+    return GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=16, n_positions=64, **ids))
 
 
 def arguments(folder, **more):
