@@ -16,7 +16,7 @@ REDACTED = "<redacted>"
 _SECRET_NAME = re.compile(r"(?:^|[_-])(?:token|secret|password|passwd|api_?key|credentials?)$", re.IGNORECASE)
 #: Secrets that are known by their shape: Hugging Face, Weights & Biases (v1), GitHub, OpenAI-like, AWS, URL logins.
 _SECRET_SHAPES = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{8,}|api_org_[A-Za-z0-9]{8,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"\b(?:hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
     r"|sk-[A-Za-z0-9_-]{20,}|wandb_v1_\w{16,}|AKIA[0-9A-Z]{16})\b"
 )
 _URL_LOGIN = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
@@ -56,7 +56,7 @@ def redact_text(text: str, secrets: Iterable[str] = ()) -> str:
         The text with ``<redacted>`` in their place.
 
     Example:
-        >>> redact_text("train.py --hub_token abc123 --lr 1 with hf_abcdefghijkl")
+        >>> redact_text("train.py --hub_token abc123 --lr 1 with hf_abcdefghijklmnopqrst")
         'train.py --hub_token <redacted> --lr 1 with <redacted>'
     """
     return _clean(text, known_secrets(secrets))
@@ -73,7 +73,7 @@ def redact(value: Any, secrets: Iterable[str] = ()) -> Any:
         A copy without secrets.
 
     Example:
-        >>> redact({"hub_token": "x", "tokens": 3, "note": ["hf_abcdefghijkl"]})
+        >>> redact({"hub_token": "x", "tokens": 3, "note": ["hf_abcdefghijklmnopqrst"]})
         {'hub_token': '<redacted>', 'tokens': 3, 'note': ['<redacted>']}
     """
     return _redact(value, known_secrets(secrets))

@@ -1,0 +1,337 @@
+"""Publishing: through the real huggingface_hub client to a loopback Hub and back; faults are told, tokens are kept."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import traceback
+
+import pytest
+import torch
+from hub_server import TOKEN, HubServer
+from huggingface_hub import constants, snapshot_download
+from test_callbacks import arguments, tiny_gpt2
+from transformers import AutoModelForCausalLM, Trainer
+
+from hf_sai.artifacts import finish_run
+from hf_sai.callbacks import RunRecordCallback
+from hf_sai.cli import main
+from hf_sai.hub_callback import PublishCallback, take_over_push_to_hub
+from hf_sai.publish import PublishError, plan_files, publish
+from hf_sai.record import RECORD_FILE, RunRecord
+from hf_sai.recorder import RunRecorder
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with HubServer() as server:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub waits between its attempts
+        yield server.hub
+
+
+def download(hub, repo, folder, **more):
+    return snapshot_download(repo, local_dir=folder, token=TOKEN, endpoint=constants.ENDPOINT, **more)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "counting"
+    model = tiny_gpt2()
+    recorder = RunRecorder(folder, data=[{"name": "counting"}])
+    recorder.start(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    recorder.finish({"eval_loss": 2.0})
+    model.save_pretrained(folder)
+    finish_run(folder)
+    for name in ("optimizer.pt", "training_args.bin", "scheduler.pt", ".env", "notes.txt", "my.env", "server.key"):
+        (folder / name).write_text("private")
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "model.safetensors").write_bytes(b"x" * 10)
+    (folder / "runs").mkdir()
+    (folder / "runs" / "events.out").write_text("log")
+    os.symlink("/etc/passwd", folder / "vocab.txt")
+    return folder
+
+
+PUBLIC = {"README.md", "config.json", "generation_config.json", "model.safetensors", RECORD_FILE}
+
+
+def test_only_what_is_on_the_list_is_planned(finished):
+    plan = plan_files(finished)
+    assert {name for name, _ in plan.files} == PUBLIC
+    reasons = dict(plan.left_out)
+    assert reasons[".env"] == reasons["my.env"] == reasons["server.key"] == "never uploaded"
+    assert reasons["vocab.txt"] == "not a plain file"
+    assert "--include" in reasons["optimizer.pt"]
+    assert set(reasons) >= {"training_args.bin", "checkpoint-5/model.safetensors", "runs/events.out", "notes.txt"}
+    assert plan.total_bytes == sum((finished / name).stat().st_size for name in PUBLIC)
+
+
+def test_what_is_asked_for_is_added_but_never_secrets(finished):
+    plan = plan_files(finished, include=["optimizer.pt", ".env", "*", "checkpoint-5/*"])
+    names = {name for name, _ in plan.files}
+    assert names == PUBLIC | {
+        "optimizer.pt",
+        "training_args.bin",
+        "scheduler.pt",
+        "notes.txt",
+        "checkpoint-5/model.safetensors",
+    }
+
+
+def test_a_published_run_comes_back_the_same_and_loads(finished, hub, tmp_path):
+    url = publish(finished, "tester/counting", private=True)
+    assert url.startswith(f"{constants.ENDPOINT}/tester/counting/commit/")
+    assert hub.repos["tester/counting"]["private"] is True
+    assert len(hub.commits) == 1
+    copy = download(hub, "tester/counting", tmp_path / "copy")
+    model = AutoModelForCausalLM.from_pretrained(copy)
+    original = AutoModelForCausalLM.from_pretrained(finished)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), original.parameters(), strict=True))
+    assert RunRecord.load(copy) == RunRecord.load(finished)
+    assert set(hub.files("tester/counting")) == PUBLIC | {".gitattributes"}
+
+
+def test_publishing_again_updates_and_a_revision_is_a_branch(finished, hub):
+    publish(finished, "counting", revision="v2")
+    publish(finished, "counting", revision="v2", message="again")
+    assert hub.commits[0][:3] == ("tester/counting", "v2", "Publish a run of hf-sai")
+    assert set(hub.files("tester/counting")) == {".gitattributes"}
+    assert set(hub.files("tester/counting", "v2")) > PUBLIC
+
+
+def test_adapters_and_pipelines_come_back_too(hub, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    lora = get_peft_model(
+        tiny_gpt2(), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    )
+    lora.save_pretrained(tmp_path / "lora")
+    publish(tmp_path / "lora", "lora")
+    back = PeftModel.from_pretrained(tiny_gpt2(), download(hub, "tester/lora", tmp_path / "lora_copy"))
+    inputs = torch.tensor([[1, 2, 3]])
+    assert torch.equal(back.eval()(inputs).logits, lora.eval()(inputs).logits)
+
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    size = {"sample_size": 4, "block_out_channels": (4,), "layers_per_block": 1, "norm_num_groups": 2}
+    unet = diffusers.UNet2DModel(**size, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
+    publish(tmp_path / "pipeline", "pipeline")
+    copy = download(hub, "tester/pipeline", tmp_path / "pipeline_copy")
+    loaded = diffusers.DDPMPipeline.from_pretrained(copy)
+    assert torch.equal(loaded.unet.conv_in.weight, unet.conv_in.weight)
+
+
+def test_the_command_is_a_dry_run_unless_told_otherwise(finished, hub, capsys):
+    assert main(["publish", str(finished), "tester/counting"]) == 0
+    out = capsys.readouterr().out
+    assert "Dry run: 5 files" in out
+    for name in PUBLIC:
+        assert f"  {name}\n" in out
+    assert "left out   .env (never uploaded)" in out
+    assert hub.requests == []
+    assert main(["publish", str(finished), "tester/counting", "--yes", "--revision", "v1"]) == 0
+    assert "published: http://127.0.0.1" in capsys.readouterr().out
+    assert set(hub.files("tester/counting", "v1")) > PUBLIC
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        (lambda hub: hub.status_at.update(preupload=500), "the Hub failed (500)"),
+        (lambda hub: setattr(hub, "die_at", "create"), "broke off"),
+        (lambda hub: setattr(hub, "die_at", "preupload"), "broke off"),
+        (lambda hub: setattr(hub, "die_at", "lfs_put"), "broke off"),
+        (lambda hub: setattr(hub, "die_at", "commit"), "broke off"),
+        (lambda hub: hub.status_at.update(commit=413), "refused to publish tester/counting (413"),
+    ],
+    ids=["server_error", "gone_at_once", "gone_before_upload", "gone_mid_upload", "gone_at_commit", "too_large"],
+)
+def test_after_a_fault_nothing_is_half_there_and_a_second_try_completes(finished, hub, capsys, fault, sentence):
+    before = snapshot(finished)
+    fault(hub)
+    assert main(["publish", str(finished), "tester/counting", "--yes"]) == 1
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "publish again" in error
+    assert hub.commits == []
+    assert snapshot(finished) == before
+    hub.die_at = None
+    hub.status_at.clear()
+    assert main(["publish", str(finished), "tester/counting", "--yes"]) == 0
+    assert set(hub.files("tester/counting")) > PUBLIC
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "spaces are wrong", "-x", "x..y", "", "x" * 97])
+def test_an_impossible_name_is_refused_before_anything_is_sent(finished, hub, capsys, name):
+    assert main(["publish", str(finished), "--yes", "--", name]) == 1
+    assert "cannot be the name of a repository" in capsys.readouterr().err
+    assert hub.requests == []
+
+
+def test_a_wrong_a_weak_and_a_missing_token_are_told_apart(finished, hub, capsys, monkeypatch):
+    assert main(["publish", str(finished), "forbidden/x", "--yes"]) == 1
+    assert "may not write to forbidden/x (403" in capsys.readouterr().err
+    monkeypatch.setenv("HF_TOKEN", "hf_WrongTokenThatNobodyKnows0000001")
+    assert main(["publish", str(finished), "tester/x", "--yes"]) == 1
+    assert "does not know the access token (401)" in capsys.readouterr().err
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("hf_sai.publish.get_token", lambda: None)
+    assert main(["publish", str(finished), "tester/x", "--yes"]) == 1
+    assert "no access token: run `hf auth login`" in capsys.readouterr().err
+
+
+def test_a_repository_with_something_else_in_it_is_not_overwritten(finished, hub, capsys):
+    hub.repos["tester/other"] = {"private": False, "branches": {"main": {"pytorch_model.bin": b"precious"}}}
+    assert main(["publish", str(finished), "tester/other", "--yes"]) == 1
+    assert "tester/other exists and holds no run of hf-sai" in capsys.readouterr().err
+    assert hub.files("tester/other") == {"pytorch_model.bin": b"precious"}
+    assert main(["publish", str(finished), "tester/other", "--yes", "--update"]) == 0
+    assert set(hub.files("tester/other")) >= PUBLIC | {"pytorch_model.bin"}
+
+
+def test_a_directory_without_weights_is_refused(tmp_path, capsys):
+    assert main(["publish", str(tmp_path), "x"]) == 1
+    assert "holds no weights" in capsys.readouterr().err
+    assert main(["publish", str(tmp_path / "nowhere"), "x"]) == 1
+    assert "is not a directory" in capsys.readouterr().err
+
+
+def test_a_file_with_a_token_in_it_is_not_published(finished, hub, tmp_path):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    for name, secret in (("README.md", "hf_" + "a1B2" * 8), ("training_args.bin", TOKEN)):
+        kept = (run / name).read_text()
+        (run / name).write_text(kept + secret)
+        with pytest.raises(ValueError, match=f"{name} holds an access token") as caught:
+            publish(run, "tester/run", include=["training_args.bin"])
+        assert secret not in str(caught.value)
+        (run / name).write_text(kept)
+    assert hub.commits == []
+
+
+def test_no_token_reaches_a_log_or_an_exception(finished, hub, caplog, monkeypatch):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("HF_TOKEN", "unused-other-token")
+    planted = "any-shape-Of_Token.0123456789"
+    for fault in ("none", "die", 403, 500):
+        hub.die_at = "preupload" if fault == "die" else None
+        hub.status_at = {"create": fault} if isinstance(fault, int) else {}
+        try:
+            publish(finished, "tester/counting", token=planted if fault != "die" else TOKEN)
+            raise AssertionError("must fail")
+        except PublishError as error:
+            shown = "".join(traceback.format_exception(error)) + str(error.__cause__) + repr(error.args)
+        for token in (planted, TOKEN, "unused-other-token"):
+            assert token not in shown
+    text = "\n".join(f"{record.getMessage()} {record.exc_text}" for record in caplog.records)
+    for token in (planted, TOKEN, "unused-other-token"):
+        assert token not in text
+
+
+def trained_with(folder, **more):
+    args = arguments(folder, push_to_hub=True, hub_model_id="tester/pushed", hub_token=TOKEN, **more)
+    callback = take_over_push_to_hub(args)
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 16
+    trainer = Trainer(tiny_gpt2(), args, train_dataset=rows, callbacks=[RunRecordCallback(), callback])
+    trainer.train()
+    trainer.save_model()
+    finish_run(folder)
+    return callback
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_push_to_hub_follows_the_strategy_with_our_card_and_list(hub, tmp_path, strategy, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    callback = trained_with(
+        tmp_path / "run",
+        hub_strategy=strategy,
+        hub_private_repo=True,
+        save_strategy="steps",
+        save_steps=3,
+        hub_always_push=True,
+    )
+    assert isinstance(callback, PublishCallback)
+    callback.finish()
+    files = hub.files("tester/pushed")
+    assert b"<!-- hf-sai:training -->" in files["README.md"]
+    assert hub.repos["tester/pushed"]["private"] is True
+    messages = [commit[2] for commit in hub.commits]
+    assert messages[-1] == "End of training"
+    assert ("Training in progress, step 3" in messages) == (strategy != "end")
+    resume = sorted(name for name in files if name.endswith("optimizer.pt"))
+    assert resume == {
+        "checkpoint": ["last-checkpoint/optimizer.pt"],
+        "all_checkpoints": ["checkpoint-3/optimizer.pt", "checkpoint-6/optimizer.pt"],
+    }.get(strategy, [])
+    assert not any(name.endswith("training_args.bin") for name in files)
+    assert not any(TOKEN.encode() in content for content in files.values())
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not any(TOKEN.encode() in path.read_bytes() for path in written)  # not even in training_args.bin
+
+
+def test_without_push_to_hub_there_is_no_callback(tmp_path, hub):
+    assert take_over_push_to_hub(arguments(tmp_path)) is None
+    assert hub.requests == []
+
+
+def test_a_wrong_token_fails_before_the_training(tmp_path, hub):
+    with pytest.raises(PublishError, match="does not know the access token"):
+        take_over_push_to_hub(arguments(tmp_path, push_to_hub=True, hub_token="hf_WrongToken00000000000001"))
+
+
+def test_a_lost_connection_during_training_costs_a_warning_and_the_end_publishes_all(hub, tmp_path, caplog):
+    hub.die_at = "commit"
+    with caplog.at_level(logging.WARNING, "hf_sai"):
+        callback = trained_with(tmp_path / "run", hub_strategy="every_save", save_strategy="steps", save_steps=3)
+        with pytest.raises(PublishError, match="publish again"):
+            callback.finish()
+    assert "A checkpoint was not published" in caplog.text
+    hub.die_at = None
+    callback.finish()
+    assert "model.safetensors" in hub.files("tester/pushed")
+
+
+def test_trainers_own_push_has_the_optimizer_line(hub, tmp_path):
+    args = arguments(tmp_path / "run", push_to_hub=True, hub_model_id="tester/own", hub_token=TOKEN)
+    Trainer(tiny_gpt2(), args, train_dataset=[{"input_ids": [1, 2], "labels": [1, 2]}] * 16)
+    trainer = Trainer(tiny_gpt2(), args, train_dataset=[{"input_ids": [1, 2], "labels": [1, 2]}] * 16)
+    trainer.train()
+    trainer.push_to_hub()
+    assert b"- optimizer: SGDSaI of hf-sai" in hub.files("tester/own")["README.md"]
+
+
+def test_the_whole_way_in_a_process_of_its_own(finished, tmp_path):
+    code = (
+        "import sys; from hf_sai.cli import main; assert main(['publish', sys.argv[1], 'counting', '--yes']) == 0;"
+        "from transformers import AutoModelForCausalLM;"
+        "print(AutoModelForCausalLM.from_pretrained('tester/counting').num_parameters())"
+    )
+    with HubServer() as server:
+        place = {
+            "HF_ENDPOINT": server.url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": TOKEN,
+            "HF_HOME": str(tmp_path / "hf"),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code, finished], env={**os.environ, **place}, capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == str(tiny_gpt2().num_parameters())
+    assert TOKEN not in done.stdout + done.stderr
+    assert json.loads(server.hub.files("tester/counting")[RECORD_FILE])["format"] == "hf-sai run record"
