@@ -73,7 +73,7 @@ def plot_loss(records: Sequence[RunRecord], theme: str = "light") -> Figure:
     for index, record in enumerate(records):
         style = _style(index, theme)
         train, evaluation = record.curve("loss"), record.curve("eval_loss")
-        label = f"{_short(record.name)} ({record.optimizer.get('name', '?')})"
+        label = f"{_short(record.name, 28)} ({_short(str(record.optimizer.get('name', '?')), 16)})"
         if train:
             over_steps.plot(*_columns(train), **style, linewidth=1.3, alpha=0.75, label=None if evaluation else label)
         if evaluation:
@@ -167,7 +167,11 @@ def plot_updates(record: RunRecord, theme: str = "light") -> Figure:
     axes = figure.subplots()
     for index, (role, points) in enumerate(curves.items()):
         axes.plot(
-            *_columns(points), **_style(index, theme), marker=_MARKERS[index % MAX_RUNS], markersize=4, label=role
+            *_columns(points),
+            **_style(index, theme),
+            marker=_MARKERS[index % MAX_RUNS],
+            markersize=4,
+            label=_short(role),
         )
     axes.set_yscale("log")
     _dress(axes, theme, "optimizer step", "norm of update / norm of weights")
