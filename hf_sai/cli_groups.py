@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,12 @@ import torch
 from hf_sai.group_report import describe_groups, group_table
 from hf_sai.groups import param_groups
 from hf_sai.gsnr import UNMEASURED, GSNRRow
+from hf_sai.skeletons import build_skeleton
 
 __all__ = ["add_parser"]
 
 # What Trainer calls the optimizer's state in a checkpoint directory.
 _OPTIMIZER_FILE = "optimizer.pt"
-
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -53,7 +44,9 @@ def run(args: argparse.Namespace) -> str:
     if optimizer_file.is_file():
         return _table_of_checkpoint(optimizer_file, args)
     # The table says whether a group decays; any value above 0 will do.
-    return describe_groups(param_groups(_build(args.path, args.base_model), lr=1.0, weight_decay=1.0))
+    return describe_groups(
+        param_groups(build_skeleton(args.path, base_model=args.base_model), lr=1.0, weight_decay=1.0)
+    )
 
 
 def _table_of_checkpoint(file: Path, args: argparse.Namespace) -> str:
@@ -73,7 +66,9 @@ def _table_of_checkpoint(file: Path, args: argparse.Namespace) -> str:
         if "momentum_buffer" in state.get(index, {})
     }
     if any(name not in shapes for group in groups for name in group["param_names"]):
-        shapes |= {name: tuple(p.shape) for name, p in _build(args.path, args.base_model).named_parameters()}
+        shapes |= {
+            name: tuple(p.shape) for name, p in build_skeleton(args.path, base_model=args.base_model).named_parameters()
+        }
     rows = []
     for number, group in enumerate(groups):
         for index, name in zip(group["params"], group["param_names"], strict=True):
@@ -81,71 +76,3 @@ def _table_of_checkpoint(file: Path, args: argparse.Namespace) -> str:
             ratio = gsnr / math.sqrt(math.prod(shapes[name])) if gsnr else None
             rows.append(GSNRRow(name, str(group.get("name", number)), shapes[name], gsnr, ratio))
     return group_table(groups, rows, trained=True)
-
-
-def _build(path: str, base_model: str | None) -> Any:
-    """The model of a directory or name, on the meta device where possible: its structure without its weights."""
-    directory = Path(path)
-    if not directory.is_dir():
-        return _build_from_hub(path, base_model)
-    if not any((directory / name).is_file() for name in ("adapter_config.json", "config.json")):
-        found = ", ".join(sorted(entry.name for entry in directory.iterdir())[:10]) or "nothing"
-        raise ValueError(
-            f"{path} holds neither adapter_config.json nor config.json nor {_OPTIMIZER_FILE}, but {found}; "
-            "give the directory of a model, an adapter or a Trainer checkpoint"
-        )
-    if (directory / "adapter_config.json").is_file():
-        return _build_adapter(path, base_model)
-    with torch.device("meta"):
-        return _build_base(path)
-
-
-def _build_from_hub(name: str, base_model: str | None) -> Any:
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    try:
-        if find_adapter_config_file(name) is not None:
-            return _build_adapter(name, base_model)
-        with torch.device("meta"):
-            return _build_base(name)
-    except OSError as error:
-        raise OSError(f"{name} is no directory here, and no model of that name can be read ({error})") from error
-
-
-def _build_adapter(path: str, base_model: str | None) -> Any:
-    import peft
-
-    config = peft.PeftConfig.from_pretrained(path)
-    config.inference_mode = False  # saved adapters say True, which would freeze this one
-    if isinstance(getattr(config, "init_lora_weights", None), str):
-        config.init_lora_weights = True  # PiSSA and the like decompose the base's weights, and here are none
-    name = base_model or config.base_model_name_or_path
-    if not name:
-        raise ValueError(f"{path} does not say which base model it is for; name it with --base-model")
-    try:
-        with torch.device("meta"):
-            return peft.get_peft_model(_build_base(name, config.task_type), config)
-    except OSError as error:
-        raise OSError(f"the base model {name} of {path} cannot be read; name it with --base-model ({error})") from error
-    except RuntimeError:
-        # A few tuners (AdaMSS, BOFT, FRoD, SHiRA, UniLoRA) compute with the base's weights: any will do here.
-        return peft.get_peft_model(_build_base(name, config.task_type), config)
-
-
-def _build_base(name: str, task_type: str | None = None) -> Any:
-    config_file = Path(name) / "config.json"
-    diffusers_class = json.loads(config_file.read_text()).get("_class_name") if config_file.is_file() else None
-    if diffusers_class:
-        import diffusers
-
-        model_class = getattr(diffusers, diffusers_class)
-        return model_class.from_config(model_class.load_config(name))
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(name)
-    if task_type in _AUTO_CLASSES:
-        return getattr(transformers, _AUTO_CLASSES[task_type]).from_config(config)
-    architecture = (config.architectures or ["none"])[0]
-    if not hasattr(transformers, architecture):
-        raise ValueError(f"the configuration of {name} names the architecture {architecture}, unknown here")
-    return getattr(transformers, architecture)._from_config(config)

@@ -160,7 +160,7 @@ def test_diffusers_directories_can_be_shown(tmp_path: Any, capsys: Any) -> None:
 def test_error_on_a_directory_without_a_model(tmp_path: Any, capsys: Any) -> None:
     (tmp_path / "notes.txt").write_text("")
     message = error(capsys, tmp_path)
-    assert "neither adapter_config.json nor config.json nor optimizer.pt, but notes.txt" in message
+    assert "neither adapter_config.json nor config.json, but notes.txt" in message
 
 
 def test_error_on_an_adapter_whose_base_is_gone(base_directory: Any, tmp_path: Any, capsys: Any) -> None:

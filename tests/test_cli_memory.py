@@ -1,0 +1,135 @@
+"""``hf-sai memory``: what it prints for directories, adapters and known sizes, and what it says to wrong options."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_sai.cli import main
+from hf_sai.state_sizes import OPTIMIZERS
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+LLAMA = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def llama() -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+
+
+def memory(capsys: pytest.CaptureFixture[str], *argv: Any) -> dict[str, list[str]]:
+    """The printed table's rows by their texts."""
+    capsys.readouterr()
+    assert main(["memory", *map(str, argv)]) == 0
+    lines = capsys.readouterr().out.split("\n\n")[1].splitlines()[1:]
+    texts = len(lines[0].split()) - sum(cell[0].isdigit() or cell == "-" for cell in lines[0].split())
+    return {" ".join(line.split()[:texts]): line.split()[texts:] for line in lines}
+
+
+def error(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
+    capsys.readouterr()
+    assert main(["memory", *map(str, argv)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A model's directory with a configuration and no weights."""
+    config = transformers.LlamaConfig(**LLAMA, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    config.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_command_needs_no_weights(directory: Path, capsys: Any) -> None:
+    table = memory(capsys, directory)
+    assert set(table) == set(OPTIMIZERS)
+    megabytes = f"{4 * sum(p.numel() for p in llama().parameters()) / 1e6:.2f}"
+    assert table["sgd_sai"][:3] == [megabytes] * 3
+
+
+def test_the_command_shows_gpt2_xl_and_llama_2_7b(capsys: Any) -> None:
+    assert memory(capsys, "gpt2-xl", "--optim", "sgd_sai,adamw_torch") == {
+        "sgd_sai": ["6.23", "6.23", "6.23", "18.69"],
+        "adamw_torch": ["6.23", "6.23", "12.46", "24.92"],
+    }
+    assert memory(capsys, "llama-2-7b", "--optim", "sgd_sai", "--unit", "GiB") == {
+        "sgd_sai": ["25.10", "25.10", "25.10", "75.31"]
+    }
+
+
+def test_dtype_auto_is_the_configurations(directory: Path, capsys: Any) -> None:
+    assert main(["memory", str(directory), "--dtype", "auto"]) == 0
+    assert "(bfloat16)" in capsys.readouterr().out
+
+
+def test_an_adapters_directory_trains_the_adapter_alone(directory: Path, tmp_path: Path, capsys: Any) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(llama(), config).save_pretrained(tmp_path / "adapter")
+    base = ("--base-model", directory, "--optim", "sgd_sai")
+    assert memory(capsys, tmp_path / "adapter", *base) == memory(
+        capsys, directory, "--optim", "sgd_sai", "--lora", "r=4,targets=q_proj;v_proj"
+    )
+
+
+def test_lora_options_reach_peft(directory: Path, capsys: Any) -> None:
+    assert main(["memory", str(directory), "--lora", "r=2,targets=all-linear,save=lm_head"]) == 0
+    linear = 2 * 2 * (4 * (64 + 64) + 3 * (64 + 128))
+    assert f"{linear + 96 * 64:,} trained" in capsys.readouterr().out
+
+
+def test_several_devices_show_every_sharding(directory: Path, capsys: Any) -> None:
+    table = memory(capsys, directory, "--devices", 4, "--optim", "sgd_sai")
+    assert list(table) == [f"{sharding} sgd_sai" for sharding in ("ddp", "fsdp", "zero1", "zero2", "zero3")]
+    assert float(table["fsdp sgd_sai"][-1]) < float(table["zero3 sgd_sai"][-1]) < float(table["ddp sgd_sai"][-1])
+
+
+def test_4_bit_weights_are_not_sharded(directory: Path, capsys: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    qlora = (directory, "--lora", "r=2,targets=q_proj", "--load-in-4bit", "--optim", "sgd_sai", "--devices", 2)
+    assert [name.split()[0] for name in memory(capsys, *qlora)] == ["ddp", "zero1", "zero2"]
+    assert "sharding fsdp of 4-bit weights is not known here" in error(capsys, *qlora, "--sharding", "fsdp")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optim", "adam"], "optimizers names 'adam'; allowed: sgd_sai, sgd_momentum, adamw_torch"),
+        (["--optim", ""], "optimizers names ''; allowed:"),
+        (["--devices", 0], "devices must be a whole number above 0, but is 0"),
+        (["--devices", 2, "--sharding", "zero4"], "shardings names 'zero4'; allowed: none, ddp, fsdp"),
+        (["--devices", 2, "--sharding", "none"], "sharding none does not fit 2 devices; name another"),
+        (["--sharding", "fsdp"], "sharding fsdp does not fit 1 device; give 2 devices or more"),
+        (["--lora", "r=0"], "lora: r must be a whole number above 0, but is '0'"),
+        (["--lora", "rank=4"], "lora: 'rank=4' in 'rank=4' is unknown, repeated or without a value"),
+        (["--lora", "r=4,r=4"], "lora: 'r=4' in 'r=4,r=4' is unknown, repeated or without a value"),
+        (["--lora", ""], "lora: '' in '' is unknown, repeated or without a value; write each of r, targets, save"),
+        (["--lora", "r=4,targets=made_up"], "made_up"),
+        (["--base-model", "gpt2"], "is no adapter, so it has no base model"),
+    ],
+)
+def test_error_on_wrong_options(arguments: list[Any], message: str, directory: Path, capsys: Any) -> None:
+    assert message in error(capsys, directory, *arguments)
+
+
+def test_error_on_4_bit_weights_without_an_adapter(directory: Path, capsys: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    assert "nothing to train" in error(capsys, directory, "--load-in-4bit")
+
+
+def test_error_on_lora_on_an_adapter(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    assert "is an adapter already, so lora cannot add another" in error(capsys, tmp_path, "--lora", "r=4")
+
+
+def test_error_on_a_name_that_cannot_be_found(capsys: Any) -> None:
+    assert "no-such-model is no directory here, and no model of that name" in error(capsys, "hf-sai/no-such-model")
