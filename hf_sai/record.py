@@ -79,6 +79,12 @@ class RunRecord:
         total, optimizer = self.timing.get("step_seconds"), self.timing.get("optimizer_seconds")
         return optimizer / total if total and optimizer is not None else None
 
+    @property
+    def overhead(self) -> float | None:
+        """What measuring and writing this record took, as a part of the steps' time; None before the first step."""
+        total, own = self.timing.get("step_seconds"), self.timing.get("record_seconds")
+        return own / total if total and own is not None else None
+
     def curve(self, key: str) -> list[Point]:
         """The finite values logged under ``key``, each with its step, in order.
 

@@ -90,6 +90,7 @@ def _facts(records: Sequence[RunRecord], summaries: Sequence[dict[str, Any]]) ->
         ("trained parameters", [f"{record.model.get('trainable', 0):,}" for record in records]),
         ("seconds per step", number("step_seconds", ".4g")),
         ("of these in the optimizer", number("optimizer_share", ".1%")),
+        ("this record cost", [_NOTHING if r.overhead is None else f"{r.overhead:.2%}" for r in records]),
         ("hardware", [_hardware(record) for record in records]),
         ("data", [", ".join(source["name"] for source in record.data) or _NOTHING for record in records]),
     ]

@@ -305,21 +305,22 @@ def test_a_lost_connection_during_training_costs_a_warning_and_the_end_publishes
     assert "model.safetensors" in hub.files("tester/pushed")
 
 
-def test_trainers_own_push_has_the_optimizer_line(hub, tmp_path):
-    args = arguments(tmp_path / "run", push_to_hub=True, hub_model_id="tester/own", hub_token=TOKEN)
-    Trainer(tiny_gpt2(), args, train_dataset=[{"input_ids": [1, 2], "labels": [1, 2]}] * 16)
-    trainer = Trainer(tiny_gpt2(), args, train_dataset=[{"input_ids": [1, 2], "labels": [1, 2]}] * 16)
-    trainer.train()
-    trainer.push_to_hub()
-    assert b"- optimizer: SGDSaI of hf-sai" in hub.files("tester/own")["README.md"]
+WHOLE_WAY = """
+import sys
+from transformers import AutoModelForCausalLM, Trainer
+from test_callbacks import arguments, tiny_gpt2
+from hf_sai.cli import main
+
+assert main(["publish", sys.argv[1], "counting", "--yes"]) == 0
+print(AutoModelForCausalLM.from_pretrained("tester/counting").num_parameters())
+args = arguments(sys.argv[2], push_to_hub=True, hub_model_id="tester/own")
+trainer = Trainer(tiny_gpt2(), args, train_dataset=[{"input_ids": [1, 2], "labels": [1, 2]}] * 16)
+trainer.train()
+trainer.push_to_hub()
+"""
 
 
-def test_the_whole_way_in_a_process_of_its_own(finished, tmp_path):
-    code = (
-        "import sys; from hf_sai.cli import main; assert main(['publish', sys.argv[1], 'counting', '--yes']) == 0;"
-        "from transformers import AutoModelForCausalLM;"
-        "print(AutoModelForCausalLM.from_pretrained('tester/counting').num_parameters())"
-    )
+def test_the_whole_way_in_a_process_of_its_own_and_trainers_own_push(finished, tmp_path):
     with HubServer() as server:
         place = {
             "HF_ENDPOINT": server.url,
@@ -327,11 +328,12 @@ def test_the_whole_way_in_a_process_of_its_own(finished, tmp_path):
             "HF_HUB_DISABLE_XET": "1",
             "HF_TOKEN": TOKEN,
             "HF_HOME": str(tmp_path / "hf"),
+            "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]),
         }
-        done = subprocess.run(
-            [sys.executable, "-c", code, finished], env={**os.environ, **place}, capture_output=True, text=True
-        )
+        command = [sys.executable, "-c", WHOLE_WAY, finished, tmp_path / "own"]
+        done = subprocess.run(command, env={**os.environ, **place}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == str(tiny_gpt2().num_parameters())
+    assert str(tiny_gpt2().num_parameters()) in done.stdout.split()
     assert TOKEN not in done.stdout + done.stderr
     assert json.loads(server.hub.files("tester/counting")[RECORD_FILE])["format"] == "hf-sai run record"
+    assert b"- optimizer: SGDSaI of hf-sai" in server.hub.files("tester/own")["README.md"]

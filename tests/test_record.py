@@ -80,6 +80,7 @@ def test_a_plain_loop_leaves_a_complete_record(tmp_path):
     assert [p["name"] for p in record.gsnr["parameters"]] == ["0.weight", "2.weight", "0.bias", "2.bias"]
     assert [(r["group"], r["measured"]) for r in record.gsnr["roles"]] == [("base/decay", 2), ("base/no_decay", 2)]
     assert 0 < record.optimizer_share < 1
+    assert record.overhead == record.timing["record_seconds"] / record.timing["step_seconds"]
     assert record.timing["steps"] == 4
     assert [step for step, _ in record.curve("loss")] == [1, 2, 3, 4]
     assert record.data == [{"name": "ones", "license": "cc0-1.0"}]
