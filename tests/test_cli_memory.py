@@ -1,6 +1,8 @@
 """``hf-sai memory``: what it prints for directories, adapters and known sizes, and what it says to wrong options."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +135,14 @@ def test_error_on_lora_on_an_adapter(tmp_path: Path, capsys: Any) -> None:
 
 def test_error_on_a_name_that_cannot_be_found(capsys: Any) -> None:
     assert "no-such-model is no directory here, and no model of that name" in error(capsys, "hf-sai/no-such-model")
+
+
+def test_the_documented_outputs_are_true(capsys: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    text = (Path(__file__).parents[1] / "docs" / "memory.md").read_text()
+    examples = re.findall(r"```console\n\$ hf-sai ([^\n]*)\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 3
+    for command, shown in examples:
+        capsys.readouterr()
+        assert main(shlex.split(command)) == 0
+        assert capsys.readouterr().out == shown

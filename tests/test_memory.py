@@ -335,6 +335,12 @@ def test_the_papers_vit_state_is_this_many_bytes_in_cuda_blocks() -> None:
     assert round(cuda_blocks(4 * size for size in sizes) / 1024**3, 2) == 2.42
 
 
+def test_llama_2_loses_nothing_to_cuda_blocks() -> None:
+    sizes = [4 * p.numel() for p in build_skeleton("llama-2-7b").parameters()]
+    assert sum(sizes) == 4 * 6_738_415_616
+    assert [round(blocks / 1024**3, 2) for blocks in (sum(sizes), cuda_blocks(sizes))] == [25.10, 25.10]
+
+
 def test_the_papers_figures_are_near() -> None:
     figures = {"gpt2-xl": (5.93, 0.023), "llama-2-7b": (25.15, 0.002), "vit-h-14": (2.42, 0.03)}
     for name, (figure, tolerance) in figures.items():
