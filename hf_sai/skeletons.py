@@ -183,6 +183,8 @@ def _build_base(name: str, task_type: Any, dtype: torch.dtype | None, load_in_4b
     if diffusers_class:
         import diffusers
 
+        if not hasattr(diffusers, diffusers_class):
+            raise ValueError(f"the configuration of {name} names the diffusers class {diffusers_class}, unknown here")
         model_class = getattr(diffusers, diffusers_class)
         model = model_class.from_config(model_class.load_config(name))
     else:

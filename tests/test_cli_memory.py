@@ -133,6 +133,12 @@ def test_error_on_lora_on_an_adapter(tmp_path: Path, capsys: Any) -> None:
     assert "is an adapter already, so lora cannot add another" in error(capsys, tmp_path, "--lora", "r=4")
 
 
+def test_error_on_an_unknown_diffusers_class(tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("diffusers")
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "MadeUpUNet"}))
+    assert "names the diffusers class MadeUpUNet, unknown here" in error(capsys, tmp_path)
+
+
 def test_error_on_a_name_that_cannot_be_found(capsys: Any) -> None:
     assert "no-such-model is no directory here, and no model of that name" in error(capsys, "hf-sai/no-such-model")
 
