@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_sai.sharding import all_reduce_rows, local_shard, summing_groups, table_device, without_partial
+
 __all__ = [
     "MAX_EPS_SHARE",
     "MAX_GSNR_RATIO",
@@ -40,7 +42,8 @@ def measure_gsnr(gradients: Sequence[Tensor], *, eps: float | Sequence[float] = 
     one transfer.
 
     Args:
-        gradients: Tensors of any floating dtype, shape and device.
+        gradients: Tensors of any floating dtype, shape and device. DTensors are measured as a whole, by one all_reduce
+            per process group in all: every rank must call this with the same gradients in the same order.
         eps: Added to the standard deviation (in units of the gradient, >= 0), but at most ``MAX_EPS_SHARE`` of it; one
             value for all gradients or one each. The paper and the official code have no such limit, which falsifies
             the g-SNR of gradients not far above ``eps``.
@@ -141,27 +144,28 @@ class GSNRReport:
 
 
 def _moments(gradients: Sequence[Tensor]) -> list[tuple[float, float]]:
-    """(sum, sum of squares) of each gradient in float64, with one device-to-host transfer per device."""
+    """(sum, sum of squares) of each gradient in float64.
+
+    One device-to-host transfer per device. Gradients that are sharded (DTensor) are summed where they are; one
+    all_reduce per process group then adds up the sums of all of them.
+    """
+    gradients = [without_partial(gradient) for gradient in gradients]
     by_device: dict[torch.device, list[int]] = defaultdict(list)
     for index, gradient in enumerate(gradients):
-        by_device[gradient.device].append(index)
+        by_device[table_device(gradient)].append(index)
     moments = [(0.0, 0.0)] * len(gradients)
-    for indices in by_device.values():
-        table = torch.stack([_device_moments(gradients[i]) for i in indices])
+    for device, indices in by_device.items():
+        table = torch.stack([_local_moments(local_shard(gradients[i])).to(device) for i in indices])
+        table = all_reduce_rows(table, [summing_groups(gradients[i]) for i in indices])
         for i, (total, total_of_squares) in zip(indices, table.tolist(), strict=True):
             moments[i] = (total, total_of_squares)
     return moments
 
 
-def _device_moments(gradient: Tensor) -> Tensor:
-    """(sum, sum of squares) of one gradient, float64[2] on its device."""
+def _local_moments(gradient: Tensor) -> Tensor:
+    """(sum, sum of squares) of an ordinary tensor, float64[2] on its device."""
     if gradient.device.type == "mps":  # has no float64
         gradient = gradient.cpu()
     total = gradient.sum(dtype=torch.float64)
     norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
-    return torch.stack([_replicate(total), _replicate(norm).square()])
-
-
-def _replicate(value: Tensor) -> Tensor:
-    """The global value of a reduction over a DTensor; any other tensor as it is."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    return torch.stack([total, norm.square()])

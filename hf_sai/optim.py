@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from hf_sai.checks import check_options, check_params, with_float_gsnr
+from hf_sai.fsdp1 import FlatSlices, is_slice, refuse_flat_parameter
 from hf_sai.functional import can_fuse, sgd_sai
 from hf_sai.gsnr import UNMEASURED, GSNRReport, GSNRRow, measure_gsnr
+from hf_sai.sharding import full_shapes, local_shard
+
+if TYPE_CHECKING:
+    from hf_sai.zero import Zero
 
 __all__ = ["SGDSaI"]
 
@@ -54,6 +61,10 @@ class SGDSaI(Optimizer):
     - One element has g-SNR 1 (officially about ``|g| / eps``), and no g-SNR exceeds ``10 * sqrt(n)``.
     - A g-SNR is never measured again: not after resume, copying, pickling or a change of dtype.
 
+    Parameters may be whole, sharded (DTensor: FSDP2, HSDP, tensor parallelism), slices (FSDP1) or flattened (DeepSpeed
+    ZeRO): the g-SNR is always that of the whole tensor. The step that measures runs one all_reduce per process group,
+    later ones none; momentum is sharded like its parameter.
+
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or dicts that define groups. Give names
             (``model.named_parameters()``) and warnings and reports use them. Group keys beside the options below:
@@ -69,12 +80,14 @@ class SGDSaI(Optimizer):
             later lowers the scale of all others from then on.
         maximize: Ascend instead of descend.
         foreach: Use torch's multi-tensor operations, which need temporary memory of the size of the parameters.
-            None chooses them on CUDA.
+            If ``foreach`` and ``fused`` are both None, CUDA parameters are updated so.
         fused: Use torch's fused SGD kernel, without temporary memory, for contiguous parameters on CUDA and for
-            float32 and float64 ones on CPU; others are updated one by one.
+            float32 and float64 ones on CPU; others are updated one by one. If both are None, CPU parameters are
+            updated so. ``foreach=False`` is the plain loop.
 
     Raises:
-        ValueError: An option is out of range, a parameter is complex, or ``foreach`` and ``fused`` are both True.
+        ValueError: An option is out of range, a parameter is complex or a flat parameter of FSDP1, or ``foreach`` and
+            ``fused`` are both True.
 
     Example:
         >>> import torch
@@ -85,6 +98,9 @@ class SGDSaI(Optimizer):
         >>> len(optimizer.gsnr_report().unmeasured)
         0
     """
+
+    _engine: Zero | FlatSlices | None
+    _engine_is_known: bool
 
     def __init__(
         self,
@@ -109,13 +125,15 @@ class SGDSaI(Optimizer):
             "foreach": foreach,
             "fused": fused,
         }
-        _check_options(defaults)
+        check_options(defaults)
         self._steps = 0
         super().__init__(params, defaults)
+        self._reset_engine()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_steps", 0)
+        self._reset_engine()
         for group in self.param_groups:  # groups saved by the official code, or by an older version of this one
             for key, default in (("normalize", False), ("maximize", False), ("foreach", None), ("fused", None)):
                 group.setdefault(key, default)
@@ -129,10 +147,10 @@ class SGDSaI(Optimizer):
         Raises:
             ValueError: An option is out of range or a parameter is complex; the optimizer is left as it was.
         """
-        _check_options({**self.defaults, **param_group})
+        check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
-            _check_params(self.param_groups[-1])
+            check_params(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -144,12 +162,14 @@ class SGDSaI(Optimizer):
             state_dict: What ``state_dict()`` returned. The official code's g-SNR tensors become floats before torch
                 could cast them to the parameters' dtype; its 0 or NaN (never measured rightly) is measured anew.
         """
-        state = {key: _with_float_gsnr(value) for key, value in state_dict["state"].items()}
+        state = {key: with_float_gsnr(value) for key, value in state_dict["state"].items()}
         super().load_state_dict({**state_dict, "state": state})
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Tells GradScaler to leave unscaling to the fused kernel."""
+        if any(is_slice(p) for p in self._params()) or self._find_engine() is not None:
+            return False  # the scaler must unscale by itself, and agree with the other ranks on infinities
         return all(group["fused"] and all(map(can_fuse, group["params"])) for group in self.param_groups)
 
     @torch.no_grad()
@@ -163,31 +183,41 @@ class SGDSaI(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: A gradient is sparse.
+            ValueError: A gradient is sparse, or the parameters are flattened in a way that cannot be measured.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._steps += 1
+        if not self._engine_is_known:
+            self._engine, self._engine_is_known = self._find_engine(), True
+        if self._engine is not None and not isinstance(self._engine, FlatSlices):
+            self._engine.step(self)
+        else:
+            self._step_parameters()
+        if self._steps == WARN_UNMEASURED_AFTER:
+            self._warn_unmeasured()
+        return loss
 
+    def _step_parameters(self) -> None:
+        """The step, unless DeepSpeed has flattened the parameters."""
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         pending = self._pending()
         if pending and grad_scale is not None:
             # Measuring looks at the gradients anyway, so unscale them here; the momentum starts from true gradients.
             if found_inf is not None and found_inf.item():
-                return loss
+                return
             torch._foreach_div_([p.grad for p in self._params() if p.grad is not None], grad_scale)
             grad_scale = found_inf = None
         self._measure(pending)
+        if isinstance(self._engine, FlatSlices):
+            self._engine.measure(self.param_groups, self.state)
 
         largest = self._largest_gsnr()
         for group in self.param_groups:
             self._update(group, largest, grad_scale, found_inf)
-        if self._steps == WARN_UNMEASURED_AFTER:
-            self._warn_unmeasured()
-        return loss
 
     def gsnr_report(self, named_parameters: Iterable[tuple[str, Tensor]] | None = None) -> GSNRReport:
         """The g-SNR of every non-empty parameter, and who is still unmeasured.
@@ -199,23 +229,52 @@ class SGDSaI(Optimizer):
             A report to iterate, query (``report.unmeasured``) or show (``str(report)``).
         """
         names = {} if named_parameters is None else {id(p): name for name, p in named_parameters}
+        engine = self._engine or self._find_engine()
+        if engine is not None and not isinstance(engine, FlatSlices):
+            return GSNRReport(tuple(engine.rows(self, names)))
         rows = []
         for number, group in enumerate(self.param_groups):
-            for index, p in enumerate(group["params"]):
-                if p.numel() == 0:
+            for index, (p, shape) in enumerate(zip(group["params"], full_shapes(group["params"]), strict=True)):
+                if shape.numel() == 0:
                     continue
                 known = group["param_names"][index] if "param_names" in group else f"group {number} parameter {index}"
-                gsnr = self.state[p].get("gsnr", UNMEASURED) if p in self.state else UNMEASURED
+                gsnr = self._gsnr(p)
                 rows.append(
                     GSNRRow(
                         name=names.get(id(p), known),
                         group=str(group.get("name", number)),
-                        shape=tuple(p.shape),
+                        shape=tuple(shape),
                         gsnr=gsnr if gsnr != UNMEASURED else None,
-                        ratio=gsnr / math.sqrt(p.numel()) if gsnr != UNMEASURED else None,
+                        ratio=gsnr / math.sqrt(shape.numel()) if gsnr != UNMEASURED else None,
                     )
                 )
         return GSNRReport(tuple(rows))
+
+    def _reset_engine(self) -> None:
+        """Look again at the next step for what keeps the parameters in pieces."""
+        self._engine = None
+        self._engine_is_known = False
+        self._all_groups = self.param_groups  # DeepSpeed shows one group at a time
+
+    def _find_engine(self) -> Zero | FlatSlices | None:
+        """What keeps the parameters in pieces that do not say whose they are: DeepSpeed ZeRO, FSDP1 or nothing."""
+        if self._engine_is_known:
+            return self._engine
+        params = list(self._params())
+        for p in params:
+            refuse_flat_parameter(p)
+        if any(map(is_slice, params)):
+            return FlatSlices(params)
+        if "deepspeed.runtime.base_optimizer" in sys.modules:
+            from hf_sai.zero import find_zero
+
+            return find_zero(self)
+        return None
+
+    def _gsnr(self, p: Tensor) -> float:
+        """A parameter's g-SNR, also where this rank has no part of it."""
+        stored = self.state[p].get("gsnr", UNMEASURED) if p in self.state else UNMEASURED
+        return self._engine.gsnr.get(p, stored) if isinstance(self._engine, FlatSlices) else stored
 
     def _params(self) -> Iterable[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -226,7 +285,10 @@ class SGDSaI(Optimizer):
             (p, group)
             for group in self.param_groups
             for p in group["params"]
-            if p.grad is not None and p.numel() > 0 and self.state[p].get("gsnr", UNMEASURED) == UNMEASURED
+            if p.grad is not None
+            and p.numel() > 0
+            and self.state[p].get("gsnr", UNMEASURED) == UNMEASURED
+            and not is_slice(p)
         ]
 
     def _measure(self, pending: list[tuple[Tensor, dict[str, Any]]]) -> None:
@@ -249,14 +311,14 @@ class SGDSaI(Optimizer):
             if group["momentum"] != 0:
                 buffer = state.setdefault("momentum_buffer", torch.zeros_like(p))
                 if gsnr != UNMEASURED:
-                    buffer.copy_(-gradient if group["maximize"] else gradient)
+                    _start(buffer, gradient, group["maximize"])
 
     def _largest_gsnr(self) -> dict[Any, float]:
         """The largest measured g-SNR of each ``normalize_over`` (None: all groups without one)."""
         largest: dict[Any, float] = {}
         for group in self.param_groups:
             if group["normalize"]:
-                measured = (self.state[p]["gsnr"] for p in group["params"] if "gsnr" in self.state.get(p, {}))
+                measured = map(self._gsnr, group["params"])
                 key = group.get("normalize_over")
                 largest[key] = max(largest.get(key, UNMEASURED), max(measured, default=UNMEASURED))
         return largest
@@ -264,7 +326,7 @@ class SGDSaI(Optimizer):
     def _update(
         self, group: dict[str, Any], largest: dict[Any, float], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        """Update the measured parameters of one group that have a gradient."""
+        """Update the measured parameters of one group that have a gradient: of sharded ones the local shards."""
         params, grads, buffers, scales = [], [], [], []
         for p in group["params"]:
             if p.grad is None or p.numel() == 0:
@@ -273,10 +335,11 @@ class SGDSaI(Optimizer):
             if state["gsnr"] == UNMEASURED:
                 continue
             if group["momentum"] != 0 and "momentum_buffer" not in state:  # momentum was 0 until now
-                state["momentum_buffer"] = torch.zeros_like(p).copy_(-p.grad if group["maximize"] else p.grad)
-            params.append(p)
-            grads.append(p.grad)
-            buffers.append(state["momentum_buffer"] if group["momentum"] != 0 else None)
+                state["momentum_buffer"] = torch.zeros_like(p)
+                _start(state["momentum_buffer"], p.grad, group["maximize"])
+            params.append(local_shard(p))
+            grads.append(local_shard(p.grad, like=p))
+            buffers.append(local_shard(state["momentum_buffer"]) if group["momentum"] != 0 else None)
             scales.append(state["gsnr"] / (largest[group.get("normalize_over")] if group["normalize"] else 1.0))
         sgd_sai(
             params,
@@ -307,41 +370,7 @@ class SGDSaI(Optimizer):
             )
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    """Raise ValueError for an option out of range."""
-    lr = options["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one element, but has shape {tuple(lr.shape)}.")
-    limits = {"lr": math.inf, "momentum": 1.0, "weight_decay": math.inf, "eps": math.inf}
-    for name, limit in limits.items():
-        value = options[name]
-        if name == "lr" and isinstance(value, Tensor):
-            value = value.item()
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < limit:
-            allowed = "a finite number >= 0" if limit == math.inf else f"a number in [0, {limit:g})"
-            raise ValueError(f"{name} must be {allowed}, but is {options[name]!r}.")
-    for name in ("normalize", "maximize", "foreach", "fused"):
-        allowed_values = (True, False) if name in ("normalize", "maximize") else (True, False, None)
-        if not any(options[name] is value for value in allowed_values):
-            raise ValueError(f"{name} must be one of {allowed_values}, but is {options[name]!r}.")
-    if options["foreach"] and options["fused"]:
-        raise ValueError("foreach and fused are both True; choose one, or leave both at None.")
-
-
-def _check_params(group: dict[str, Any]) -> None:
-    """Raise ValueError for a parameter that cannot be trained."""
-    for index, p in enumerate(group["params"]):
-        name = group["param_names"][index] if "param_names" in group else f"number {index}"
-        if p.is_complex():
-            raise ValueError(
-                f"Parameter {name} is complex ({p.dtype}), which SGD-SaI does not support. "
-                "Make its real view the parameter: torch.nn.Parameter(torch.view_as_real(p.detach()))."
-            )
-
-
-def _with_float_gsnr(state: Any) -> Any:
-    """A parameter's saved state with its g-SNR as a float."""
-    if not isinstance(state, dict) or "gsnr" not in state:
-        return state
-    gsnr = float(state["gsnr"])
-    return {**state, "gsnr": gsnr if math.isfinite(gsnr) else UNMEASURED}
+def _start(buffer: Tensor, gradient: Tensor, maximize: bool) -> None:
+    """Start a momentum buffer at its first gradient."""
+    first = local_shard(gradient, like=buffer)
+    local_shard(buffer).copy_(-first if maximize else first)

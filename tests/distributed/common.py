@@ -1,0 +1,202 @@
+"""What the workers share: a tiny model with awkward parameters, its data, a reference run, and counting collectives."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_sai import SGDSaI
+
+STEPS = 20
+BATCH = 8
+FOLDER = Path(os.environ.get("HF_SAI_TEST_FOLDER", "."))
+OPTIONS: dict[str, Any] = {"lr": 3e-3, "weight_decay": 0.1}
+
+
+class Block(nn.Module):
+    """A layer with a low-rank branch whose B starts at zero: A's first gradient is exactly zero, as in LoRA."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 3 * width)
+        self.down = nn.Linear(3 * width, width)
+        self.norm = nn.LayerNorm(width)
+        self.lora_a = nn.Linear(width, 3, bias=False)
+        self.lora_b = nn.Linear(3, width, bias=False)
+        nn.init.zeros_(self.lora_b.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(self.norm(x)))) + self.lora_b(self.lora_a(x))
+
+
+class Odd(nn.Module):
+    """Parameters that shard unevenly or not at all: [1, 9], [3, 7], [5] and a single element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = nn.Parameter(torch.randn(1, 9))
+        self.matrix = nn.Parameter(torch.randn(3, 7))
+        self.vector = nn.Parameter(torch.randn(5))
+        self.gate = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(x[..., :9] * self.row).sum(-1) + torch.tanh(x[..., :7] @ self.matrix.T).sum(-1)
+        return self.gate * (y + (x[..., :5] * self.vector).sum(-1))
+
+
+class Tiny(nn.Module):
+    """Embedding, two blocks, the odd parameters, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(23, 12)
+        self.blocks = nn.ModuleList([Block(12), Block(12)])
+        self.odd = Odd()
+        self.head = nn.Linear(12, 23)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x * (1 + self.odd(x).tanh().unsqueeze(-1)))
+
+
+def build(dtype: torch.dtype = torch.float32) -> Tiny:
+    """The same model on every rank."""
+    torch.manual_seed(0)
+    return Tiny().to(dtype)
+
+
+def batch(step: int) -> Tensor:
+    """The global batch of a step, int64[BATCH, 10]."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    return torch.randint(23, (BATCH, 10), generator=generator)
+
+
+def my_batch(step: int, rank: int, world_size: int) -> Tensor:
+    """A rank's part of the global batch."""
+    share = BATCH // world_size
+    return batch(step)[rank * share : (rank + 1) * share]
+
+
+def loss_of(model: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    """Next-token cross-entropy."""
+    logits = model(tokens[:, :-1])
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups, with and without decay, as Trainer makes them."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [(name, p) for name, p in named if not name.endswith(("bias", "norm.weight", "gate"))]
+    rest = [(name, p) for name, p in named if name.endswith(("bias", "norm.weight", "gate"))]
+    return [
+        {"params": matrices, "name": "decay", "weight_decay": OPTIONS["weight_decay"]},
+        {"params": rest, "name": "no_decay", "weight_decay": 0.0},
+    ]
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, rank: int = 0, world_size: int = 1
+) -> list[float]:
+    """Train on this rank's part of each global batch; returns the trained model's losses on three global batches."""
+    losses = []
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, my_batch(step, rank, world_size)).backward()
+        optimizer.step()
+    with torch.no_grad():
+        for step in range(3):
+            losses.append(mean(loss_of(model, my_batch(step, rank, world_size)).detach()))
+    return losses
+
+
+def mean(value: Tensor) -> float:
+    """The mean over all ranks; those that work on the same data say the same."""
+    value = value.clone().double()
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value.item()
+
+
+def reference(steps: int = STEPS, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
+    """g-SNR and losses of the same training in one process."""
+    model = build(dtype)
+    optimizer = SGDSaI(groups_of(model), **{**OPTIONS, **options})
+    losses = train(model, optimizer, range(steps))
+    return {"gsnr": gsnr_of(optimizer), "losses": losses}
+
+
+def gsnr_of(optimizer: SGDSaI) -> dict[str, float | None]:
+    """Name -> g-SNR, as the report has it, without the prefixes of wrappers."""
+    return {
+        row.name.replace("_fsdp_wrapped_module.", "").replace("module.", ""): row.gsnr
+        for row in optimizer.gsnr_report()
+    }
+
+
+def largest_difference(got: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    """The largest relative difference of g-SNR and of losses. Both must name the same, measured parameters."""
+    assert got["gsnr"].keys() == expected["gsnr"].keys(), got["gsnr"].keys() ^ expected["gsnr"].keys()
+    assert None not in expected["gsnr"].values()
+    assert None not in got["gsnr"].values(), got["gsnr"]
+    return {
+        "gsnr": max(abs(got["gsnr"][name] / value - 1) for name, value in expected["gsnr"].items()),
+        "loss": max(abs(a / b - 1) for a, b in zip(got["losses"], expected["losses"], strict=True)),
+    }
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Counts collectives, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        namespace, name = function._schema.name.split("::")
+        if namespace in ("c10d", "_c10d_functional", "c10d_functional") and "wait" not in name:
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def counting(optimizer: torch.optim.Optimizer, per_step: list[dict[str, int]]) -> Iterator[None]:
+    """Appends to ``per_step`` the collectives of each ``optimizer.step``, and of nothing else."""
+    original = optimizer.step
+
+    def step(*args, **kwargs):  # type: ignore[no-untyped-def]
+        with CollectiveCounter() as counter:
+            result = original(*args, **kwargs)
+        per_step.append(counter.counts)
+        return result
+
+    optimizer.step = step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        optimizer.step = original  # type: ignore[method-assign]
+
+
+def join() -> tuple[int, int]:
+    """Join the process group through a file; returns rank and world size."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.FileStore(str(FOLDER / "rendezvous"), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    assert dist.get_world_size() == world_size > 1
+    return rank, world_size
+
+
+def write_result(result: dict[str, Any]) -> None:
+    """Leave this rank's result for the test."""
+    (FOLDER / f"result_{os.environ['RANK']}.json").write_text(json.dumps(result))

@@ -1,0 +1,101 @@
+"""Under torch's engines every rank sees the same g-SNR as one process, with one all_reduce, and trains the same."""
+
+import pytest
+from launch import run_ranks
+
+TWO = [
+    "ddp",
+    "fsdp2",
+    "tp",
+    "fsdp1",
+    "fsdp2_fused",
+    "fsdp2_foreach",
+    "fsdp2_normalize",
+    "fsdp1_leaves",
+    "fsdp1_fused",
+    "fsdp1_normalize",
+    "bf16",
+    "late_and_broken",
+    "flat_parameters_refused",
+    "scaler_ddp",
+    "scaler_fsdp2",
+    "scaler_fsdp1",
+]
+FOUR = ["hsdp", "fsdp2_tp", "fsdp2", "fsdp1"]
+#: Process groups over which something is sharded: the most all_reduces that the measuring step may run.
+GROUPS = {"ddp": 0, "fsdp2_tp": 2}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """World size -> what each rank reports; one launch per world size, for its time is mostly imports."""
+    return {
+        2: run_ranks("engines_worker.py", 2, tmp_path_factory.mktemp("two"), *TWO),
+        4: run_ranks("engines_worker.py", 4, tmp_path_factory.mktemp("four"), *FOUR),
+    }
+
+
+MODES = [(2, mode) for mode in TWO[:10]] + [(4, mode) for mode in FOUR]
+
+
+@pytest.mark.parametrize(("world_size", "mode"), MODES)
+def test_gsnr_and_loss_equal_those_of_one_process(runs, world_size, mode):
+    for result in runs[world_size]:
+        assert result["world_size"] == world_size
+        assert result[mode]["gsnr"] <= 1e-6
+        assert result[mode]["loss"] <= 1e-5
+
+
+@pytest.mark.parametrize(("world_size", "mode"), MODES)
+def test_at_most_one_all_reduce_per_group_while_measuring_and_no_collective_later(runs, world_size, mode):
+    for result in runs[world_size]:
+        first, second, *later = result[mode]["collectives"]
+        assert sum(first.values()) <= GROUPS.get(mode, 1)
+        assert set(first) | set(second) <= {"allreduce_"}
+        assert sum(second.values()) <= GROUPS.get(mode, 1)  # A matrices, whose first gradient is zero
+        assert not any(later)
+
+
+@pytest.mark.parametrize(("world_size", "mode"), MODES)
+def test_momentum_has_the_parameters_placements(runs, world_size, mode):
+    for result in runs[world_size]:
+        assert result[mode]["same_placements"]
+        assert (result[mode]["sharded"] > 0) == ("fsdp2" in mode or mode in ("hsdp", "tp"))
+
+
+def test_empty_shards_were_among_what_was_tried(runs):
+    assert any(result["fsdp2"]["empty"] for result in runs[2])
+    assert all(result["fsdp2"]["empty"] for result in runs[4][1:])
+    assert all(result["fsdp1"]["empty"] for result in runs[4])
+
+
+def test_bf16_gradients_give_an_exact_gsnr(runs):
+    for result in runs[2]:
+        assert result["bf16"]["measured"] >= 15
+        assert result["bf16"]["gsnr"] <= 1e-9
+
+
+def test_a_gradient_that_is_non_zero_or_nan_on_one_rank_is_judged_alike_on_all(runs):
+    histories = [result["late_and_broken"]["history"] for result in runs[2]]
+    assert histories[0] == histories[1]
+    zero, broken, usable = histories[0]
+    assert zero == [0.0, True]
+    assert broken == [0.0, True]
+    assert usable[0] > 0.0
+
+
+def test_flat_parameters_are_refused_before_the_first_update_with_the_cure(runs):
+    for result in runs[2]:
+        refused = result["flat_parameters_refused"]
+        assert "use_orig_params=True" in refused["made"]
+        assert refused["stepped"] == refused["made"]
+        assert refused["same"]
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2", "fsdp1"])
+def test_overflow_on_one_rank_in_the_first_steps_is_skipped_on_all(runs, mode):
+    for result in runs[2]:
+        assert result[f"scaler_{mode}"]["untouched"] == [True, True]
+        assert result[f"scaler_{mode}"]["scale"] == 256.0
+        assert result[f"scaler_{mode}"]["gsnr"] <= 1e-6
+        assert result[f"scaler_{mode}"]["loss"] <= 1e-5
