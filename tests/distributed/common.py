@@ -106,34 +106,41 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, rank: int = 0, world_size: int = 1
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    rank: int = 0,
+    world_size: int = 1,
+    clip: float = 0.0,
 ) -> list[float]:
     """Train on this rank's part of each global batch; returns the trained model's losses on three global batches."""
     losses = []
     for step in steps:
         optimizer.zero_grad()
         loss_of(model, my_batch(step, rank, world_size)).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
     with torch.no_grad():
         for step in range(3):
-            losses.append(mean(loss_of(model, my_batch(step, rank, world_size)).detach()))
-    return losses
+            losses.append(loss_of(model, my_batch(step, rank, world_size)))
+    return [mean(loss) for loss in losses]
 
 
 def mean(value: Tensor) -> float:
     """The mean over all ranks; those that work on the same data say the same."""
-    value = value.clone().double()
+    value = value.detach().clone().double()
     if dist.is_initialized():
         dist.all_reduce(value)
         value /= dist.get_world_size()
     return value.item()
 
 
-def reference(steps: int = STEPS, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
+def reference(steps: int = STEPS, clip: float = 0.0, **options: Any) -> dict[str, Any]:
     """g-SNR and losses of the same training in one process."""
-    model = build(dtype)
+    model = build()
     optimizer = SGDSaI(groups_of(model), **{**OPTIONS, **options})
-    losses = train(model, optimizer, range(steps))
+    losses = train(model, optimizer, range(steps), clip=clip)
     return {"gsnr": gsnr_of(optimizer), "losses": losses}
 
 

@@ -1,0 +1,89 @@
+"""Under DeepSpeed ZeRO the g-SNR of every parameter is that of one process, though DeepSpeed flattens them."""
+
+import pytest
+from launch import run_ranks
+
+pytest.importorskip("deepspeed", reason="pip install 'hf-sai[deepspeed]' (see docs/distributed.md)")
+
+EXACT = [
+    "zero1",
+    "zero2",
+    "zero3",
+    "zero3_sub_groups",
+    "zero1_fused",
+    "zero2_normalize",
+    "zero3_normalize",
+    "zero2_clipped",
+    "zero3_clipped",
+    "zero2_offload",
+    "zero3_offload",
+]
+BF16 = {
+    "zero1_bf16": "BF16_Optimizer",
+    "zero2_bf16": "DeepSpeedZeroOptimizer",
+    "zero3_bf16": "DeepSpeedZeroOptimizer_Stage3",
+}
+FP16 = ["zero2_fp16", "zero3_fp16"]
+RESUME = ["resume1", "resume2", "resume3"]
+FOUR = ["zero1", "zero3"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Each rank's report, all checks in one launch."""
+    checks = [*EXACT, *BF16, *FP16, *RESUME, "unknown_layout_refused"]
+    return run_ranks("zero_worker.py", 2, tmp_path_factory.mktemp("two"), *checks, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """The same in four processes, some of which own nothing of small parameters."""
+    return run_ranks("zero_worker.py", 4, tmp_path_factory.mktemp("four"), *FOUR)
+
+
+@pytest.mark.parametrize(("ranks", "mode"), [("two", mode) for mode in EXACT] + [("four", mode) for mode in FOUR])
+def test_gsnr_and_loss_equal_those_of_one_process(request, ranks, mode):
+    for result in request.getfixturevalue(ranks):
+        assert result["world_size"] == {"two": 2, "four": 4}[ranks]
+        assert result[mode]["type"] == ("DeepSpeedZeroOptimizer_Stage3" if "3" in mode else "DeepSpeedZeroOptimizer")
+        assert result[mode]["gsnr"] <= 1e-6
+        assert result[mode]["loss"] <= 1e-5
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_one_all_reduce_while_measuring_and_none_later_for_all_flat_tensors(two, mode):
+    for result in two:
+        assert result[mode]["flats"] == (7 if mode == "zero3_sub_groups" else 2)
+        assert result[mode]["collectives"] == [1, 1] + [0] * 18
+
+
+@pytest.mark.parametrize("mode", BF16)
+def test_bf16_gsnr_is_that_of_float32_to_rounding_and_the_same_on_all_ranks(two, mode):
+    assert two[0][mode]["values"] == two[1][mode]["values"]
+    for result in two:
+        assert result[mode]["type"] == BF16[mode]
+        assert result[mode]["gsnr"] < 5e-3
+        assert result[mode]["falls"]
+
+
+@pytest.mark.parametrize("mode", FP16)
+def test_fp16_overflow_in_the_first_steps_delays_measuring_and_breaks_nothing(two, mode):
+    assert two[0][mode]["values"] == two[1][mode]["values"]
+    for result in two:
+        assert result[mode]["skipped"] > 0
+        assert None not in result[mode]["values"].values()
+        assert result[mode]["falls"]
+
+
+@pytest.mark.parametrize("mode", RESUME)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit_and_measures_nothing(two, mode):
+    for result in two:
+        assert result[mode] == {"same": True, "unmeasured": 0, "collectives": 0}
+
+
+def test_a_layout_that_is_not_recognised_is_refused_with_the_cure(two):
+    for result in two:
+        version, attribute = result["unknown_layout_refused"]["messages"]
+        assert "DeepSpeed 0.99.0" in version
+        assert "0.19.x" in version
+        assert "averaged_gradients" in attribute

@@ -1,0 +1,160 @@
+"""Trains the tiny model under DeepSpeed ZeRO: ``zero_worker.py CHECK [CHECK ...]``."""
+
+import os
+import sys
+import warnings
+
+import torch
+import torch.distributed as dist
+from common import (
+    FOLDER,
+    OPTIONS,
+    STEPS,
+    build,
+    counting,
+    groups_of,
+    gsnr_of,
+    join,
+    largest_difference,
+    loss_of,
+    mean,
+    my_batch,
+    reference,
+    write_result,
+)
+
+from hf_sai import SGDSaI
+
+warnings.filterwarnings("ignore")
+os.environ["DS_ACCELERATOR"] = "cpu"
+RANK, WORLD = join()
+import deepspeed  # noqa: E402  (wants to find the process group)
+
+deepspeed.init_distributed("gloo", verbose=False)
+
+
+def engine_of(stage, dtype=torch.float32, options=None, clip=0.0, **zero):
+    model = build()
+    optimizer = SGDSaI(groups_of(model), **{**OPTIONS, **(options or {})})
+    config = {
+        "train_micro_batch_size_per_gpu": 8 // WORLD,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": clip,
+        "zero_optimization": {"stage": stage, **zero},
+    }
+    if dtype is torch.bfloat16:
+        config["bf16"] = {"enabled": True}
+        if stage == 1:  # another of DeepSpeed's optimizers
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if dtype is torch.float16:
+        config["fp16"] = {"enabled": True, "initial_scale_power": 24}
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    assert dist.get_world_size() == WORLD
+    return engine, optimizer
+
+
+def train(engine, steps):
+    for step in steps:
+        engine.backward(loss_of(engine, my_batch(step, RANK, WORLD)))
+        engine.step()
+    with torch.no_grad():
+        return [mean(loss_of(engine, my_batch(step, RANK, WORLD))) for step in range(3)]
+
+
+def train_and_compare(stage, options=None, clip=0.0, **zero):
+    engine, optimizer = engine_of(stage, options=options, clip=clip, **zero)
+    per_step = []
+    with counting(optimizer, per_step):
+        losses = train(engine, range(STEPS))
+    calls = len(per_step) // STEPS  # DeepSpeed calls step once per flat tensor
+    got = {"gsnr": gsnr_of(optimizer), "losses": losses}
+    return {
+        "type": type(engine.optimizer).__name__,
+        **largest_difference(got, reference(clip=clip, **(options or {}))),
+        "flats": calls,
+        "collectives": [
+            sum(sum(counts.values()) for counts in per_step[i * calls : (i + 1) * calls]) for i in range(STEPS)
+        ],
+    }
+
+
+def half(stage, dtype):
+    """Half precision: the g-SNR that the ranks agree on is near that of float32, and the loss falls."""
+    engine, optimizer = engine_of(stage, dtype)
+    before = train(engine, range(0))
+    after = train(engine, range(STEPS))
+    got, expected = gsnr_of(optimizer), reference()["gsnr"]
+    assert got.keys() == expected.keys()
+    return {
+        "type": type(engine.optimizer).__name__,
+        "gsnr": max(abs(got[name] / value - 1) for name, value in expected.items()),
+        "falls": after[0] < before[0],
+        "values": got,
+        "skipped": engine.skipped_steps,
+    }
+
+
+def resume(stage):
+    """Save after half the steps, load into a new engine, go on: bit for bit the uninterrupted run."""
+    folder = FOLDER / f"zero{stage}"
+    whole, _ = engine_of(stage)
+    train(whole, range(STEPS // 2))
+    whole.save_checkpoint(str(folder))
+    expected = train(whole, range(STEPS // 2, STEPS))
+    resumed, optimizer = engine_of(stage)
+    resumed.load_checkpoint(str(folder))
+    before = optimizer.gsnr_report()
+    per_step = []
+    with counting(optimizer, per_step):
+        got = train(resumed, range(STEPS // 2, STEPS))
+    return {"same": got == expected, "unmeasured": len(before.unmeasured), "collectives": sum(map(len, per_step))}
+
+
+def unknown_layout_refused():
+    """A release that is not known, and one whose attributes have changed."""
+    messages = []
+    for break_it in ("version", "attribute"):
+        engine, _ = engine_of(2)
+        if break_it == "version":
+            known, deepspeed.__version__ = deepspeed.__version__, "0.99.0"
+        else:
+            del engine.optimizer.averaged_gradients
+            type(engine.optimizer).averaged_gradients = property(lambda self: self.missing)
+        try:
+            from hf_sai.zero import Zero
+
+            Zero(engine.optimizer)
+        except ValueError as error:
+            messages.append(str(error))
+        if break_it == "version":
+            deepspeed.__version__ = known
+    return {"messages": messages}
+
+
+CHECKS = {
+    **{f"zero{stage}": (lambda stage=stage: train_and_compare(stage)) for stage in (1, 2, 3)},
+    "zero3_sub_groups": lambda: train_and_compare(3, sub_group_size=100),
+    "zero1_fused": lambda: train_and_compare(1, options={"fused": True}),
+    "zero2_normalize": lambda: train_and_compare(2, options={"normalize": True}),
+    "zero3_normalize": lambda: train_and_compare(3, options={"normalize": True}),
+    "zero2_clipped": lambda: train_and_compare(2, clip=0.05),
+    "zero3_clipped": lambda: train_and_compare(3, clip=0.05),
+    "zero1_bf16": lambda: half(1, torch.bfloat16),
+    "zero2_bf16": lambda: half(2, torch.bfloat16),
+    "zero3_bf16": lambda: half(3, torch.bfloat16),
+    "zero2_fp16": lambda: half(2, torch.float16),
+    "zero3_fp16": lambda: half(3, torch.float16),
+    "zero2_offload": lambda: train_and_compare(2, offload_optimizer={"device": "cpu"}),
+    "zero3_offload": lambda: train_and_compare(3, offload_optimizer={"device": "cpu"}),
+    "resume1": lambda: resume(1),
+    "resume2": lambda: resume(2),
+    "resume3": lambda: resume(3),
+    "unknown_layout_refused": unknown_layout_refused,
+}
+
+if __name__ == "__main__":
+    results = {"world_size": dist.get_world_size()}
+    for name in sys.argv[1:]:
+        results[name] = CHECKS[name]()
+    write_result(results)
