@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_sai.optim import SGDSaI
 from hf_sai.peft_roles import Role, merged_adapters, peft_roles
+from hf_sai.sharding import full_shapes
 
 __all__ = ["create_sgd_sai_optimizer", "no_decay_names", "param_groups"]
 
@@ -173,23 +174,26 @@ def no_decay_names(model: nn.Module) -> set[str]:
         >>> sorted(no_decay_names(nn.Sequential(nn.Linear(2, 2), nn.GroupNorm(1, 2))))
         ['0.bias', '1.bias', '1.weight']
     """
+    # DeepSpeed ZeRO-3 and FSDP1 leave other shapes in the model than its parameters have.
+    parameters = list(model.parameters())
+    shapes = dict(zip(map(id, parameters), full_shapes(parameters), strict=True))
     roles = peft_roles(model)
     of_norms = {
         id(parameter)
         for module in model.modules()
         if isinstance(module, nn.LayerNorm) or "norm" in type(module).__name__.lower()
         for parameter in module.parameters(recurse=False)
-        if isinstance(module, nn.LayerNorm) or parameter.ndim <= 1
+        if isinstance(module, nn.LayerNorm) or len(shapes[id(parameter)]) <= 1
     }
 
     def exempt(name: str, parameter: nn.Parameter) -> bool:
-        if parameter.numel() == 1 or id(parameter) in of_norms:
+        if shapes[id(parameter)].numel() == 1 or id(parameter) in of_norms:
             return True
         role = roles.get(id(parameter))
         if role is None:
             return _NO_DECAY_NAME.search(name.lower()) is not None
         # Not by name: an adapter may be called "bias".
-        return parameter.ndim <= 1 or role.role in _SCALE_ROLES
+        return len(shapes[id(parameter)]) <= 1 or role.role in _SCALE_ROLES
 
     return {name for name, parameter in model.named_parameters() if exempt(name, parameter)}
 
