@@ -97,7 +97,7 @@ class FlatSlices:
         if unmeasured:
             self._agree(unmeasured, state)
         for p, group in mine:
-            if p.grad is not None and p.numel() > 0:
+            if p.grad is not None:  # torch's optim_state_dict wants the same states on ranks that own nothing, too
                 self._start(p, group, state[p])
 
     def _agree(self, unmeasured: list[tuple[Tensor, dict[str, Any]]], state: dict[Tensor, dict[str, Any]]) -> None:
