@@ -83,11 +83,14 @@ def test_saved_run_loads_with_its_trained_tokenizer(smoke_run):
     assert model.config.eos_token_id == tokenizer.eos_token_id
 
 
-def test_comparison_counts_half_of_adamw_s_state_and_saves_table_picture_and_numbers(smoke_run, tmp_path, capsys):
+def test_comparison_counts_half_of_adamw_s_state_and_saves_table_picture_and_numbers(
+    smoke_run, text_file, tmp_path, capsys
+):
     run, _ = smoke_run
+    same_shapes = ["--model_name_or_path", str(run), "--train_file", text_file]
     options = ["--optim", "adamw_torch", "--learning_rate", "3e-3", "--max_steps", "2", "--save_steps", "2"]
     quiet = ["--disable_tqdm", "true", "--report_to", "none", "--eval_strategy", "no", "--sample_tokens", "0"]
-    train.main([str(RECIPE / "smoke.yaml"), *options, *quiet, "--output_dir", str(tmp_path / "adamw")])
+    train.main([str(RECIPE / "smoke.yaml"), *same_shapes, *options, *quiet, "--output_dir", str(tmp_path / "adamw")])
     names = [str(run), str(tmp_path / "adamw")]
     comparison = compare.main([*names, "--output_dir", str(tmp_path / "comparison"), "--rounds", "5"])
 
