@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_sai.environment import short_path, versions
@@ -142,25 +141,20 @@ def effective_rates(optimizer: Any) -> Iterator[tuple[str, float]]:
     if not hasattr(optimizer, "gsnr_report"):
         yield from ((f"sai/lr/{name}", _number(group["lr"]) or 0.0) for name, group in zip(names, groups, strict=True))
         return
-    scales = [[_scale(optimizer, p) for p in group["params"]] for group in groups]
+    rows = defaultdict(list)  # the report, not the parameters: DeepSpeed ZeRO keeps many of them in one flat tensor
+    for row in optimizer.gsnr_report():
+        rows[row.group].append((math.prod(row.shape), row.gsnr or 0.0))
+    mine = [rows[str(group.get("name", index))] for index, group in enumerate(groups)]
     largest: dict[Any, float] = defaultdict(float)
-    for group, mine in zip(groups, scales, strict=True):
+    for group, scales in zip(groups, mine, strict=True):
         key = group.get("normalize_over")
-        largest[key] = max(largest[key], *mine, 0.0)
-    unmeasured = 0
-    for name, group, mine in zip(names, groups, scales, strict=True):
-        elements = [p.numel() for p in group["params"]]
-        unmeasured += sum(1 for n, scale in zip(elements, mine, strict=True) if n and not scale)
-        mean = sum(map(math.prod, zip(elements, mine, strict=True))) / max(1, sum(elements))
+        largest[key] = max([largest[key], *(scale for _, scale in scales)])
+    for name, group, scales in zip(names, groups, mine, strict=True):
+        mean = sum(map(math.prod, scales)) / max(1, sum(elements for elements, _ in scales))
         if group.get("normalize"):
             mean /= largest[group.get("normalize_over")] or 1.0
         yield f"sai/lr/{name}", (_number(group["lr"]) or 0.0) * mean
-    yield "sai/unmeasured", float(unmeasured)
-
-
-def _scale(optimizer: Any, p: torch.Tensor) -> float:
-    """The parameter's g-SNR; 0 while unmeasured."""
-    return float(optimizer.state[p].get("gsnr", 0.0)) if p in optimizer.state else 0.0
+    yield "sai/unmeasured", float(sum(not scale for scales in rows.values() for _, scale in scales))
 
 
 def _number(value: Any) -> float | None:
