@@ -6,6 +6,7 @@ import warnings
 import torch
 import torch.distributed as dist
 from common import (
+    FOLDER,
     OPTIONS,
     STEPS,
     build,
@@ -184,7 +185,35 @@ def scaler(mode):
     return {**largest_difference(got, reference()), "untouched": untouched, "scale": grad_scaler.get_scale()}
 
 
+def hf_tp():
+    """transformers' own tensor parallelism, where the embedding is sharded and its gradient replicated."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    folder = FOLDER / "llama"
+    if RANK == 0:
+        LlamaForCausalLM(LlamaConfig(vocab_size=64, intermediate_size=32, **sizes)).save_pretrained(folder)
+    dist.barrier()
+    models = LlamaForCausalLM.from_pretrained(folder), LlamaForCausalLM.from_pretrained(folder, tp_plan="auto")
+    runs = []
+    for model in models:
+        optimizer = SGDSaI(model.named_parameters(), lr=1e-2)
+        for step in range(STEPS):
+            tokens = torch.randint(64, (4, 9), generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+        runs.append({"gsnr": gsnr_of(optimizer), "losses": [loss.item()]})
+    return {
+        **largest_difference(runs[1], runs[0]),
+        "same_placements": same_placements(optimizer),
+        "sharded": sum(isinstance(p, DTensor) for p in params_of(optimizer)),
+    }
+
+
 CHECKS = {
+    "hf_tp": hf_tp,
     "bf16": bf16,
     "late_and_broken": late_and_broken,
     "flat_parameters_refused": flat_parameters_refused,

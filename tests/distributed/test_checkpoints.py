@@ -57,3 +57,11 @@ def test_nothing_is_lost_but_the_unsaved_step_when_a_rank_is_killed(tmp_path, wh
         assert result["step"] >= 3
         assert result["losses"] == result["expected"]
         assert None not in result["gsnr"].values()
+
+
+def test_accelerates_save_state_and_load_state_resume_bit_for_bit(tmp_path):
+    for result in run_ranks("accelerate_worker.py", 2, tmp_path):
+        assert result == {
+            name: {"type": kind, "processes": 2, "same_loss": True, "same_gsnr": True}
+            for name, kind in (("ddp", "MULTI_CPU"), ("fsdp2", "FSDP"))
+        }

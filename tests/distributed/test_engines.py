@@ -20,6 +20,7 @@ TWO = [
     "scaler_ddp",
     "scaler_fsdp2",
     "scaler_fsdp1",
+    "hf_tp",
 ]
 FOUR = ["hsdp", "fsdp2_tp", "fsdp2", "fsdp1"]
 #: Process groups over which something is sharded: the most all_reduces that the measuring step may run.
@@ -61,6 +62,14 @@ def test_momentum_has_the_parameters_placements(runs, world_size, mode):
     for result in runs[world_size]:
         assert result[mode]["same_placements"]
         assert (result[mode]["sharded"] > 0) == ("fsdp2" in mode or mode in ("hsdp", "tp"))
+
+
+def test_transformers_tensor_parallelism_equals_one_process(runs):
+    for result in runs[2]:
+        assert result["hf_tp"]["gsnr"] <= 1e-6
+        assert result["hf_tp"]["loss"] <= 1e-5
+        assert result["hf_tp"]["same_placements"]
+        assert result["hf_tp"]["sharded"] == 16
 
 
 def test_empty_shards_were_among_what_was_tried(runs):
