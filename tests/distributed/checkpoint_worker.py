@@ -4,6 +4,7 @@ ACTION ``save`` trains half the steps, saves sharded and full, trains on; ``resu
 ``die`` saves every step and is killed from outside; ``survive`` resumes from the last whole checkpoint of that run.
 """
 
+# ruff: noqa: E402
 import json
 import os
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+
+sys.modules["transformers"] = None  # not needed here, and most of a worker's time would be importing it
 from common import OPTIONS, STEPS, build, counting, groups_of, gsnr_of, join, train, write_result
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
