@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -28,13 +29,18 @@ def environment() -> SandboxedEnvironment:
         plain=_plain,
         code=code_block,
         url=lambda text: quote(str(text), safe="/"),
-        number=lambda value: "–" if value is None else f"{value:.4g}",  # noqa: RUF001
-        count=lambda value: "–" if value is None else f"{value:,}",  # noqa: RUF001
-        bytes=lambda value: "–" if value is None else human_bytes(value),  # noqa: RUF001
-        percent=lambda value: "–" if value is None else f"{100 * value:.1f} %",  # noqa: RUF001
+        number=_shown(lambda value: f"{value:.4g}"),
+        count=_shown(lambda value: f"{value:,}"),
+        bytes=_shown(human_bytes),
+        percent=_shown(lambda value: f"{100 * value:.1f} %"),
         truncated=lambda text: text if len(text) <= MAX_SAMPLE_CHARACTERS else text[:MAX_SAMPLE_CHARACTERS] + " ...",
     )
     return jinja
+
+
+def _shown(form: Callable[[Any], str]) -> Callable[[Any], str]:
+    """A filter that shows numbers in a form, and a dash for what is missing or no number."""
+    return lambda value: form(value) if isinstance(value, int | float) else "–"  # noqa: RUF001
 
 
 def markdown_text(value: Any) -> str:

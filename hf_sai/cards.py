@@ -172,8 +172,7 @@ def card_data(record: RunRecord) -> ModelCardData:
 
 
 def _eval_results(record: RunRecord, metrics: Mapping[str, float], task: str | None) -> list[EvalResult]:
-    validation = [source for source in record.data if source.get("role") in ("validation", "test")]
-    source = next(iter(validation or record.data), None)
+    source = next(iter(_evaluation_data(record)), None)
     if source is None:
         return []
     name = source["name"]
@@ -183,7 +182,7 @@ def _eval_results(record: RunRecord, metrics: Mapping[str, float], task: str | N
             task_type=task or "other",
             dataset_type=kind,
             dataset_name=_one_line(name),
-            dataset_split=source["role"] if validation else None,
+            dataset_split="validation" if "validation" in str(source.get("role")) else None,
             metric_type=_one_line(metric),
             metric_name=metric.replace("_", " "),
             metric_value=value,
@@ -192,11 +191,21 @@ def _eval_results(record: RunRecord, metrics: Mapping[str, float], task: str | N
     ]
 
 
+def _evaluation_data(record: RunRecord) -> list[dict[str, Any]]:
+    """The sources it was evaluated on, or all where none says so."""
+    found = [source for source in record.data if re.search("validation|test", str(source.get("role")))]
+    return found or record.data
+
+
 def _context(record: RunRecord, repo_id: str | None, pictures: set[str]) -> dict[str, Any]:
     card, settings = _mapping(record.run.get("card")), record.settings
     repo_id = repo_id or _string(settings.get("hub_model_id")) or record.name
+    before = {
+        key.removeprefix("eval_"): value
+        for key, value in _mapping(record.results.get("before training")).items()
+        if isinstance(value, int | float)
+    }
     runs = [record.summary(), *record.twins]
-    data = [source for source in record.data if source.get("role") in ("validation", "test")] or record.data
     hardware = record.hardware
     accelerators = [str(device.get("name")) for device in hardware.get("accelerators", [])]
     places = accelerators or [
@@ -205,6 +214,7 @@ def _context(record: RunRecord, repo_id: str | None, pictures: set[str]) -> dict
     return {
         "record": record,
         "runs": runs,
+        "before": before,
         "metric_names": list(runs[0]["metrics"]),
         "pictures": pictures,
         "usage": usage_code(record, repo_id, _task(record)),
@@ -223,7 +233,8 @@ def _context(record: RunRecord, repo_id: str | None, pictures: set[str]) -> dict
         "is_sai": _is_sai(record),
         "optimizer_name": record.optimizer.get("name", "an unknown optimizer"),
         "optimizer_class": record.optimizer.get("class", record.optimizer.get("name", "unknown")),
-        "evaluated_on": ", ".join(source["name"] for source in data) or "data that the record does not name",
+        "evaluated_on": ", ".join(source["name"] for source in _evaluation_data(record))
+        or "data that the record does not name",
         "hardware": ", ".join(places),
         "processes": hardware.get("processes", 1),
     }

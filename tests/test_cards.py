@@ -167,6 +167,12 @@ def test_a_users_words_and_metadata_survive_and_numbers_are_renewed(tmp_path):
     assert not (tmp_path / BACKUP_FILE).exists()
 
 
+def test_scores_before_training_stand_below(tmp_path):
+    record = make_record("mine")
+    record.results = {"rouge": 0.5, "before training": {"eval_loss": 9.25, "rouge": 0.125, "note": "no number"}}
+    assert "| before training | | | 0 | 9.25 | 0.125 | |" in render_card(record).text
+
+
 def test_foreign_evaluation_results_are_kept(tmp_path):
     record = make_record("mine")
     record.data = [{"name": "d"}]

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
+from hf_sai.artifacts import finish_run
 from hf_sai.comparison import (
     interleaved_step_times,
     markdown_table,
@@ -110,7 +111,8 @@ def save(comparison: dict, results: dict, folder: Path) -> None:
     picture.write_bytes(draw(plot_loss([RunRecord.load(name) for name in results])))
     print(f"\n{table}\n\nRatios are to {comparison['baseline']}.")
     for name in results:
-        print(f"checkpoint: {name}")
+        others = [other for other in results if other != name]
+        print(f"checkpoint: {name}\nmodel card: {finish_run(name, twins=others)[-1]}")
     print(f"picture: {picture}\nnumbers: {folder / 'comparison.json'}, {folder / 'comparison.md'}")
 
 

@@ -46,9 +46,10 @@ from transformers import (
     set_seed,
 )
 
+from hf_sai.artifacts import finish_run
 from hf_sai.callbacks import RunRecordCallback
-from hf_sai.cards import write_card
-from hf_sai.plots import save_pictures
+from hf_sai.hub_callback import take_over_push_to_hub
+from hf_sai.publish import PublishError
 from hf_sai.recipe_input import (
     InputError,
     check_optimizer,
@@ -129,10 +130,14 @@ def main(argv: list[str] | None = None) -> dict:
     model = load_model(script_args, tokenizer)
     check_optimizer(training_args, model)
 
+    publisher = take_over_push_to_hub(training_args)
     if script_args.restart and checkpoint is None:
         delete_checkpoints(training_args)
     metric = evaluate.load(str(METRIC))
-    record = RunRecordCallback(data=[{**describe_data(script_args), "role": "train and validation"}])
+    record = RunRecordCallback(
+        data=[{**describe_data(script_args), "role": "train and validation"}],
+        card=describe_model(script_args),
+    )
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -140,7 +145,7 @@ def main(argv: list[str] | None = None) -> dict:
         eval_dataset=validation_dataset,
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        callbacks=[record],
+        callbacks=[record, publisher] if publisher else [record],
         preprocess_logits_for_metrics=nll_and_tokens,
         compute_metrics=lambda output: metric.compute(
             predictions=output.predictions[:, 0], references=output.predictions[:, 1].astype(int)
@@ -151,8 +156,8 @@ def main(argv: list[str] | None = None) -> dict:
     trainer.save_model()
     if trainer.is_world_process_zero():
         save_results(trainer, record, metrics, script_args)
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
+    if publisher:
+        publisher.finish()
     return metrics
 
 
@@ -208,7 +213,24 @@ def load_text(script_args: ScriptArguments) -> DatasetDict | dict:
 def describe_data(script_args: ScriptArguments) -> dict:
     if script_args.dataset_name is None and script_args.train_file is None:
         return {"name": "Python standard library: documentation and docstrings", "license": "psf-2.0"}
-    return {"name": script_args.dataset_name or ", ".join(script_args.train_file)}
+    if script_args.dataset_name is None:
+        return {"name": ", ".join(script_args.train_file)}
+    on_the_hub = not Path(script_args.dataset_name).exists()
+    return {"name": script_args.dataset_name} | ({"id": script_args.dataset_name} if on_the_hub else {})
+
+
+def describe_model(script_args: ScriptArguments) -> dict:
+    """Return what the model card should say and only we know; people with other data should add their licence."""
+    what = f"GPT-2 ({script_args.model_size})" if script_args.model_name_or_path is None else "A language model"
+    card = {
+        "description": f"{what} that continues text like its training data. Made to compare optimizers.",
+        "limits": "It writes text that looks like its training data and knows no facts; nobody checked what it writes "
+        "for truth, bias or offence. Its loss is comparable only between runs with the same tokenizer and data.",
+    }
+    if script_args.dataset_name is None and script_args.train_file is None:
+        link = "https://docs.python.org/3/license.html"
+        card |= {"language": "en", "license": "other", "license_name": "psf-2.0", "license_link": link}
+    return card
 
 
 def local_files(script_args: ScriptArguments) -> dict:
@@ -333,11 +355,11 @@ def save_results(trainer: Trainer, record: RunRecordCallback, metrics: dict, scr
     if script_args.sample_tokens > 0 and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         sample = write_sample(trainer, script_args)
         (folder / "sample.txt").write_text(sample + "\n", encoding="utf-8")
-        record.add(samples=[{"title": "Text written after training", "text": sample}])
+        prompt = script_args.sample_prompt
+        record.add(samples=[{"title": "Text written after training", "prompt": prompt, "text": sample}])
         print(f"sample: {sample}")
-    (folder / "pictures").mkdir(exist_ok=True)
-    pictures = save_pictures([record.record], folder / "pictures", themes=["light"])
-    print(f"\nmodel: {folder}\nmodel card: {write_card(folder)}\nnumbers: {folder / 'results.json'}")
+    *pictures, card = finish_run(folder)
+    print(f"\nmodel: {folder}\nmodel card: {card}\nnumbers: {folder / 'results.json'}")
     print(f"pictures: {', '.join(map(str, pictures))}")
 
 
@@ -359,5 +381,5 @@ def write_sample(trainer: Trainer, script_args: ScriptArguments) -> str:
 if __name__ == "__main__":
     try:
         main()
-    except InputError as problem:
+    except (InputError, PublishError) as problem:
         sys.exit(f"train.py: {problem}")

@@ -1,0 +1,270 @@
+"""Compare optimizers on one LoRA task, each at its own best learning rate.
+
+    python recipes/llama_lora/benchmark.py recipes/llama_lora/benchmark.yaml \\
+        --results recipes/llama_lora/results/benchmark.json
+
+For each candidate the learning rates of its grid are tried with seed 0. While the best one lies at an end of the grid,
+the grid grows there by a factor of 2; then the rates a factor of sqrt(2) beside the best are tried, and the best of all
+is repeated with seeds 1 and 2. Every run is written to the results file at once, and a run that stands there is not
+repeated. `--candidates name name` runs only these; `--timing true` compares the times of their steps instead.
+"""
+
+import copy
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from base_model import OFFLINE_MODEL, add_lora, load_base
+from candidates import CANDIDATES, Candidate
+from datasets import Dataset
+from frozen_prefix import with_frozen_prefix
+from instruction_data import load_splits, shorten
+from tqdm.auto import tqdm
+from transformers import set_seed
+from trl import ModelConfig, SFTConfig, SFTTrainer
+
+from hf_sai.comparison import interleaved_step_times, markdown_table, optimizer_state_bytes, step_time_ratio
+from hf_sai.recipe_input import InputError, parse_config_and_flags
+
+SEEDS = (0, 1, 2)
+BASELINE = "adamw"
+TIMED_ROUNDS = 200
+TASK_SETTINGS = (
+    "max_length",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_grad_norm",
+    "weight_decay",
+)
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to compare, and where the results go; the task comes from TRL's options."""
+
+    results: str = field(metadata={"help": "JSON file of finished runs; it grows."})
+    candidates: list[str] | None = field(default=None, metadata={"help": f"Default: all of {', '.join(CANDIDATES)}."})
+    max_eval_samples: int = field(default=64, metadata={"help": "Rows of validation to evaluate on."})
+    adapted_layers: int = field(default=10, metadata={"help": "How many layers have adapters, at the model's top."})
+    growth: int = field(default=3, metadata={"help": "How often a grid may grow at its ends."})
+    refine: bool = field(default=True, metadata={"help": "Try a factor of sqrt(2) beside the best learning rate."})
+    seeds: int = field(default=len(SEEDS), metadata={"help": "Seeds at the best learning rate."})
+    timing: bool = field(default=False, metadata={"help": "Train nothing: time the steps of the candidates."})
+    table: bool = field(default=False, metadata={"help": "Run nothing: print the table of the results file."})
+
+
+class CompletionTrainer(SFTTrainer):
+    """SFTTrainer with the same loss at half the cost on a CPU: no logits where no row of the batch has a completion."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        targets = inputs["labels"][:, 1:]
+        positions = (targets != -100).any(0).nonzero().squeeze(1)
+        targets = targets[:, positions]
+        logits = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=positions
+        ).logits
+        total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        loss = total / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+class Results:
+    """The finished runs in a JSON file, found by candidate, learning rate and seed; all of the same task."""
+
+    def __init__(self, path: Path, task: dict[str, Any]) -> None:
+        self.path, self.task = path, task
+        self.runs: list[dict] = []
+        if path.is_file():
+            content = json.loads(path.read_text())
+            different = [f"{key} ({content['task'].get(key)})" for key in task if content["task"].get(key) != task[key]]
+            if different:
+                raise InputError(f"{path} holds runs with another {', '.join(different)}: name another file.")
+            self.runs = content["runs"]
+
+    def find(self, candidate: str, lr: float | None = None, seed: int | None = None) -> list[dict]:
+        return [
+            run
+            for run in self.runs
+            if run["candidate"] == candidate and lr in (None, run["learning_rate"]) and seed in (None, run["seed"])
+        ]
+
+    def add(self, run: dict) -> None:
+        self.runs.append(run)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(".part")
+        unfinished.write_text(json.dumps({"task": self.task, "runs": self.runs}, indent=1) + "\n")
+        os.replace(unfinished, self.path)
+
+    def best(self, candidate: str) -> float:
+        """The learning rate with the lowest evaluation loss of seed 0."""
+        return min(self.find(candidate, seed=0), key=lambda run: run["eval_loss"])["learning_rate"]
+
+
+class Task:
+    """The model, the data and the settings that all runs share."""
+
+    def __init__(self, args: BenchmarkArguments, model_args: ModelConfig, training_args: SFTConfig) -> None:
+        self.model_args, self.training_args = model_args, training_args
+        base, self.tokenizer = load_base(model_args)
+        self.base = with_frozen_prefix(base, args.adapted_layers, self.tokenizer.pad_token_id)
+        splits = load_splits(None, None, "train", "validation", 0)
+        self.train = shorten(splits["train"], self.tokenizer, training_args.max_length, None)
+        self.validation: Dataset = shorten(
+            splits["validation"], self.tokenizer, training_args.max_length, args.max_eval_samples
+        )
+
+    def adapted(self, seed: int) -> torch.nn.Module:
+        set_seed(seed)
+        return add_lora(copy.deepcopy(self.base), self.model_args)
+
+    def settings(self, **changes: Any) -> SFTConfig:
+        args = copy.copy(self.training_args)
+        for key, value in changes.items():
+            setattr(args, key, value)
+        return args
+
+    def run(self, name: str, candidate: Candidate, lr: float, seed: int) -> dict[str, Any]:
+        """Train once and return what came out."""
+        model = self.adapted(seed)
+        optimizer = candidate.build(model, lr)
+        trainer = CompletionTrainer(
+            model=model,
+            args=self.settings(seed=seed, learning_rate=lr, **candidate.settings),
+            train_dataset=self.train,
+            eval_dataset=self.validation,
+            processing_class=self.tokenizer,
+            optimizers=(optimizer, None),
+        )
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+        losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+        return {
+            "candidate": name,
+            "learning_rate": lr,
+            "seed": seed,
+            "eval_loss": trainer.evaluate()["eval_loss"],
+            "state_bytes": optimizer_state_bytes(optimizer.state_dict()),
+            "train_seconds": round(seconds, 1),
+            "train_loss": [round(entry["loss"], 4) for entry in losses],
+            "grad_norm": [round(float(entry["grad_norm"]), 4) for entry in losses],
+        }
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, model_args, training_args = parse_config_and_flags(
+        (BenchmarkArguments, ModelConfig, SFTConfig),
+        sys.argv[1:] if argv is None else argv,
+        usage="benchmark.py CONFIG.yaml --results FILE.json [--key value ...]",
+    )
+    names = args.candidates or list(CANDIDATES)
+    unknown = sorted(set(names) - set(CANDIDATES))
+    if unknown:
+        raise InputError(f"no candidate is called {', '.join(unknown)}; choose among {', '.join(CANDIDATES)}.")
+    results = Results(Path(args.results), task_settings(args, model_args, training_args))
+    if args.timing:
+        print(timing_table(Task(args, model_args, training_args), names))
+        return
+    if not args.table:
+        task = Task(args, model_args, training_args)
+        for name in tqdm(names, desc="optimizers", unit="optimizer"):
+            search(task, name, CANDIDATES[name], results, args)
+    print(table(results, names))
+
+
+def task_settings(args: BenchmarkArguments, model_args: ModelConfig, training_args: SFTConfig) -> dict[str, Any]:
+    """What must be equal for two runs to be comparable."""
+    return {
+        "model": model_args.model_name_or_path or OFFLINE_MODEL,
+        **{key: getattr(args, key) for key in ("adapted_layers", "max_eval_samples")},
+        **{key: getattr(model_args, key) for key in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")},
+        **{key: str(getattr(training_args, key)) for key in TASK_SETTINGS},
+    }
+
+
+def search(task: Task, name: str, candidate: Candidate, results: Results, args: BenchmarkArguments) -> None:
+    """Run a candidate's grid, grow it while the best lies at an end, and repeat the best with the other seeds."""
+
+    def run(lr: float, seed: int) -> None:
+        if not results.find(name, lr, seed):
+            run = task.run(name, candidate, lr, seed)
+            results.add(run)
+            tqdm.write(
+                f"{name}: learning rate {lr:g}, seed {seed}: eval loss {run['eval_loss']:.4f} "
+                f"({run['train_seconds']:.0f} s)"
+            )
+
+    grid = sorted(candidate.grid)
+    for lr in grid:
+        run(lr, seed=0)
+    for _ in range(args.growth):
+        best = results.best(name)
+        if best not in (grid[0], grid[-1]):
+            break
+        grid = sorted([*grid, best / 2 if best == grid[0] else best * 2])
+        for lr in grid:
+            run(lr, seed=0)
+    if args.refine:
+        best = results.best(name)
+        for factor in (2**-0.5, 2**0.5):
+            run(float(f"{best * factor:.2g}"), seed=0)
+    for seed in SEEDS[: args.seeds]:
+        run(results.best(name), seed)
+
+
+def table(results: Results, names: list[str]) -> str:
+    """One line a candidate, the best first."""
+    rows = []
+    for name in names:
+        if not results.find(name, seed=0):
+            continue
+        best = results.best(name)
+        runs = results.find(name, best)
+        losses = [run["eval_loss"] for run in runs]
+        grid = ", ".join(f"{run['learning_rate']:g}" for run in sorted(results.find(name, seed=0), key=_rate))
+        spread = f"± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+        mean = statistics.mean(losses)
+        rows.append((mean, [name, f"{mean:.3f} {spread}", len(losses), f"{best:g}", grid, runs[0]["state_bytes"]]))
+    columns = ["optimizer", "eval loss", "seeds", "best lr", "grid (seed 0)", "state bytes"]
+    return markdown_table(columns, [row for _, row in sorted(rows, key=lambda row: row[0])])
+
+
+def timing_table(task: Task, names: list[str]) -> str:
+    """Time a step of every candidate in turn, on adapters of its own and gradients drawn once."""
+    optimizers = {}
+    for name in {BASELINE: None, **dict.fromkeys(names)}:
+        model = task.adapted(seed=0)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.randn_like(parameter)
+        optimizers[name] = CANDIDATES[name].build(model, 1e-6)
+    seconds = interleaved_step_times(optimizers, rounds=TIMED_ROUNDS)
+    rows = []
+    for name in names:
+        ratio = step_time_ratio(seconds[name], seconds[BASELINE])
+        quartiles = f"{ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f}"
+        rows.append([name, f"{statistics.median(seconds[name]) * 1e3:.2f}", f"{ratio['median']:.2f}", quartiles])
+    return markdown_table(["optimizer", "step, ms (median)", f"times {BASELINE}'s", "quartiles"], rows)
+
+
+def _rate(run: Mapping) -> float:
+    return run["learning_rate"]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as problem:
+        sys.exit(f"benchmark.py: {problem}")

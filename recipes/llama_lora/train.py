@@ -1,0 +1,190 @@
+"""Teach a Llama-architecture model with LoRA, with any optimizer that Trainer knows, `sgd_sai` among them.
+
+A real model and real text that need no network (SmolLM2-135M-Instruct learns to write the standard library's
+docstrings), 2 CPU cores, about 15 minutes:
+
+    accelerate launch --config_file recipes/accelerate_configs/cpu.yaml \\
+        recipes/llama_lora/train.py recipes/llama_lora/demo.yaml
+
+Every key of the YAML file can be set on the command line, which wins:
+
+    accelerate launch --config_file recipes/accelerate_configs/cpu.yaml \\
+        recipes/llama_lora/train.py recipes/llama_lora/demo.yaml \\
+        --lora_r 16 --optim_args lr_ratios=lora_A:2 --output_dir runs/another_adapter
+
+Another model, other data (a chat in `messages`, or `prompt` and `completion`), on a GPU, the base in 4 bit:
+
+    accelerate launch --config_file recipes/accelerate_configs/one_gpu.yaml \\
+        recipes/llama_lora/train.py recipes/llama_lora/llama_3_8b.yaml \\
+        --model_name_or_path meta-llama/Llama-3.1-8B-Instruct --dataset_name my_chats.jsonl --load_in_4bit true
+
+TRL's SFTTrainer does the training and not transformers' Trainer: it writes chats with the model's own template, leaves
+the prompt out of the loss, keeps an 8-bit or 4-bit base and its adapter in the right types, and still is a Trainer, so
+that `--optim sgd_sai` works as everywhere.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from base_model import add_lora, load_base, name_base
+from datasets import Dataset, DatasetDict
+from instruction_data import load_splits, shorten
+from scoring import generate, references, score, side_by_side
+from transformers import PreTrainedTokenizerBase, set_seed
+from trl import ModelConfig, SFTConfig, SFTTrainer
+
+from hf_sai.callbacks import RunRecordCallback
+from hf_sai.cards import write_card
+from hf_sai.comparison import markdown_table
+from hf_sai.hub_callback import take_over_push_to_hub
+from hf_sai.plots import save_pictures
+from hf_sai.publish import PublishError
+from hf_sai.recipe_input import (
+    InputError,
+    check_optimizer,
+    delete_checkpoints,
+    find_checkpoint,
+    parse_config_and_flags,
+)
+
+DOCSTRINGS = {"name": "Python standard library: code and docstrings", "license": "psf-2.0"}
+
+
+@dataclass
+class RecipeArguments:
+    """The data and what to do beside training; without a data set, the standard library's docstrings are learned."""
+
+    gguf_file: str | None = field(default=None, metadata={"help": "GGUF file: in the model's folder, or on its own."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set on the Hub, local folder, or .json, .jsonl, .csv, .parquet file."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, if it has several."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, if it exists."})
+    held_out_rows: int = field(default=200, metadata={"help": "Rows of training to evaluate on if it does not."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many rows at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many rows at most."})
+    generations: int = field(default=32, metadata={"help": "Completions to write and score before and after; 0: none."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest completion, in tokens."})
+    shown_generations: int = field(default=4, metadata={"help": "How many of them to print."})
+    restart: bool = field(default=False, metadata={"help": "Delete the checkpoints of an earlier run in output_dir."})
+
+
+def main(argv: list[str] | None = None) -> dict:
+    # Everything that can be wrong with the input comes before the trainer, which creates the output directory.
+    args, model_args, training_args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    checkpoint = find_checkpoint(training_args, args.restart)
+    set_seed(training_args.seed)
+    base, tokenizer = load_base(model_args, args.gguf_file)
+    with training_args.main_process_first(desc="preparing the data"):
+        splits = load_data(args, training_args, tokenizer)
+    model = add_lora(base, model_args)
+    check_optimizer(training_args, model)
+
+    publisher = take_over_push_to_hub(training_args)
+    if args.restart and checkpoint is None:
+        delete_checkpoints(training_args)
+    record = RunRecordCallback(
+        data=[{**(DOCSTRINGS if args.dataset_name is None else {"name": args.dataset_name}), "role": "train"}]
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        processing_class=tokenizer,
+        callbacks=[record, publisher] if publisher else [record],
+    )
+    validation = splits["validation"]
+    before, written_before = assess(trainer, validation, args, "before")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    after, written_after = assess(trainer, validation, args, "after")
+    results = {"before": before, "after": after}
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        name_base(trainer.accelerator.unwrap_model(trainer.model), training_args.output_dir)
+        save_results(trainer, record, results, side_by_side(validation, written_before, written_after))
+        print(side_by_side(validation, written_before[: args.shown_generations], written_after))
+        print(results_table(results))
+    if publisher:
+        publisher.finish()
+    return results
+
+
+def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, ModelConfig, SFTConfig]:
+    args, model_args, training_args = parse_config_and_flags(
+        (RecipeArguments, ModelConfig, SFTConfig), argv, usage="train.py CONFIG.yaml [--key value ...]"
+    )
+    for name, least in (
+        ("held_out_rows", 1),
+        ("max_train_samples", 1),
+        ("max_eval_samples", 1),
+        ("generations", 0),
+        ("max_new_tokens", 1),
+    ):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise InputError(f"{name} is {value}; it must be at least {least}.")
+    return args, model_args, training_args
+
+
+def load_data(args: RecipeArguments, training_args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
+    """Return training and validation rows that fit into `max_length` tokens."""
+    splits = load_splits(
+        args.dataset_name, args.dataset_config, args.dataset_train_split, args.dataset_test_split, args.held_out_rows
+    )
+    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
+    length = training_args.max_length
+    return DatasetDict({name: shorten(rows, tokenizer, length, limits[name]) for name, rows in splits.items()})
+
+
+def assess(
+    trainer: SFTTrainer, validation: Dataset, args: RecipeArguments, when: str
+) -> tuple[dict[str, float], list[str]]:
+    """Return loss per completion token and scores of what the model writes, and the texts."""
+    scores = {"eval_loss": trainer.evaluate()["eval_loss"]}
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # no process has the whole model
+    count = 0 if sharded else min(args.generations, len(validation))
+    texts = []
+    if count and trainer.is_world_process_zero():
+        rows = validation.select(range(count))
+        texts = generate(
+            trainer.accelerator.unwrap_model(trainer.model),
+            trainer.processing_class,
+            rows,
+            max_new_tokens=args.max_new_tokens,
+            batch_size=trainer.args.per_device_eval_batch_size,
+            desc=f"writing {when} training",
+        )
+        scores |= score(texts, references(rows), docstrings=args.dataset_name is None)
+    return scores, texts
+
+
+def save_results(trainer: SFTTrainer, record: RunRecordCallback, results: dict, texts: str) -> None:
+    """Save results.json, generations.md, the run record's figures, the pictures and the model card."""
+    folder = Path(trainer.args.output_dir)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / "generations.md").write_text(texts, encoding="utf-8")
+    figures = {f"{key} {when} training": value for when, scores in results.items() for key, value in scores.items()}
+    record.add(results=figures)
+    (folder / "pictures").mkdir(exist_ok=True)
+    pictures = save_pictures([record.record], folder / "pictures")
+    card = write_card(folder)
+    print(f"\nadapter: {folder}\nmodel card: {card}\nnumbers: {folder / 'results.json'}")
+    print(f"texts: {folder / 'generations.md'}\npictures: {', '.join(map(str, pictures))}")
+
+
+def results_table(results: dict[str, dict[str, float]]) -> str:
+    """Return the scores before and after training as a Markdown table."""
+    before, after = results["before"], results["after"]
+    rows = [(key, f"{value:.4f}", f"{after[key]:.4f}") for key, value in before.items()]
+    return markdown_table(["", "before", "after"], rows)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, PublishError) as problem:
+        sys.exit(f"train.py: {problem}")
