@@ -51,7 +51,7 @@ clean: ## Remove the environments and all runs
 
 .venv/.installed: .venv/.recipes
 	$(PIP) --editable ".[all,dev]"
-	DS_BUILD_OPS=0 $(PIP) --no-build-isolation ".[deepspeed]"
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable ".[deepspeed]"
 	touch $@
 
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt
