@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from hf_sai.record import RunRecord
+from hf_sai.record import RunRecord, is_number
 from hf_sai.units import human_bytes
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def environment() -> SandboxedEnvironment:
 
 def _shown(form: Callable[[Any], str]) -> Callable[[Any], str]:
     """A filter that shows numbers in a form, and a dash for what is missing or no number."""
-    return lambda value: form(value) if isinstance(value, int | float) else "–"  # noqa: RUF001
+    return lambda value: form(value) if is_number(value) else "–"  # noqa: RUF001
 
 
 def markdown_text(value: Any) -> str:

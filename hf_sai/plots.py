@@ -47,6 +47,8 @@ _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 _MARKERS = "os^Dv*"
 MAX_RUNS = len(_MARKERS)
 MAX_KINDS = 36
+MAX_LAYERS = 400
+MAX_ROLES = 24
 
 
 def plot_loss(records: Sequence[RunRecord], theme: str = "light") -> Figure:
@@ -96,7 +98,7 @@ def plot_gsnr(record: RunRecord, theme: str = "light") -> Figure:
     """g-SNR over sqrt(n) of every layer and kind of parameter, as a map.
 
     1 is a gradient without a mean; higher means that its elements agree. A crossed cell is unmeasured; an empty one
-    does not exist. Kinds beyond 36 are left to the record.
+    does not exist. Kinds beyond 36 and layers beyond 400 are left to the record.
 
     Args:
         record: A run with SGD-SaI.
@@ -116,7 +118,7 @@ def plot_gsnr(record: RunRecord, theme: str = "light") -> Figure:
     for row in rows:
         cells[layer_and_kind(row["name"])[::-1]].append(row.get("ratio"))
     kinds = list(dict.fromkeys(kind for kind, _ in cells))[:MAX_KINDS]
-    layers = sorted(dict.fromkeys(layer for _, layer in cells), key=_layer_order)
+    layers = sorted(dict.fromkeys(layer for _, layer in cells), key=_layer_order)[:MAX_LAYERS]
     table = [[_median(cells.get((kind, layer), ())) for layer in layers] for kind in kinds]
 
     figure = _figure(theme, width=min(16, 4 + 0.38 * len(layers)), height=1.6 + 0.3 * len(kinds))
@@ -152,14 +154,14 @@ def plot_updates(record: RunRecord, theme: str = "light") -> Figure:
         theme: ``light`` or ``dark``.
 
     Returns:
-        A matplotlib figure; roles beyond the sixth repeat the colours.
+        A matplotlib figure; roles beyond the sixth repeat the colours, those beyond the 24th are left to the record.
 
     Raises:
         ValueError: The record has no such ratios.
     """
     _check([record], theme)
     prefix = "sai/update_ratio/"
-    curves = {key.removeprefix(prefix): record.curve(key) for key in record.keys(prefix)}
+    curves = {key.removeprefix(prefix): record.curve(key) for key in record.keys(prefix)[:MAX_ROLES]}
     curves = {role: [point for point in points if point[1] > 0] for role, points in curves.items()}
     if not any(curves.values()):
         raise ValueError(f"{record.name} has no update-to-weight ratios: it was trained without RunRecordCallback")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from hf_sai.files import atomic_write, read_text
 from hf_sai.redact import redact
 
-__all__ = ["RECORD_FILE", "RECORD_VERSION", "RunRecord"]
+__all__ = ["RECORD_FILE", "RECORD_VERSION", "RunRecord", "is_number"]
 
 #: The record's name in a run's directory and in a repository on the Hub.
 RECORD_FILE = "run_record.json"
@@ -21,6 +22,8 @@ RECORD_FILE = "run_record.json"
 RECORD_VERSION = 1
 #: A record of 10,000 parameters and 100,000 log entries has about 25 MB.
 MAX_RECORD_BYTES = 64 * 2**20
+#: Deeper than any settings are, and far from what Python's own recursion allows.
+MAX_DEPTH = 50
 
 Point = tuple[int, float]
 
@@ -91,7 +94,7 @@ class RunRecord:
         Args:
             key: Such as ``loss``, ``eval_loss``, ``sai/update_ratio/base/decay``.
         """
-        points = [(entry["step"], entry[key]) for entry in self.history if _is_number(entry.get(key))]
+        points = [(entry["step"], entry[key]) for entry in self.history if is_number(entry.get(key))]
         return sorted(points, key=lambda point: point[0])
 
     def keys(self, prefix: str = "") -> list[str]:
@@ -105,15 +108,16 @@ class RunRecord:
             found.update({key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")})
         found.update({key.removeprefix("eval_"): value for key, value in self.results.items()})
         timings = re.compile(r"(^|_)(runtime|samples_per_second|steps_per_second|tokens_per_second)$")
-        return {key: value for key, value in found.items() if _is_number(value) and not timings.search(key)}
+        return {key: value for key, value in found.items() if is_number(value) and not timings.search(key)}
 
     def summary(self) -> dict[str, Any]:
         """What a comparison of runs needs: name, optimizer, rate, metrics, bytes of state, seconds per step."""
         steps, seconds = self.timing.get("steps"), self.timing.get("step_seconds")
+        lr = self.optimizer.get("options", {}).get("lr")
         return {
             "name": self.name,
             "optimizer": self.optimizer.get("name", "?"),
-            "lr": self.optimizer.get("options", {}).get("lr"),
+            "lr": lr if is_number(lr) else None,
             "steps": self.run.get("steps", 0),
             "metrics": self.metrics(),
             "state_bytes": self.state_bytes,
@@ -166,7 +170,7 @@ class RunRecord:
                 f"{path} has version {version!r}, but this hf-sai reads versions 1 to {RECORD_VERSION}; upgrade hf-sai"
             )
         known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
-        problem = _first_problem(known)
+        problem = _first_problem(known) if _is_flat(known) else f"it is nested more than {MAX_DEPTH} levels deep"
         if problem:
             raise ValueError(f"{path} is not a valid run record: {problem}")
         return cls(**known)
@@ -196,15 +200,29 @@ def _record_file(path: str | Path) -> Path:
     return path if path.suffix == ".json" else path / RECORD_FILE
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, and no bool."""
+    # JSON's integers have no end; what no float can hold is refused here, not where it is drawn.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_flat(content: Any) -> bool:
+    level = [content]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for value in level
+            if isinstance(value, dict | list)
+            for child in (value.values() if isinstance(value, dict) else value)
+        ]
+    return not level
 
 
 # What readers rely on, as path -> test of the value; a list's items are checked one by one under "name[]".
-_OPTIONAL_NUMBER = ("a finite number or null", lambda value: value is None or _is_number(value))
+_OPTIONAL_NUMBER = ("a finite number or null", lambda value: value is None or is_number(value))
 _TEXT = ("a string", lambda value: isinstance(value, str))
-_COUNT = ("an integer >= 0", lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0)
-_OPTIONAL_COUNT = ("an integer >= 0 or null", lambda value: value is None or _COUNT[1](value))
+_COUNT = ("an integer from 0 to 2**63 - 1", lambda value: type(value) is int and 0 <= value < 2**63)
+_OPTIONAL_COUNT = ("an integer from 0 to 2**63 - 1, or null", lambda value: value is None or _COUNT[1](value))
 _DICT = ("an object", lambda value: isinstance(value, dict))
 _LIST = ("a list of objects", lambda value: isinstance(value, list) and all(isinstance(v, dict) for v in value))
 _SHAPE = ("a list of integers", lambda value: isinstance(value, list) and all(_COUNT[1](v) for v in value))

@@ -20,6 +20,8 @@ _TEMPLATE = Path(__file__).parent / "templates" / "report.html.jinja"
 _NO_CAUSE = ("output_dir", "logging_dir", "run_name", "hub_model_id", "report_to")
 _NOTHING = "–"  # noqa: RUF001
 MAX_IMAGE_BYTES = 8 * 2**20
+#: Images, or samples, of a run; a stranger's record may name one file a million times.
+MAX_SHOWN = 64
 MAX_TEXT = 4000
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -179,7 +181,7 @@ def _beside(records: Sequence[RunRecord], kind: str, show: Any) -> list[tuple[st
     """What has the same title in several runs, beside each other: [(title, [(run, content)])]."""
     titles: dict[str, list[tuple[str, Any]]] = {}
     for index, record in enumerate(records):
-        for item in getattr(record, kind):
+        for item in getattr(record, kind)[:MAX_SHOWN]:
             content = show(item, index)
             if content is not None:
                 titles.setdefault(_cut(item["title"]), []).append((record.name, content))

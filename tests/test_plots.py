@@ -8,7 +8,17 @@ import pytest
 from PIL import Image
 
 from hf_sai.cli import main
-from hf_sai.plots import THEMES, draw, layer_and_kind, plot_gsnr, plot_loss, plot_updates, save_pictures
+from hf_sai.plots import (
+    MAX_LAYERS,
+    MAX_ROLES,
+    THEMES,
+    draw,
+    layer_and_kind,
+    plot_gsnr,
+    plot_loss,
+    plot_updates,
+    save_pictures,
+)
 from hf_sai.record import RunRecord
 
 
@@ -157,6 +167,15 @@ def test_hostile_names_and_values_are_drawn_as_text():
     record.gsnr["parameters"][0].update(name=r"h.9999999999.$\undefined{$", ratio=0.0)
     for plot in (lambda r: plot_loss([r]), plot_gsnr, plot_updates):
         assert len(draw(plot(record))) > 1000
+
+
+def test_a_record_with_very_many_layers_and_roles_is_drawn_in_part():
+    record = make_record()
+    row = record.gsnr["parameters"][0]
+    record.gsnr["parameters"] = [{**row, "name": f"h.{i}.{'abc'[i % 3]}"} for i in range(5000)]
+    assert len(plot_gsnr(record).axes[0].get_xticklabels()) == MAX_LAYERS
+    record.history = [{"step": 1, **{f"sai/update_ratio/r{i}": 0.1 for i in range(5000)}}]
+    assert len(plot_updates(record).axes[0].get_lines()) == MAX_ROLES
 
 
 def test_layers_are_told_apart_in_unets_too():

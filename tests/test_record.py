@@ -1,5 +1,6 @@
 """The run record: written whole, without secrets, within its budget, from any training loop; strangers' are refused."""
 
+import contextlib
 import copy
 import errno
 import json
@@ -373,6 +374,9 @@ GOOD = {"format": "hf-sai run record", "version": 1}
         (GOOD | {"optimizer": {"groups": "x"}}, "optimizer.groups must be a list"),
         (GOOD | {"optimizer": {"groups": [{"name": "g", "tensors": -1}]}}, r"groups\[0\].tensors must be an integer"),
         (GOOD | {"gsnr": {"parameters": [{"name": "p", "group": "g", "shape": ["x"]}]}}, "shape must be a list of"),
+        (GOOD | {"history": [{"step": 10**400}]}, r"history\[0\].step must be an integer from 0 to 2\*\*63"),
+        (GOOD | {"timing": {"step_seconds": 10**400}}, "timing.step_seconds must be a finite number"),
+        (GOOD | {"settings": {"a": json.loads("[" * 60 + "]" * 60)}}, "nested more than 50 levels deep"),
         (GOOD | {"timing": {"step_seconds": "fast"}}, "timing.step_seconds must be a finite number"),
         ('{"format": "hf-sai run record", "version": 1, "timing": {"step_seconds": NaN}}', "finite number"),
     ],
@@ -396,9 +400,8 @@ def test_a_huge_or_missing_or_binary_record_is_refused(tmp_path, monkeypatch):
         RunRecord.load(tmp_path)
 
 
-def test_every_mangled_record_loads_or_is_refused_as_value_error(tmp_path):
-    finished_run(tmp_path)
-    whole = json.loads((tmp_path / RECORD_FILE).read_text())
+def mangled_records(whole, folder, wrongs):
+    """Every record that loads with one value replaced, or missing where ``wrongs`` has KeyError."""
 
     def places(value, path=()):
         yield path
@@ -407,20 +410,63 @@ def test_every_mangled_record_loads_or_is_refused_as_value_error(tmp_path):
             yield from places(child, (*path, key))
 
     for path in list(places(whole))[1:]:
-        for wrong in (None, [], {}, "<script>", -1, 1e999, [[]]):
+        for wrong in wrongs:
             mangled = copy.deepcopy(whole)
             place = mangled
             for key in path[:-1]:
                 place = place[key]
-            place[path[-1]] = wrong
-            (tmp_path / RECORD_FILE).write_text(json.dumps(mangled))
-            try:
-                loaded = RunRecord.load(tmp_path)
-            except ValueError:
-                continue
-            assert isinstance(loaded.curve("loss"), list)
-            assert loaded.name
-            assert loaded.optimizer_share is None or isinstance(loaded.optimizer_share, float)
+            if wrong is KeyError:
+                del place[path[-1]]
+            else:
+                place[path[-1]] = wrong
+            (folder / RECORD_FILE).write_text(json.dumps(mangled))
+            with contextlib.suppress(ValueError):
+                yield RunRecord.load(folder)
+
+
+def test_every_mangled_record_loads_or_is_refused_as_value_error(tmp_path):
+    finished_run(tmp_path)
+    whole = json.loads((tmp_path / RECORD_FILE).read_text())
+    count = 0
+    for loaded in mangled_records(whole, tmp_path, (None, [], {}, "<script>", -1, 1e999, [[]], 10**400, KeyError)):
+        assert isinstance(loaded.curve("loss"), list)
+        assert loaded.name
+        assert loaded.optimizer_share is None or isinstance(loaded.optimizer_share, float)
+        assert loaded.summary()["optimizer"]
+        count += 1
+    assert count > 100
+
+
+def small_whole_record(folder):
+    """A record with something in every field, and little of it."""
+    finished_run(folder)
+    whole = json.loads((folder / RECORD_FILE).read_text())
+    whole["history"] = [whole["history"][-1], {"step": 4, "eval_loss": 0.5}]
+    whole["gsnr"]["parameters"], whole["gsnr"]["roles"] = whole["gsnr"]["parameters"][:1], whole["gsnr"]["roles"][:1]
+    whole["optimizer"]["groups"] = whole["optimizer"]["groups"][:1]
+    whole["model"]["adapter"] = {"peft_type": "LORA", "r": 4}
+    whole["hardware"]["accelerators"] = [{"name": "one", "memory_bytes": 3}]
+    whole["results"]["before training"] = {"loss": 3.0}
+    whole["samples"] = [{"title": "t", "text": "x", "prompt": "p"}]
+    whole["images"] = [{"title": "t", "file": "x.png"}]
+    whole["twins"] = [RunRecord.load(folder).summary()]
+    return whole
+
+
+@pytest.mark.parametrize("drawn", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_whatever_loads_has_a_card_a_report_and_pictures_or_a_reason(tmp_path, monkeypatch, drawn):
+    from hf_sai import plots, report
+    from hf_sai.cards import render_card
+
+    whole = small_whole_record(tmp_path)
+    if not drawn:
+        monkeypatch.setattr(report, "_both_themes", lambda plot, shown: None)
+    for record in mangled_records(whole, tmp_path, ([], {"a": 1}, 10**400, KeyError)):
+        assert str(render_card(record)).startswith("---\n")
+        assert report.render_report([record], [tmp_path]).startswith("<!doctype html>")
+        for plot in (lambda r: plots.plot_loss([r]), plots.plot_gsnr, plots.plot_updates) if drawn else ():
+            with contextlib.suppress(ValueError):
+                plots.draw(plot(record))
 
 
 def test_a_stopwatch_ignores_a_stop_without_start(monkeypatch):

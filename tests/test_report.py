@@ -12,7 +12,7 @@ from test_plots import make_record
 from hf_sai.cli import main
 from hf_sai.plots import THEMES
 from hf_sai.record import RECORD_FILE, RunRecord
-from hf_sai.report import MAX_TEXT, render_report, write_report
+from hf_sai.report import MAX_SHOWN, MAX_TEXT, render_report, write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "</title><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&\"'"
@@ -128,6 +128,16 @@ def test_huge_texts_are_cut():
     text = render_report([record])
     assert text.count("y" * 100) <= MAX_TEXT // 100
     assert len(text) < 15 * 10**6
+
+
+def test_one_picture_named_a_thousand_times_is_embedded_a_few(tmp_path):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "good.png")
+    record = make_record()
+    record.images = [{"title": str(index), "file": "good.png"} for index in range(1000)]
+    record.samples = [{"title": str(index), "text": "written"} for index in range(1000)]
+    page = Page(render_report([record], [tmp_path]))
+    assert sum(attrs.get("alt", "").endswith(f", {record.name}") for _, attrs in page.elements) == MAX_SHOWN
+    assert page.text.count("written") == MAX_SHOWN
 
 
 def test_the_command_writes_the_page_or_says_why_not(tmp_path, capsys):
