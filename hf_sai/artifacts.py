@@ -10,6 +10,7 @@ from hf_sai.cards import write_card
 from hf_sai.environment import is_main_process
 from hf_sai.files import atomic_write
 from hf_sai.record import RunRecord
+from hf_sai.twins import find_twins
 
 __all__ = ["PICTURES", "finish_run"]
 
@@ -22,7 +23,7 @@ PICTURES = "pictures"
 def finish_run(
     directory: str | Path,
     *,
-    twins: Iterable[str | Path] = (),
+    twins: Iterable[str | Path] | None = None,
     template: str | Path | None = None,
     repo_id: str | None = None,
 ) -> list[Path]:
@@ -30,7 +31,7 @@ def finish_run(
 
     Args:
         directory: The run's directory, with its ``run_record.json``.
-        twins: Directories or records of runs to compare with, such as the same training with AdamW.
+        twins: Directories or records of runs to compare with. Default: see :func:`hf_sai.twins.find_twins`.
         template: A Jinja template for the card instead of the package's own.
         repo_id: Where the model will be on the Hub.
 
@@ -43,7 +44,8 @@ def finish_run(
     """
     if not is_main_process():
         return []
-    directory, twins = Path(directory), list(twins)
+    directory = Path(directory)
+    twins = find_twins(directory) if twins is None else list(twins)
     files = _draw(directory, [RunRecord.load(directory), *map(RunRecord.load, twins)])
     return [*files, write_card(directory, twins=twins, template=template, repo_id=repo_id)]
 

@@ -93,12 +93,11 @@ def usage_code(record: RunRecord, repo_id: str, task: str | None) -> str:
     module, auto = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
     imports = f"from {module} import {auto}\n" if is_adapter else ""
     names = "AutoTokenizer" if is_adapter else f"{auto}, AutoTokenizer"
-    prompt = _prompt(record)
     return (
         f"{imports}from transformers import {names}\n\n"
         f"tokenizer = AutoTokenizer.from_pretrained({place})\n"
         f"model = {auto}.from_pretrained({place})\n"
-        f'inputs = tokenizer({prompt!r}, return_tensors="pt")\n'
+        f"{_inputs_code(record)}\n"
         "output = model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=50)\n"
         "print(tokenizer.decode(output[0], skip_special_tokens=True))"
     )
@@ -112,6 +111,20 @@ def _diffusers_code(record: RunRecord, place: str, is_adapter: bool) -> str:
         "from diffusers import StableDiffusionPipeline\n\n"
         f"pipeline = {load}\n{adapter}"
         f'pipeline({_prompt(record)!r}).images[0].save("image.png")'
+    )
+
+
+def _inputs_code(record: RunRecord) -> str:
+    """Code for the model's inputs: a chat where the first sample answers one, else a text to go on with."""
+    messages = record.samples[0].get("messages") if record.samples else None
+    if not (isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)):
+        return f'inputs = tokenizer({_prompt(record)!r}, return_tensors="pt")'
+    told = [{key: str(message.get(key, "")) for key in ("role", "content")} for message in messages]
+    listed = "".join(f"    {message!r},\n" for message in told)
+    return (
+        f"messages = [\n{listed}]\n"
+        "inputs = tokenizer.apply_chat_template(\n"
+        '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)'
     )
 
 

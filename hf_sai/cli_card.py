@@ -17,7 +17,12 @@ def add_parser(subparsers: Any) -> None:
         "the card outside the hf-sai comments stays.",
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the run's directory")
-    parser.add_argument("--twin", action="append", default=[], help="a run to compare with; may be given several times")
+    parser.add_argument(
+        "--twin",
+        action="append",
+        help="a run to compare with; may be given several times (default: finished runs in the folders beside it with "
+        "the same settings and another optimizer)",
+    )
     parser.add_argument("--template", help="a Jinja template instead of the package's own")
     parser.add_argument("--repo-id", help="where the model will be on the Hub, for the code that loads it")
     parser.set_defaults(run=run)

@@ -107,8 +107,8 @@ class RunRecord:
         for entry in self.history:
             found.update({key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")})
         found.update({key.removeprefix("eval_"): value for key, value in self.results.items()})
-        timings = re.compile(r"(^|_)(runtime|samples_per_second|steps_per_second|tokens_per_second)$")
-        return {key: value for key, value in found.items() if is_number(value) and not timings.search(key)}
+        no_scores = re.compile(r"(^|_)(runtime|(samples|steps|tokens)_per_second|num_tokens|epoch)$")
+        return {key: value for key, value in found.items() if is_number(value) and not no_scores.search(key)}
 
     def summary(self) -> dict[str, Any]:
         """What a comparison of runs needs: name, optimizer, rate, metrics, bytes of state, seconds per step."""

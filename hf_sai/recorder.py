@@ -193,8 +193,9 @@ class RunRecorder:
         Returns:
             ``sai/unmeasured``: parameters without g-SNR, which do not train yet; ``sai/lr/ROLE``: the effective
             learning rate, the group's rate times the mean scale of its elements; ``sai/update_ratio/ROLE``: norm of
-            the update over norm of the weights in the last measured step; ``sai/overhead``: the part of the step time
-            this recorder took. For other optimizers the rate is the group's and nothing is unmeasured.
+            the update over norm of the weights in the last measured step; ``sai/optimizer_share`` and
+            ``sai/overhead``: the part of the step time so far that the optimizer and this recorder took. For other
+            optimizers the rate is the group's and nothing is unmeasured.
         """
         if not self.active or self._optimizer is None:
             return {}
@@ -203,7 +204,9 @@ class RunRecorder:
             ratios = self._meter.ratios() or {}
             found.update({f"sai/update_ratio/{name}": ratio for name, ratio in ratios.items()})
             elapsed = self._step_watch.seconds()
+            updating = self._update_watch.seconds()
         if elapsed:
+            found["sai/optimizer_share"] = updating / elapsed
             found["sai/overhead"] = self._spent / elapsed
         return found
 

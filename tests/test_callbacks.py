@@ -85,6 +85,7 @@ def test_scalars_reach_tensorboard_and_the_log_history(tmp_path, monkeypatch):
         for name in (
             "unmeasured",
             "overhead",
+            "optimizer_share",
             *(f"{k}/base/{g}" for k in ("lr", "update_ratio") for g in ("decay", "no_decay")),
         )
     }

@@ -104,6 +104,22 @@ def test_the_code_in_a_full_models_card_runs(run, capsys):
     assert capsys.readouterr().out.startswith("Return the")
 
 
+def test_the_code_for_a_chat_model_asks_with_its_template(run, tmp_path, capsys):
+    import shutil
+
+    folder = shutil.copytree(run, tmp_path / "chat")
+    record = RunRecord.load(folder)
+    record.samples = [{"title": "t", "text": "one", "messages": [{"role": "user", "content": "Return 'the'", "x": 1}]}]
+    record.save(folder)
+    chat = tokenizer()
+    chat.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    chat.save_pretrained(folder)
+    code = python_code(write_card(folder, repo_id=str(folder)).read_text())
+    assert """{'role': 'user', 'content': "Return 'the'"},""" in code
+    exec(code, {})
+    assert "Return" in capsys.readouterr().out
+
+
 def test_the_code_in_an_adapters_card_runs(tmp_path, capsys):
     from peft import LoraConfig, get_peft_model
 

@@ -212,6 +212,7 @@ def test_scalars_name_each_role_and_the_unmeasured(tmp_path):
     scalars = recorder.scalars()
     assert scalars["sai/unmeasured"] == 0
     assert scalars["sai/overhead"] > 0
+    assert scalars["sai/optimizer_share"] == recorder._update_watch.seconds() / recorder._step_watch.seconds()
     for group in ("base/decay", "base/no_decay"):
         params = next(g["params"] for g in optimizer.param_groups if g["name"] == group)
         pairs = [

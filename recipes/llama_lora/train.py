@@ -35,11 +35,10 @@ from scoring import generate, references, score, side_by_side
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
+from hf_sai.artifacts import finish_run
 from hf_sai.callbacks import RunRecordCallback
-from hf_sai.cards import write_card
 from hf_sai.comparison import markdown_table
 from hf_sai.hub_callback import take_over_push_to_hub
-from hf_sai.plots import save_pictures
 from hf_sai.publish import PublishError
 from hf_sai.recipe_input import (
     InputError,
@@ -86,9 +85,7 @@ def main(argv: list[str] | None = None) -> dict:
     publisher = take_over_push_to_hub(training_args)
     if args.restart and checkpoint is None:
         delete_checkpoints(training_args)
-    record = RunRecordCallback(
-        data=[{**(DOCSTRINGS if args.dataset_name is None else {"name": args.dataset_name}), "role": "train"}]
-    )
+    record = RunRecordCallback(data=[describe_data(args)], card=describe_adapter(args, model_args))
     trainer = SFTTrainer(
         model=model,
         args=training_args,
@@ -105,6 +102,8 @@ def main(argv: list[str] | None = None) -> dict:
     trainer.save_model()
     if trainer.is_world_process_zero():
         name_base(trainer.accelerator.unwrap_model(trainer.model), training_args.output_dir)
+        if args.dataset_name is None:  # rows of other people's data do not belong into a card that may be published
+            record.add(samples=samples(validation, written_after[: args.shown_generations]))
         save_results(trainer, record, results, side_by_side(validation, written_before, written_after))
         print(side_by_side(validation, written_before[: args.shown_generations], written_after))
         print(results_table(results))
@@ -140,6 +139,28 @@ def load_data(args: RecipeArguments, training_args: SFTConfig, tokenizer: PreTra
     return DatasetDict({name: shorten(rows, tokenizer, length, limits[name]) for name, rows in splits.items()})
 
 
+def describe_data(args: RecipeArguments) -> dict:
+    """Return what the record says of the data; rows of it are held out to evaluate on."""
+    role = {"role": "train and validation"}
+    if args.dataset_name is None:
+        return {**DOCSTRINGS, **role}
+    on_the_hub = not Path(args.dataset_name).exists()
+    return {"name": args.dataset_name, **role} | ({"id": args.dataset_name} if on_the_hub else {})
+
+
+def describe_adapter(args: RecipeArguments, model_args: ModelConfig) -> dict:
+    """Return what the model card should say and only we know; people with their own data should add its licence."""
+    limits = "Nobody checked what it writes for truth, bias or offence."
+    if args.dataset_name is not None or model_args.model_name_or_path is not None or args.gguf_file is not None:
+        return {"description": "An adapter that answers like its training data.", "limits": limits}
+    return {
+        "description": "Writes the docstring of a short Python function. Made to compare optimizers.",
+        "limits": f"A small model after a few minutes of training: its docstrings are often wrong. {limits}",
+        "language": "en",
+        "license": "apache-2.0",  # the base model's
+    }
+
+
 def assess(
     trainer: SFTTrainer, validation: Dataset, args: RecipeArguments, when: str
 ) -> tuple[dict[str, float], list[str]]:
@@ -167,13 +188,19 @@ def save_results(trainer: SFTTrainer, record: RunRecordCallback, results: dict, 
     folder = Path(trainer.args.output_dir)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (folder / "generations.md").write_text(texts, encoding="utf-8")
-    figures = {f"{key} {when} training": value for when, scores in results.items() for key, value in scores.items()}
-    record.add(results=figures)
-    (folder / "pictures").mkdir(exist_ok=True)
-    pictures = save_pictures([record.record], folder / "pictures")
-    card = write_card(folder)
+    record.add(results={**results["after"], "before training": results["before"]})
+    *pictures, card = finish_run(folder)
     print(f"\nadapter: {folder}\nmodel card: {card}\nnumbers: {folder / 'results.json'}")
     print(f"texts: {folder / 'generations.md'}\npictures: {', '.join(map(str, pictures))}")
+
+
+def samples(rows: Dataset, texts: list[str]) -> list[dict]:
+    """Return what the record keeps of the completions: the rows' messages, and what was written."""
+    pairs = zip(rows, texts, strict=False)
+    return [
+        {"title": f"Docstring for held-out function {number}", "messages": row["prompt"], "text": text}
+        for number, (row, text) in enumerate(pairs, start=1)
+    ]
 
 
 def results_table(results: dict[str, dict[str, float]]) -> str:
