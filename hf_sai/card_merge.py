@@ -91,14 +91,16 @@ def merge_data(old: CardData, new: CardData) -> ModelCardData:
         The metadata of the merged card.
     """
     before, after = dict(old.__dict__), dict(new.__dict__)
-    # PEFT writes the path a local base model was loaded from.
+    if before.get("licence") == "license":  # TRL's template says so where it means nothing
+        del before["licence"]
+    # PEFT writes the path a local base model was loaded from, and None for a base without a name.
     before["base_model"] = [name for name in _list(before.get("base_model")) if is_hub_id(name)] or None
     if before["base_model"] and len(before["base_model"]) == 1:
         before["base_model"] = before["base_model"][0]
     merged = {**after, **{key: value for key, value in before.items() if value is not None and key not in _MEASURED}}
     for key in _UNITED:
         merged[key] = list(dict.fromkeys([*_list(before.get(key)), *_list(after.get(key))])) or None
-    tags = (tag for tag in merged["tags"] or [] if not tag.startswith(_BASE_TAG) or is_hub_id(tag[len(_BASE_TAG) :]))
+    tags = (tag for tag in merged["tags"] or [] if not tag.startswith(_BASE_TAG) or _is_base(tag[len(_BASE_TAG) :]))
     merged["tags"] = list(tags) or None
     results = list(after.get("eval_results") or [])
     measured = {(r.task_type, r.dataset_name, r.metric_type, r.metric_name) for r in results}
@@ -146,6 +148,10 @@ def _fits(text: str, template: str) -> bool:
             patterns.append(re.escape(begin.group(1)) + ".*" + re.escape(end.group(1).strip()))
     can_be = re.compile("|".join(patterns))
     return all(line in known or can_be.fullmatch(line) for line in map(str.strip, text.splitlines()))
+
+
+def _is_base(name: str) -> bool:
+    return name != "None" and is_hub_id(name)
 
 
 def _list(value: object) -> list[str]:

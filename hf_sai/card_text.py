@@ -66,19 +66,20 @@ def code_block(text: Any, language: str = "") -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def usage_code(record: RunRecord, repo_id: str, task: str | None) -> str:
+def usage_code(record: RunRecord, repo_id: str, task: str | None, revision: str | None = None) -> str:
     """Python code that loads the model and uses it.
 
     Args:
         record: The run.
         repo_id: The model's place, on the Hub or on disk.
         task: Its pipeline tag.
+        revision: Its branch; default: main.
 
     Returns:
         Code that runs as it is where the model can be found.
     """
     library, is_adapter = record.model.get("library"), bool(record.model.get("adapter"))
-    place = repr(repo_id)
+    place = repr(repo_id) if revision in (None, "main") else f"{repo_id!r}, revision={revision!r}"
     if library == "diffusers":
         return _diffusers_code(record, place, is_adapter)
     if task != "text-generation":

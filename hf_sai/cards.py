@@ -2,8 +2,9 @@
 
 The text comes from a Jinja template (``hf_sai/templates/model_card.md.jinja``, or the user's own), which sees:
 ``record`` (:class:`hf_sai.record.RunRecord`), ``runs`` (its summary, then its twins'), ``metric_names``, ``pictures``
-(the files in ``pictures/``), ``usage``, ``commands``, ``settings``, ``options``, ``versions`` and a few short texts;
-and the filters ``md`` (escapes text for Markdown), ``code`` (a fenced block), ``number``, ``count``, ``bytes``.
+(the files in ``pictures/``), ``usage``, ``commands``, ``settings``, ``options``, ``versions``, ``samples`` and a few
+short texts; and the filters ``md`` (escapes text for Markdown), ``code`` (a fenced block), ``number``, ``count``,
+``bytes``.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ from typing import Any
 
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 
-from hf_sai.card_merge import is_hub_id, load_card, merge_data, merge_text
-from hf_sai.card_text import environment, usage_code
+from hf_sai.card_merge import MAX_CARD_BYTES, is_hub_id, load_card, merge_data, merge_text
+from hf_sai.card_text import code_block, environment, usage_code
 from hf_sai.files import atomic_write, read_text
 from hf_sai.record import RunRecord
 
-__all__ = ["CARD_FILE", "TEMPLATE", "card_data", "render_card", "write_card"]
+__all__ = ["CARD_FILE", "TEMPLATE", "card_data", "card_for_hub", "render_card", "write_card"]
 
 CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
 #: Keeps a card that another tool wrote, the first time it is replaced.
 BACKUP_FILE = "README.before-hf-sai.md"
 MAX_TEMPLATE_BYTES = 2**20
+MAX_SAMPLES = 8
 
 #: The training arguments that matter for the result, of Trainer's 120.
 _SETTINGS = (
@@ -89,7 +91,7 @@ def write_card(
         twins: Directories or records of runs to compare with; their summaries go into the record.
         template: A Jinja template instead of the package's own.
         repo_id: Where the model will be on the Hub, for the code that loads it; default: ``hub_model_id`` in the
-            settings, else the run's name.
+            settings, else the run's directory as it was given to the training, else its name.
 
     Returns:
         The card's path.
@@ -148,6 +150,33 @@ def render_card(
     return _card(card_data(record), re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
 
 
+def card_for_hub(directory: str | Path, repo_id: str, revision: str | None = None) -> str:
+    """A run's card as it is on disk, but with code that loads the model from the Hub.
+
+    Args:
+        directory: The run's directory.
+        repo_id: The repository.
+        revision: Its branch; default: main.
+
+    Returns:
+        The card. The code is left alone if a person, or another template, wrote it.
+
+    Raises:
+        ValueError: The card cannot be read.
+    """
+    text = read_text(Path(directory) / CARD_FILE, MAX_CARD_BYTES)
+    try:
+        record = RunRecord.load(directory)
+    except ValueError:
+        return text
+    anywhere = "hf-sai-any-place"
+    written = code_block(usage_code(record, anywhere, _task(record)), "python")
+    place = r"""(?:'[^'\n]*'|"[^"\n]*")(?:, revision='[^'\n]*')?"""
+    pattern = re.escape(written).replace(re.escape(repr(anywhere)), place)
+    new = code_block(usage_code(record, repo_id, _task(record), revision), "python")
+    return re.sub(pattern, lambda _: new, text, count=1)
+
+
 def card_data(record: RunRecord) -> ModelCardData:
     """The card's metadata: library, base model, data sets, tags, task, and the measured metrics as a model index."""
     known = {key: value for key, value in _mapping(record.run.get("card")).items() if key not in _NOT_METADATA}
@@ -199,7 +228,7 @@ def _evaluation_data(record: RunRecord) -> list[dict[str, Any]]:
 
 def _context(record: RunRecord, repo_id: str | None, pictures: set[str]) -> dict[str, Any]:
     card, settings = _mapping(record.run.get("card")), record.settings
-    repo_id = repo_id or _string(settings.get("hub_model_id")) or record.name
+    repo_id = repo_id or _string(settings.get("hub_model_id")) or _output_dir(settings) or record.name
     before = {
         key.removeprefix("eval_"): value
         for key, value in _mapping(record.results.get("before training")).items()
@@ -237,7 +266,15 @@ def _context(record: RunRecord, repo_id: str | None, pictures: set[str]) -> dict
         or "data that the record does not name",
         "hardware": ", ".join(places),
         "processes": hardware.get("processes", 1),
+        "samples": [_shown_sample(sample) for sample in record.samples[:MAX_SAMPLES]],
     }
+
+
+def _shown_sample(sample: dict[str, Any]) -> dict[str, str | None]:
+    """Title, text, and what a chat model was asked; other texts begin with their prompt."""
+    messages = sample.get("messages")
+    last = _mapping(messages[-1]) if isinstance(messages, list) and messages else {}
+    return {"title": sample["title"], "text": sample["text"], "prompt": _string(last.get("content"))}
 
 
 def _shown_settings(settings: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -272,6 +309,12 @@ def _base_model(record: RunRecord) -> str | None:
     """The base model's name on the Hub; a local path is nobody else's business."""
     name = _mapping(record.run.get("card")).get("base_model") or record.model.get("base_model")
     return name if is_hub_id(name) else None
+
+
+def _output_dir(settings: Mapping[str, Any]) -> str | None:
+    """Where the run lies, as seen from where it was started; a path of this machine is nobody else's business."""
+    folder = _string(settings.get("output_dir"))
+    return None if folder is None or folder.startswith(("/", "~")) or ":" in folder else folder
 
 
 def _package(name: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from hf_sai.cards import CARD_FILE, card_for_hub
+from hf_sai.files import read_text
 from hf_sai.record import RECORD_FILE
 from hf_sai.redact import known_secrets, redact_text
 
@@ -42,25 +46,14 @@ _WEIGHTS_AND_SETTINGS = (
     "processor_config.json",
     "scheduler_config.json",
 )
-#: The folders of a diffusers pipeline.
-_COMPONENTS = (
-    "feature_extractor",
-    "image_encoder",
-    "safety_checker",
-    "scheduler",
-    "text_encoder",
-    "text_encoder_2",
-    "tokenizer",
-    "tokenizer_2",
-    "transformer",
-    "unet",
-    "vae",
-)
-#: What is uploaded, as patterns of paths below the run's directory. ``*`` does not reach into folders.
+#: Lists the parts of a diffusers pipeline, each in a folder of that name.
+_PIPELINE_INDEX = "model_index.json"
+_MAX_INDEX_BYTES = 2**20
+#: What is uploaded beside the parts of a diffusers pipeline, as patterns of paths below the run's directory. ``*`` does
+#: not reach into folders.
 ALLOWED = (
     *_WEIGHTS_AND_SETTINGS,
-    *(f"{folder}/{name}" for folder in _COMPONENTS for name in _WEIGHTS_AND_SETTINGS),
-    "model_index.json",
+    _PIPELINE_INDEX,
     "README.md",
     "LICENSE",
     "LICENSE.txt",
@@ -121,12 +114,13 @@ def plan_files(run_dir: str | Path, *, include: Iterable[str] = (), secrets: Ite
     root = Path(run_dir)
     if not root.is_dir():
         raise ValueError(f"{root} is not a directory: give the directory of a finished run")
+    allowed = (*ALLOWED, *_parts_of_pipeline(root), *include)
     files, left_out = [], []
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if path.is_dir() and not path.is_symlink():
             continue
-        reason = _reason_against(path, name, tuple(include))
+        reason = _reason_against(path, name, allowed)
         if reason is None:
             files.append((name, path.stat().st_size))
         else:
@@ -154,6 +148,8 @@ def publish(
 ) -> str:
     """Upload a run in one commit: all of it arrives, or nothing changes.
 
+    The card is uploaded with code that loads the model from there; all other files as they are.
+
     Args:
         run_dir: The run's directory.
         repo_id: ``name`` or ``namespace/name``.
@@ -175,7 +171,11 @@ def publish(
     plan = plan_files(run_dir, include=include, secrets=[token] if token else ())
     prefix = f"{path_in_repo.strip('/')}/" if path_in_repo else ""
     api, repo_id = create_repository(repo_id, token=token, private=private, revision=revision, update=update)
-    operations = [CommitOperationAdd(f"{prefix}{name}", str(Path(run_dir, name))) for name, _ in plan.files]
+    card = card_for_hub(run_dir, repo_id, revision).encode() if CARD_FILE in dict(plan.files) else b""
+    operations = [
+        CommitOperationAdd(f"{prefix}{name}", card if name == CARD_FILE else str(Path(run_dir, name)))
+        for name, _ in plan.files
+    ]
     commit = _call(
         lambda: api.create_commit(repo_id, operations, commit_message=message, revision=revision), repo_id, token
     )
@@ -227,13 +227,26 @@ def create_repository(
     return api, full_name
 
 
-def _reason_against(path: Path, name: str, include: tuple[str, ...]) -> str | None:
+def _parts_of_pipeline(root: Path) -> list[str]:
+    """Patterns for the folders that a diffusers pipeline says it consists of."""
+    path = root / _PIPELINE_INDEX
+    if path.is_symlink() or not path.is_file():
+        return []
+    try:
+        index = json.loads(read_text(path, _MAX_INDEX_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not the index of a diffusers pipeline: {error}") from None
+    folders = [key for key, value in index.items() if isinstance(value, list)] if isinstance(index, dict) else []
+    return [f"{name}/{file}" for name in folders if re.fullmatch(r"\w+", name) for file in _WEIGHTS_AND_SETTINGS]
+
+
+def _reason_against(path: Path, name: str, allowed: tuple[str, ...]) -> str | None:
     parts = name.split("/")
     if any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in NEVER):
         return "never uploaded"
     if path.is_symlink() or not path.is_file():
         return "not a plain file"
-    if any(_matches(name, pattern) for pattern in (*ALLOWED, *include)):
+    if any(_matches(name, pattern) for pattern in allowed):
         return None
     return "not on the list; --include it if it is to be public"
 

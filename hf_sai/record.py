@@ -107,7 +107,7 @@ class RunRecord:
         for entry in self.history:
             found.update({key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")})
         found.update({key.removeprefix("eval_"): value for key, value in self.results.items()})
-        no_scores = re.compile(r"(^|_)(runtime|(samples|steps|tokens)_per_second|num_tokens|epoch)$")
+        no_scores = re.compile(r"(^|_)(runtime|(samples|steps|tokens)_per_second|preparation_time|num_tokens|epoch)$")
         return {key: value for key, value in found.items() if is_number(value) and not no_scores.search(key)}
 
     def summary(self) -> dict[str, Any]:

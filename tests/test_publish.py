@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import traceback
@@ -104,6 +105,40 @@ def test_publishing_again_updates_and_a_revision_is_a_branch(finished, hub):
     assert hub.commits[0][:3] == ("tester/counting", "v2", "Publish a run of hf-sai")
     assert set(hub.files("tester/counting")) == {".gitattributes"}
     assert set(hub.files("tester/counting", "v2")) > PUBLIC
+
+
+def test_the_published_card_loads_from_the_hub_and_the_local_one_stays(finished, hub, tmp_path):
+    local = (finished / "README.md").read_text()
+    publish(finished, "counting")
+    card = hub.files("tester/counting")["README.md"].decode()
+    assert "AutoModelForCausalLM.from_pretrained('tester/counting')" in card
+    assert local != card == local.replace("'counting'", "'tester/counting'")
+    assert (finished / "README.md").read_text() == local
+    publish(finished, "counting", revision="v2")
+    card = hub.files("tester/counting", "v2")["README.md"].decode()
+    assert "from_pretrained('tester/counting', revision='v2')" in card
+    copy = shutil.copytree(download(hub, "tester/counting", tmp_path / "copy", revision="v2"), tmp_path / "again")
+    publish(copy, "again")
+    assert b"from_pretrained('tester/again')" in hub.files("tester/again")["README.md"]
+    own = local.replace("do_sample=True", "do_sample=False")
+    (copy / "README.md").write_text(own)
+    publish(copy, "again")
+    assert hub.files("tester/again")["README.md"].decode() == own
+
+
+def test_a_pipelines_parts_are_those_in_its_index(tmp_path):
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "X", "text_encoder_3": ["a", "B"], "../up": ["a", "B"]}'
+    )
+    for folder in ("text_encoder_3", "private"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").write_bytes(b"x")
+        (tmp_path / folder / "notes.txt").write_text("x")
+    plan = plan_files(tmp_path)
+    assert [name for name, _ in plan.files] == ["model_index.json", "text_encoder_3/model.safetensors"]
+    (tmp_path / "model_index.json").write_text("[" * 10**5)
+    with pytest.raises(ValueError, match="is not the index of a diffusers pipeline"):
+        plan_files(tmp_path)
 
 
 def test_adapters_and_pipelines_come_back_too(hub, tmp_path):
@@ -209,8 +244,6 @@ def test_a_directory_without_weights_is_refused(tmp_path, capsys):
 
 
 def test_a_file_with_a_token_in_it_is_not_published(finished, hub, tmp_path):
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
     for name, secret in (("README.md", "hf_" + "a1B2" * 8), ("training_args.bin", TOKEN)):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import errno
+import itertools
 import json
 import logging
 import math
@@ -401,8 +402,8 @@ def test_a_huge_or_missing_or_binary_record_is_refused(tmp_path, monkeypatch):
         RunRecord.load(tmp_path)
 
 
-def mangled_records(whole, folder, wrongs):
-    """Every record that loads with one value replaced, or missing where ``wrongs`` has KeyError."""
+def mangled_records(whole, folder, wrongs, fields=tuple(RunRecord.__dataclass_fields__)):
+    """Every record that loads with one value in ``fields`` replaced, or missing where ``wrongs`` has KeyError."""
 
     def places(value, path=()):
         yield path
@@ -410,8 +411,8 @@ def mangled_records(whole, folder, wrongs):
         for key, child in children:
             yield from places(child, (*path, key))
 
-    for path in list(places(whole))[1:]:
-        for wrong in wrongs:
+    for path, wrong in itertools.product(places({field: whole[field] for field in fields}), wrongs):
+        if path:
             mangled = copy.deepcopy(whole)
             place = mangled
             for key in path[:-1]:
@@ -454,20 +455,31 @@ def small_whole_record(folder):
     return whole
 
 
-@pytest.mark.parametrize("drawn", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_whatever_loads_has_a_card_a_report_and_pictures_or_a_reason(tmp_path, monkeypatch, drawn):
-    from hf_sai import plots, report
+WRONG = ([], {"a": 1}, 10**400, KeyError)
+
+
+def test_whatever_loads_has_a_card_and_a_report(tmp_path, monkeypatch):
+    from hf_sai import report
     from hf_sai.cards import render_card
 
-    whole = small_whole_record(tmp_path)
-    if not drawn:
-        monkeypatch.setattr(report, "_both_themes", lambda plot, shown: None)
-    for record in mangled_records(whole, tmp_path, ([], {"a": 1}, 10**400, KeyError)):
+    monkeypatch.setattr(report, "_both_themes", lambda plot, shown: None)
+    for record in mangled_records(small_whole_record(tmp_path), tmp_path, WRONG):
         assert str(render_card(record)).startswith("---\n")
         assert report.render_report([record], [tmp_path]).startswith("<!doctype html>")
-        for plot in (lambda r: plots.plot_loss([r]), plots.plot_gsnr, plots.plot_updates) if drawn else ():
+
+
+@pytest.mark.slow
+def test_whatever_loads_has_pictures_or_a_reason(tmp_path):
+    from hf_sai import plots
+
+    drawn = 0
+    for record in mangled_records(
+        small_whole_record(tmp_path), tmp_path, WRONG, ("run", "optimizer", "gsnr", "history")
+    ):
+        for plot in (lambda r: plots.plot_loss([r]), plots.plot_gsnr, plots.plot_updates):
             with contextlib.suppress(ValueError):
-                plots.draw(plot(record))
+                drawn += bool(plots.draw(plot(record)))
+    assert drawn > 100
 
 
 def test_a_stopwatch_ignores_a_stop_without_start(monkeypatch):
