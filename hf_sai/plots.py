@@ -227,24 +227,27 @@ def layer_and_kind(name: str) -> tuple[str, str]:
     """Split a parameter's name into its layer and its kind.
 
     The layer is the first number in the name, with the words before it where a model has several stacks
-    (``down_blocks.0``); the kind is the rest, without further numbers.
+    (``down_blocks.0``); the kind is the rest, without further numbers. The middle of a UNet has no number and is a
+    layer all the same.
 
     Example:
         >>> layer_and_kind("base_model.model.model.layers.12.self_attn.q_proj.lora_A.default.weight")
         ('12', 'self_attn.q_proj.lora_A')
         >>> layer_and_kind("down_blocks.1.attentions.0.proj_in.weight")
         ('down_blocks.1', 'attentions.proj_in.weight')
+        >>> layer_and_kind("unet.mid_block.resnets.0.conv1.weight")
+        ('mid_block', 'resnets.conv1.weight')
         >>> layer_and_kind("lm_head.weight")
         ('other', 'lm_head.weight')
     """
     words = [word for word in name.split(".") if word not in ("module", "_orig_mod", "_fsdp_wrapped_module")]
-    number = next((index for index, word in enumerate(words) if word.isdigit()), None)
+    number = next((index for index, word in enumerate(words) if word.isdigit() or word == "mid_block"), None)
     if number is None:
         return "other", ".".join(words)
     kind = ".".join(word for word in words[number + 1 :] if not word.isdigit())
     # An adapter's weights are told by the adapter's role; that each has the name "default.weight" says nothing.
     kind = re.sub(r"(\.lora_\w+|\.lora_magnitude_vector)\..*$", r"\1", kind)
-    stack = words[number - 1] if number else ""
+    stack = words[number - 1] if number and words[number] != "mid_block" else ""
     return (
         words[number] if stack in ("h", "layer", "layers", "blocks", "block", "") else f"{stack}.{words[number]}"
     ), kind

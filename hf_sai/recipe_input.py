@@ -52,12 +52,13 @@ def parse_config_and_flags(dataclasses: Sequence[Any], argv: Sequence[str], usag
         raise InputError(f"cannot read the settings: {error}") from error
 
 
-def find_checkpoint(training_args: Any, restart: bool = False) -> str | None:
+def find_checkpoint(training_args: Any, restart: bool = False, marker: str = "trainer_state.json") -> str | None:
     """Return the checkpoint to resume from; refuse to mix a new run with the checkpoints of an old one.
 
     Args:
         training_args: TrainingArguments; `output_dir` and `resume_from_checkpoint` (true, false or a folder) are read.
         restart: Whether a new run may begin where there are checkpoints; `delete_checkpoints` then removes them.
+        marker: File that every checkpoint has. Default: Trainer's.
 
     Raises:
         InputError: There is nothing to resume from, or an old run is in the way.
@@ -78,8 +79,8 @@ def find_checkpoint(training_args: Any, restart: bool = False) -> str | None:
         if last is None:
             raise InputError(f"cannot resume: {folder} holds no checkpoint; leave out --resume_from_checkpoint.")
         return last
-    if not Path(wanted, "trainer_state.json").is_file():
-        raise InputError(f"cannot resume: {wanted} is no checkpoint folder of Trainer (it has no trainer_state.json).")
+    if not Path(wanted, marker).is_file():
+        raise InputError(f"cannot resume: {wanted} is no checkpoint folder of this trainer (it has no {marker}).")
     return str(wanted)
 
 

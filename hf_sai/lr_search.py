@@ -1,0 +1,144 @@
+"""Finds each optimizer's own best learning rate on one task, and repeats it with other seeds; may be interrupted."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_sai.comparison import markdown_table
+from hf_sai.files import atomic_write
+from hf_sai.recipe_input import InputError
+
+__all__ = ["Results", "results_table", "search"]
+
+#: Trains once with a learning rate and a seed; what it returns is stored, ``eval_loss`` and ``state_bytes`` among it.
+TrainOnce = Callable[[float, int], dict[str, Any]]
+
+
+class Results:
+    """The finished runs of a task in a JSON file, found by candidate, learning rate and seed.
+
+    Args:
+        path: The file; it grows with every run.
+        task: What must be equal for two runs to be comparable.
+
+    Raises:
+        InputError: The file holds runs of another task.
+    """
+
+    def __init__(self, path: str | Path, task: dict[str, Any]) -> None:
+        self.path, self.task = Path(path), task
+        self.runs: list[dict[str, Any]] = []
+        if self.path.is_file():
+            content = json.loads(self.path.read_text())
+            theirs = content["task"]
+            different = [f"{key} ({theirs.get(key)})" for key in task if theirs.get(key) != task[key]]
+            if different:
+                raise InputError(f"{path} holds runs with another {', '.join(different)}: name another file.")
+            self.runs = content["runs"]
+
+    def find(self, candidate: str, lr: float | None = None, seed: int | None = None) -> list[dict[str, Any]]:
+        """The runs of a candidate, of any learning rate or seed where none is given."""
+        return [
+            run
+            for run in self.runs
+            if run["candidate"] == candidate and lr in (None, run["learning_rate"]) and seed in (None, run["seed"])
+        ]
+
+    def add(self, run: dict[str, Any]) -> None:
+        """Store a run at once; one that diverged has the loss None."""
+        if not math.isfinite(run["eval_loss"]):
+            run = {**run, "eval_loss": None}
+        self.runs.append(run)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.path, json.dumps({"task": self.task, "runs": self.runs}, indent=1) + "\n")
+
+    def best(self, candidate: str) -> float:
+        """The learning rate with the lowest evaluation loss of seed 0."""
+        runs = self.find(candidate, seed=0)
+        return float(min(runs, key=lambda run: _loss(run))["learning_rate"])
+
+
+def search(
+    candidate: str,
+    train_once: TrainOnce,
+    grid: Sequence[float],
+    results: Results,
+    *,
+    growth: int = 3,
+    factor: float = 2.0,
+    seeds: int = 3,
+    report: Callable[[dict[str, Any]], None] = lambda run: None,
+) -> None:
+    """Run a grid with seed 0, grow it while its best lies at an end, and repeat the best with the other seeds.
+
+    Args:
+        candidate: Name of the optimizer; runs that ``results`` has of it are not repeated.
+        train_once: Trains once.
+        grid: Learning rates to start with.
+        results: Where the runs are stored.
+        growth: How often the grid may grow at each of its ends.
+        factor: How much further each time.
+        seeds: Seeds at the best learning rate: 0, 1, ...
+        report: Called with each new run.
+
+    Example:
+        >>> import tempfile
+        >>> results = Results(tempfile.mkdtemp() + "/results.json", {})
+        >>> def train_once(lr, seed):
+        ...     return {"eval_loss": (lr - 4) ** 2 + seed, "state_bytes": 8}
+        >>> search("parabola", train_once, [1, 2], results, seeds=2)
+        >>> [(run["learning_rate"], run["seed"]) for run in results.runs]
+        [(1, 0), (2, 0), (4.0, 0), (8.0, 0), (4.0, 1)]
+    """
+
+    def run(lr: float, seed: int) -> None:
+        if not results.find(candidate, lr, seed):
+            made = {"candidate": candidate, "learning_rate": lr, "seed": seed, **train_once(lr, seed)}
+            results.add(made)
+            report(made)
+
+    rates = sorted(grid)
+    for lr in rates:
+        run(lr, 0)
+    for _ in range(growth):
+        best = results.best(candidate)
+        if best not in (rates[0], rates[-1]):
+            break
+        further = best / factor if best == rates[0] else best * factor
+        rates = sorted([*rates, float(f"{further:.3g}")])
+        for lr in rates:
+            run(lr, 0)
+    for seed in range(seeds):
+        run(results.best(candidate), seed)
+
+
+def results_table(results: Results, candidates: Iterable[str]) -> str:
+    """One line a candidate, the best first: mean and standard deviation over seeds, the best rate, and its grid."""
+    rows = []
+    for name in candidates:
+        tried = sorted(results.find(name, seed=0), key=lambda run: run["learning_rate"])
+        if not tried:
+            continue
+        best = results.best(name)
+        runs = results.find(name, best)
+        losses = [_loss(run) for run in runs]
+        mean, spread = statistics.mean(losses), f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+        grid = ", ".join(f"{run['learning_rate']:g}: {_shown(run)}" for run in tried)
+        rows.append(
+            (mean, [name, f"{mean:.4f}{spread}", len(losses), f"{best:g}", grid, f"{runs[0]['state_bytes']:,}"])
+        )
+    columns = ["optimizer", "eval loss", "seeds", "best lr", "grid (seed 0)", "state (bytes)"]
+    return markdown_table(columns, [row for _, row in sorted(rows, key=lambda row: row[0])])
+
+
+def _loss(run: dict[str, Any]) -> float:
+    return math.inf if run["eval_loss"] is None else float(run["eval_loss"])
+
+
+def _shown(run: dict[str, Any]) -> str:
+    return "diverged" if run["eval_loss"] is None else f"{run['eval_loss']:.4f}"

@@ -1,0 +1,378 @@
+"""Fine-tune Stable Diffusion with any optimizer that Trainer knows, `sgd_sai` among them, in a plain Accelerate loop.
+
+A LoRA that teaches a small base to draw flags, on real pictures that need no network, 2 CPU cores (README.md says how
+the base is made):
+
+    accelerate launch --config_file recipes/accelerate_configs/cpu.yaml \\
+        recipes/diffusers_text_to_image/train.py recipes/diffusers_text_to_image/demo.yaml
+
+Every key of the YAML file can be set on the command line, which wins:
+
+    accelerate launch --config_file recipes/accelerate_configs/cpu.yaml \\
+        recipes/diffusers_text_to_image/train.py recipes/diffusers_text_to_image/demo.yaml \\
+        --optim adamw_torch --learning_rate 3e-3 --output_dir runs/another_optimizer
+
+Your own pictures (a folder with a metadata.jsonl, or a data set of the Hub), Stable Diffusion 1.5, on a GPU:
+
+    accelerate launch --config_file recipes/accelerate_configs/one_gpu.yaml \\
+        recipes/diffusers_text_to_image/train.py recipes/diffusers_text_to_image/sd15_lora.yaml \\
+        --train_data_dir my_pictures
+
+Go on after an interruption:
+
+    accelerate launch --config_file recipes/accelerate_configs/cpu.yaml \\
+        recipes/diffusers_text_to_image/train.py recipes/diffusers_text_to_image/demo.yaml --resume_from_checkpoint true
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
+from arguments import Arguments, describe_data, describe_model, hub_settings, parse_arguments, plain
+from diffusers.training_utils import EMAModel, cast_training_params, compute_snr
+from evaluation import denoising_loss, denoising_target, save_grid
+from image_data import Encoded, encode, load_splits, text_states, tokenize
+from optimizers import build_optimizer, read_settings
+from sd_parts import Denoiser, Parts, add_lora, load_parts, make_pipeline, sample, save_lora
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from hf_sai.artifacts import finish_run
+from hf_sai.group_report import describe_groups
+from hf_sai.hub_callback import take_over_push_to_hub
+from hf_sai.meters import unwrap_optimizer
+from hf_sai.optim import SGDSaI
+from hf_sai.publish import PublishError
+from hf_sai.recipe_input import InputError, delete_checkpoints, find_checkpoint, first_line
+from hf_sai.recorder import RunRecorder
+
+STATE_FILE = "training_state.pt"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+@dataclass
+class Run:
+    """What a training run works with; `data` and `empty` (no caption) are encoded already."""
+
+    args: Arguments
+    accelerator: Accelerator
+    parts: Parts
+    data: dict[str, Encoded]
+    empty: torch.Tensor
+    model: torch.nn.Module
+    optimizer: Any
+    schedule: Any
+    recorder: RunRecorder
+    ema: EMAModel | None = None
+    pictures: dict[str, list] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+
+def main(argv: list[str] | None = None) -> dict:
+    # Everything that can be wrong with the input comes before the output directory is made.
+    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    checkpoint = find_checkpoint(args, args.restart, marker=STATE_FILE)
+    optimizer_settings = read_settings(args)
+    accelerator = make_accelerator(args)
+    parts = load_parts(args)
+    splits = load_splits(args)
+    set_seed(args.seed)
+    model = make_trainable(parts, args, accelerator)
+    optimizer = build_optimizer(optimizer_settings, model)
+    schedule = make_schedule(optimizer, args)
+    data, empty = encode_all(splits, parts, args)
+    publisher = take_over_push_to_hub(hub_settings(args, accelerator.process_index))
+
+    if accelerator.is_main_process and checkpoint is None:
+        delete_checkpoints(SimpleNamespace(output_dir=args.output_dir, should_save=args.restart))
+    recorder = RunRecorder(
+        args.output_dir, data=[describe_data(args)], card=describe_model(args), main_process=accelerator.is_main_process
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    run = Run(args, accelerator, parts, data, empty, model, optimizer, schedule, recorder)
+    if args.use_ema:
+        run.ema = EMAModel(run.trained, decay=args.ema_decay)
+    accelerator.init_trackers("text_to_image", {k: v for k, v in plain(args).items() if v is not None})
+
+    before = evaluate(run, 0, "before")
+    first = load_checkpoint(run, checkpoint) if checkpoint else 0
+    recorder.start(parts.unet, optimizer, step=first, settings=plain(args))
+    train(run, first)
+    after = evaluate(run, args.max_steps, "after", keep_average=True)
+    results = {"before": {"eval_loss": before}, "after": {"eval_loss": after}}
+    if accelerator.is_main_process:
+        save_results(run, results)
+    accelerator.end_training()
+    if publisher:
+        publisher.finish()
+    return results
+
+
+def make_accelerator(args: Arguments) -> Accelerator:
+    wanted = None if args.report_to == "none" else args.report_to
+    try:
+        accelerator = Accelerator(
+            cpu=args.use_cpu,
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=wanted,
+            project_dir=args.output_dir,
+        )
+    except ValueError as error:  # an unknown tracker, or half precision that the device cannot do
+        raise InputError(f"cannot set up Accelerate: {first_line(error)}") from error
+    if accelerator.distributed_type not in SUPPORTED:
+        raise InputError(
+            f"this recipe keeps the whole model on every device and does not run under "
+            f"{accelerator.distributed_type.value}; use accelerate_configs/one_gpu.yaml or ddp.yaml."
+        )
+    if wanted and not accelerator.log_with:
+        raise InputError(f"report_to is {wanted}, which is not installed; install it, or give --report_to none.")
+    return accelerator
+
+
+def make_trainable(parts: Parts, args: Arguments, accelerator: Accelerator) -> Denoiser:
+    """Put all on the device, frozen weights in half precision if training is; the trained ones in float32."""
+    half = DTYPES.get(accelerator.mixed_precision, torch.float32)
+    for module in (parts.vae, parts.text_encoder, parts.unet):
+        module.to(accelerator.device)
+    if half != torch.float32:
+        parts.text_encoder.to(half)  # not the autoencoder: Stable Diffusion's overflows in float16
+    if args.train == "full":
+        parts.unet.requires_grad_(True)
+    else:
+        if half != torch.float32:
+            parts.unet.to(half)
+        add_lora(parts, args)
+        cast_training_params([parts.unet, parts.text_encoder], dtype=torch.float32)
+    if args.gradient_checkpointing:
+        parts.unet.enable_gradient_checkpointing()
+        if args.train_text_encoder:
+            parts.text_encoder.gradient_checkpointing_enable()
+    return Denoiser(parts.unet, parts.text_encoder if args.train_text_encoder else None)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, args: Arguments) -> Any:
+    """Not given to Accelerate, which would step it once for each process."""
+    try:
+        return get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"cannot make the schedule {args.lr_scheduler_type!r}: {error}.") from error
+
+
+def encode_all(splits: dict, parts: Parts, args: Arguments) -> tuple[dict[str, Encoded], torch.Tensor]:
+    """Return each split encoded, and the empty caption: its states, or its tokens if the text encoder is trained."""
+    frozen = None if args.train_text_encoder else parts.text_encoder
+    data = {name: encode(rows, args, parts.vae, parts.tokenizer, frozen) for name, rows in splits.items()}
+    empty = tokenize(parts.tokenizer, [""])
+    return data, empty if frozen is None else text_states(frozen, empty)
+
+
+def train(run: Run, first: int) -> None:
+    """Take the steps from `first` to `max_steps`, with all that comes between them."""
+    args, accelerator, recorder = run.args, run.accelerator, run.recorder
+    hidden = args.disable_tqdm or not accelerator.is_main_process
+    steps = tqdm(range(first, args.max_steps), "training", args.max_steps, initial=first, unit="step", disable=hidden)
+    run.model.train()
+    run.optimizer.train()  # schedule-free optimizers keep two sets of weights
+    losses: list[float] = []
+    for step in (done + 1 for done in steps):
+        logs = step % args.logging_steps == 0 or step == args.max_steps
+        with recorder.step():
+            loss, norm = take_step(run, step, measure=logs)
+        losses.append(loss)
+        if logs:
+            mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+            losses.clear()
+            if not numpy.isfinite(mean):
+                raise InputError(f"the loss is {mean} at step {step}; take a smaller --learning_rate.")
+            values = {"loss": mean, "grad_norm": float(norm), "learning_rate": run.schedule.get_last_lr()[0]}
+            accelerator.log(recorder.log(step, values), step=step)
+            steps.set_postfix(loss=f"{mean:.4f}")
+        if args.eval_steps and step % args.eval_steps == 0 and step < args.max_steps:
+            evaluate(run, step, f"step-{step}")
+        if args.save_steps and step % args.save_steps == 0:
+            save_checkpoint(run, step)
+    run.optimizer.eval()
+
+
+def take_step(run: Run, step: int, measure: bool) -> tuple[torch.Tensor, Any]:
+    """Take an optimizer step; return the mean loss and the norm of the gradients before clipping."""
+    accelerator, losses, norm = run.accelerator, [], 0.0
+    # A step draws from a seed of its own, so that a resumed run draws what an uninterrupted one would have.
+    draws = numpy.random.SeedSequence((run.args.seed, step, accelerator.process_index))
+    torch.manual_seed(int(draws.generate_state(1)[0]))
+    for rows in batches(run, step):
+        with accelerator.accumulate(run.model):
+            loss = training_loss(run, rows)
+            accelerator.backward(loss)
+            losses.append(loss.detach())
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(run.trained, run.args.max_grad_norm or float("inf"))
+                run.recorder.update_begins(measure=measure)
+            run.optimizer.step()  # Accelerate skips it while it accumulates
+            run.optimizer.zero_grad()
+    run.recorder.update_ends()
+    run.schedule.step()
+    if run.ema is not None:
+        run.ema.step(run.trained)
+    return torch.stack(losses).mean(), norm
+
+
+def batches(run: Run, step: int) -> Iterator[torch.Tensor]:
+    """Yield the rows that this process sees in a step: a part of an endless line of shuffled epochs."""
+    args, processes, total = run.args, run.accelerator.num_processes, len(run.data["train"])
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    begin, epochs = (step - 1) * size, []
+    for epoch in range(begin // total, (begin + size - 1) // total + 1):
+        shuffle = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+        epochs.append(torch.randperm(total, generator=shuffle))
+    rows = torch.cat(epochs)[begin % total :][:size]
+    yield from rows[run.accelerator.process_index :: processes].split(args.per_device_train_batch_size)
+
+
+def training_loss(run: Run, rows: torch.Tensor) -> torch.Tensor:
+    """Return the denoising loss of some rows at random timesteps, weighted by min-SNR (arXiv 2303.09556) if asked."""
+    data, noise, device = run.data["train"], run.parts.noise, run.accelerator.device
+    latents = data.mean[rows] + data.std[rows] * torch.randn(data.std[rows].shape)
+    added, timesteps = torch.randn(latents.shape), torch.randint(noise.config.num_train_timesteps, (len(rows),))
+    text = (data.tokens if data.states is None else data.states)[rows]
+    left_out = torch.rand(len(rows)) < run.args.empty_captions
+    text = torch.where(left_out.view(-1, *[1] * (text.dim() - 1)), run.empty, text)
+    latents, added, timesteps, text = (tensor.to(device) for tensor in (latents, added, timesteps, text))
+
+    predicted = run.model(noise.add_noise(latents, added, timesteps), timesteps, text)
+    target = denoising_target(noise, latents, added, timesteps)
+    losses = (predicted.float() - target).square().mean(dim=(1, 2, 3))
+    if run.args.snr_gamma is not None:
+        snr = compute_snr(noise, timesteps)
+        weights = snr.clamp(max=run.args.snr_gamma)
+        losses = losses * weights / (snr + 1 if noise.config.prediction_type == "v_prediction" else snr)
+    return losses.mean()
+
+
+def evaluate(run: Run, step: int, name: str, keep_average: bool = False) -> float:
+    """Return the held-out loss, of the moving average if there is one, and draw the validation images.
+
+    Every process does it, and comes to the same result, so that none has to wait for another.
+    """
+    args, accelerator = run.args, run.accelerator
+    run.model.eval()
+    run.optimizer.eval()
+    if run.ema is not None:
+        run.ema.store(run.trained)
+        run.ema.copy_to(run.trained)
+    loss = denoising_loss(
+        run.model, run.data["validation"], run.parts.noise, accelerator.device, args.per_device_eval_batch_size
+    )
+    run.recorder.append(step, {"eval_loss": loss})
+    accelerator.log({"eval_loss": loss}, step=step)
+    if args.validation_prompts and accelerator.is_main_process:
+        with accelerator.autocast():
+            run.pictures[name] = drawn = sample(make_pipeline(run.parts), args.validation_prompts, args)
+        save_grid({name: drawn}, args.validation_prompts, Path(args.output_dir, "images", f"{name}.png"))
+        for tracker in accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                images = numpy.stack([numpy.asarray(picture) for picture in drawn])
+                tracker.log_images({"validation": images}, step, **shape)
+    if run.ema is not None and not keep_average:
+        run.ema.restore(run.trained)
+    run.optimizer.train()
+    run.model.train()
+    return loss
+
+
+def save_checkpoint(run: Run, step: int) -> None:
+    """Save what training goes on from, all or nothing: trained weights, optimizer, schedule, moving average."""
+    if not run.accelerator.is_main_process:
+        return
+    model = run.accelerator.unwrap_model(run.model)
+    state = {
+        "step": step,
+        "weights": {name: value for name, value in model.named_parameters() if value.requires_grad},
+        "optimizer": run.optimizer.state_dict(),
+        "schedule": run.schedule.state_dict(),
+        "ema": run.ema and run.ema.state_dict(),
+        "scaler": run.accelerator.scaler and run.accelerator.scaler.state_dict(),
+    }
+    folder = Path(run.args.output_dir, f"checkpoint-{step}")
+    unfinished = folder.with_name(f"unfinished-{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    torch.save(state, unfinished / STATE_FILE)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
+    run.recorder.save(folder)
+    run.recorder.save()
+    saved = sorted(folder.parent.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for old in saved[: -(run.args.save_total_limit or len(saved))]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(run: Run, folder: str) -> int:
+    """Return the step that a checkpoint was saved after, with everything as it was then."""
+    state = torch.load(Path(folder, STATE_FILE), map_location="cpu", weights_only=True)
+    if state["step"] >= run.args.max_steps:
+        raise InputError(
+            f"{folder} is from step {state['step']}; max_steps is {run.args.max_steps}, so nothing is left."
+        )
+    names = {name for name, value in run.accelerator.unwrap_model(run.model).named_parameters() if value.requires_grad}
+    if names != set(state["weights"]) or (state["ema"] is None) != (run.ema is None):
+        raise InputError(f"{folder} is from a run with other trained weights; give the options of that run.")
+    run.accelerator.unwrap_model(run.model).load_state_dict(state["weights"], strict=False)
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.schedule.load_state_dict(state["schedule"])
+    if run.ema is not None:
+        run.ema.load_state_dict(state["ema"])
+        run.ema.to(run.accelerator.device)
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    return state["step"]
+
+
+def save_results(run: Run, results: dict) -> None:
+    """Save the weights, results.json, the group report, pictures and the model card; say where they are."""
+    args, parts, folder = run.args, run.parts, Path(run.args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.train == "full":
+        make_pipeline(parts).save_pretrained(folder)
+    else:
+        save_lora(parts, folder)
+    last = folder / f"checkpoint-{args.max_steps}"
+    settings = {key: value for key, value in asdict(args).items() if key != "hub_token"}
+    saved = {**results, "settings": settings, "checkpoint": last.name if last.is_dir() else None}
+    (folder / "results.json").write_text(json.dumps(saved, indent=2) + "\n")
+    optimizer = unwrap_optimizer(run.optimizer)
+    if isinstance(optimizer, SGDSaI):
+        (folder / "groups.txt").write_text(describe_groups(optimizer) + "\n")
+    if run.pictures:
+        save_grid(run.pictures, args.validation_prompts, folder / "images" / "grid.png")
+        run.recorder.add(images=[{"title": "Validation images", "file": "images/grid.png"}])
+    run.recorder.finish({"eval_loss": results["after"]["eval_loss"], "before training": results["before"]})
+    *pictures, card = finish_run(folder)
+    print(
+        f"\neval loss {results['before']['eval_loss']:.4f} before, {results['after']['eval_loss']:.4f} after training"
+    )
+    print(f"model: {folder}\nmodel card: {card}\nnumbers: {folder / 'results.json'}")
+    print(f"pictures: {', '.join(map(str, pictures))}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, PublishError) as problem:
+        sys.exit(f"train.py: {problem}")
