@@ -1,7 +1,8 @@
-"""Saves and resumes with torch.distributed.checkpoint: ``checkpoint_worker.py ACTION ENGINE FOLDER``.
+"""Saves and resumes: ``checkpoint_worker.py ACTION ENGINE FOLDER [ACTION ENGINE FOLDER ...]``.
 
-ACTION ``save`` trains half the steps, saves sharded and full, trains on; ``resume`` loads and trains the other half;
-``die`` saves every step and is killed from outside; ``survive`` resumes from the last whole checkpoint of that run.
+ACTION ``save`` trains half the steps, saves, trains on; ``resume`` loads and trains the other half; ``die`` saves every
+step and is killed from outside; ``survive`` resumes from the last whole checkpoint of that run. ENGINE ``fsdp2`` and
+``fsdp1`` save with torch.distributed.checkpoint, sharded and full; ``accelerate_*`` with accelerate's ``save_state``.
 """
 
 # ruff: noqa: E402
@@ -23,84 +24,140 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from hf_sai import SGDSaI
 
 warnings.filterwarnings("ignore")
-ACTION, ENGINE, PLACE = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-RANK, WORLD = join() if int(os.environ["WORLD_SIZE"]) > 1 else (0, 1)
-# FSDP1 gives nested optimizer states whose groups only some ranks have, which dcp.load cannot match.
-SHARDED = StateDictOptions(flatten_optimizer_state_dict=ENGINE == "fsdp1")
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+RANK, WORLD = join(alone="resume" in sys.argv)
 
 
-def make():
-    model = build()
-    if ENGINE == "fsdp1" and WORLD > 1:
-        model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-    elif WORLD > 1:
-        for block in model.blocks:
-            fully_shard(block)
-        fully_shard(model)
-    return model, SGDSaI(groups_of(model), **OPTIONS)
+class TorchRun:
+    """Model and optimizer under FSDP1 or FSDP2, saved by torch.distributed.checkpoint."""
 
+    def __init__(self, engine):
+        self.model = build()
+        if engine == "fsdp1":
+            self.model = FullyShardedDataParallel(self.model, use_orig_params=True, device_id=torch.device("cpu"))
+        elif WORLD > 1:
+            for block in self.model.blocks:
+                fully_shard(block)
+            fully_shard(self.model)
+        self.optimizer = self.sgd_sai = SGDSaI(groups_of(self.model), **OPTIONS)
+        # FSDP1 gives nested optimizer states whose groups only some ranks have, which dcp.load cannot match; and with
+        # cpu_offload its full state crashes on the CPU (SIGSEGV in torch 2.13, with AdamW too).
+        self.sharded = StateDictOptions(flatten_optimizer_state_dict=engine == "fsdp1")
+        self.full = StateDictOptions(full_state_dict=True, cpu_offload=engine != "fsdp1")
 
-def save(model, optimizer, folder, **metadata):
-    """Beside the final name first: a folder that has the final name is whole."""
-    weights, states = get_state_dict(model, optimizer, options=SHARDED)
-    partial = folder.with_suffix(".partial")
-    dcp.save({"model": weights, "optimizer": states}, checkpoint_id=str(partial))
-    if RANK == 0:
-        (partial / "metadata.json").write_text(json.dumps(metadata))
-        partial.rename(folder)
-    if WORLD > 1:
+    def save(self, folder, **metadata):
+        """Beside the final name first: a folder that has the final name is whole."""
+        weights, states = get_state_dict(self.model, self.optimizer, options=self.sharded)
+        partial = folder.with_suffix(".partial")
+        dcp.save({"model": weights, "optimizer": states}, checkpoint_id=str(partial))
+        if RANK == 0:
+            (partial / "metadata.json").write_text(json.dumps(metadata))
+            partial.rename(folder)
         dist.barrier()
 
+    def load(self, folder):
+        weights, states = get_state_dict(self.model, self.optimizer, options=self.sharded)
+        dcp.load({"model": weights, "optimizer": states}, checkpoint_id=str(folder))
+        options = {"model_state_dict": weights, "optim_state_dict": states, "options": self.sharded}
+        set_state_dict(self.model, self.optimizer, **options)
 
-def load(model, optimizer, folder):
-    weights, states = get_state_dict(model, optimizer, options=SHARDED)
-    dcp.load({"model": weights, "optimizer": states}, checkpoint_id=str(folder))
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states, options=SHARDED)
-
-
-def halves(optimizer, model, steps):
-    per_step = []
-    before = gsnr_of(optimizer)
-    with counting(optimizer, per_step):
-        losses = train(model, optimizer, steps, RANK, WORLD)
-    return {"losses": losses, "before": before, "after": gsnr_of(optimizer), "collectives": sum(map(len, per_step[1:]))}
-
-
-model, optimizer = make()
-if ACTION == "save":
-    train(model, optimizer, range(STEPS // 2), RANK, WORLD)
-    save(model, optimizer, PLACE / "sharded")
-    if ENGINE != "fsdp1":  # torch 2.13 crashes (SIGSEGV) in FSDP1's full state on the CPU, with any optimizer
-        weights, states = get_state_dict(model, optimizer, options=FULL)
+    def save_full(self, file):
+        weights, states = get_state_dict(self.model, self.optimizer, options=self.full)
         if RANK == 0:
-            torch.save({"model": weights, "optimizer": states}, PLACE / "full.pt")
-    write_result(halves(optimizer, model, range(STEPS // 2, STEPS)))
-elif ACTION == "resume":
-    results = {}
-    load(model, optimizer, PLACE / "sharded")
-    results["sharded"] = halves(optimizer, model, range(STEPS // 2, STEPS))
-    if (PLACE / "full.pt").exists():
-        model, optimizer = make()
-        whole = torch.load(PLACE / "full.pt", weights_only=True)
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=whole["model"],
-            optim_state_dict=whole["optimizer"],
-            options=StateDictOptions(full_state_dict=True),
+            torch.save({"model": weights, "optimizer": states}, file)
+        dist.barrier()
+
+    def load_full(self, file):
+        whole = torch.load(file, weights_only=True)
+        options = {"model_state_dict": whole["model"], "optim_state_dict": whole["optimizer"]}
+        set_state_dict(self.model, self.optimizer, **options, options=StateDictOptions(full_state_dict=True))
+
+
+class AccelerateRun:
+    """Model and optimizer under accelerate, saved by its ``save_state``."""
+
+    def __init__(self, engine):
+        import on_cpu  # noqa: F401
+        from accelerate import Accelerator, FullyShardedDataParallelPlugin
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(True)
+        os.environ.pop("ACCELERATE_USE_FSDP", None)  # an earlier Accelerator has set it
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+            transformer_cls_names_to_wrap=["Block"],
+            cpu_ram_efficient_loading=False,
+            state_dict_type="FULL_STATE_DICT" if engine.endswith("full") else "SHARDED_STATE_DICT",
         )
-        results["full"] = halves(optimizer, model, range(STEPS // 2, STEPS))
-    write_result(results)
-elif ACTION == "die":
+        self.accelerator = Accelerator(cpu=True, fsdp_plugin=None if engine.endswith("ddp") else plugin)
+        expected = "MULTI_CPU" if engine.endswith("ddp") else "FSDP"
+        assert self.accelerator.distributed_type.name == expected, self.accelerator.distributed_type
+        assert self.accelerator.num_processes == WORLD
+        model = build()
+        self.model, self.optimizer = self.accelerator.prepare(model, SGDSaI(groups_of(model), **OPTIONS))
+        self.sgd_sai = self.optimizer.optimizer
+
+    def save(self, folder):
+        self.accelerator.save_state(str(folder))
+
+    def load(self, folder):
+        self.accelerator.load_state(str(folder))
+
+
+def make(engine):
+    return AccelerateRun(engine) if engine.startswith("accelerate") else TorchRun(engine)
+
+
+def goes_on(run):
+    """The second half of the steps."""
+    per_step = []
+    before = gsnr_of(run.sgd_sai)
+    with counting(run.sgd_sai, per_step):
+        losses = train(run.model, run.optimizer, range(STEPS // 2, STEPS), RANK, WORLD)
+    collectives = sum(map(len, per_step[1:]))
+    return {"losses": losses, "before": before, "after": gsnr_of(run.sgd_sai), "collectives": collectives}
+
+
+def save(engine, place):
+    run = make(engine)
+    train(run.model, run.optimizer, range(STEPS // 2), RANK, WORLD)
+    run.save(place / f"{engine}_sharded")
+    if isinstance(run, TorchRun):
+        run.save_full(place / f"{engine}_full.pt")
+    return goes_on(run)
+
+
+def resume(engine, place):
+    results = {}
+    for kind in ("sharded", "full.pt"):
+        saved = place / f"{engine}_{kind}"
+        if saved.exists():
+            run = make(engine)
+            (run.load_full if saved.is_file() else run.load)(saved)
+            results[kind] = goes_on(run)
+    return results
+
+
+def die(engine, place):
+    run = make(engine)
     for step in range(10**6):
-        train(model, optimizer, range(step, step + 1), RANK, WORLD)
-        save(model, optimizer, PLACE / f"step_{step + 1}", step=step + 1)
-elif ACTION == "survive":
-    last = max(PLACE.glob("step_*[0-9]"), key=lambda folder: int(folder.name.split("_")[1]))
+        train(run.model, run.optimizer, range(step, step + 1), RANK, WORLD)
+        run.save(place / f"step_{step + 1}", step=step + 1)
+
+
+def survive(engine, place):
+    run = make(engine)
+    last = max(place.glob("step_*[0-9]"), key=lambda folder: int(folder.name.split("_")[1]))
     step = json.loads((last / "metadata.json").read_text())["step"]
-    load(model, optimizer, last)
-    losses = train(model, optimizer, range(step, step + 2), RANK, WORLD)
-    model, optimizer = make()
-    expected = train(model, optimizer, range(step + 2), RANK, WORLD)
-    write_result({"step": step, "losses": losses, "expected": expected, "gsnr": gsnr_of(optimizer)})
+    run.load(last)
+    losses = train(run.model, run.optimizer, range(step, step + 2), RANK, WORLD)
+    run = make(engine)
+    expected = train(run.model, run.optimizer, range(step + 2), RANK, WORLD)
+    return {"step": step, "losses": losses, "expected": expected, "gsnr": gsnr_of(run.sgd_sai)}
+
+
+ACTIONS = {"save": save, "resume": resume, "die": die, "survive": survive}
+os.environ["ACCELERATE_USE_CPU"] = "true"
+tasks = zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3], strict=True)
+results = {f"{action} {engine} {place}": ACTIONS[action](engine, Path(place)) for action, engine, place in tasks}
+write_result({"world_size": dist.get_world_size(), **results})

@@ -233,4 +233,3 @@ results = {"world_size": dist.get_world_size(), "backend": dist.get_backend()}
 for name in sys.argv[1:]:
     results[name] = CHECKS[name]() if name in CHECKS else train_and_compare(name)
 write_result(results)
-dist.destroy_process_group()

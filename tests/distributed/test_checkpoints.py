@@ -5,31 +5,54 @@ import time
 import pytest
 from launch import finish, kill, run_ranks, start_ranks
 
+DCP, ACCELERATE = ["fsdp2", "fsdp1"], ["accelerate_ddp", "accelerate_fsdp2_sharded", "accelerate_fsdp2_full"]
+ENGINES = [*DCP, *ACCELERATE]
+#: FSDP1's states resume on as many ranks only.
+ELASTIC = ["fsdp2", *ACCELERATE]
+
+
+def tasks(action, engines, place):
+    return [word for engine in engines for word in (action, engine, str(place))]
+
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """(engine, world size) -> folder of the checkpoint and the uninterrupted run's report; each is saved once."""
-    known = {}
+def runs(tmp_path_factory):
+    """(ranks that saved, ranks that resume) -> (what each resuming rank reports, the uninterrupted run, the place).
 
-    def save(engine, world_size):
-        if (engine, world_size) not in known:
-            folder = tmp_path_factory.mktemp("saved")
-            runs = run_ranks("checkpoint_worker.py", world_size, folder / "run", "save", engine, str(folder))
-            known[engine, world_size] = folder, runs[0]
-        return known[engine, world_size]
+    Four launches for all of it, for their time is mostly imports.
+    """
+    two, four = (tmp_path_factory.mktemp(name) for name in ("two", "four"))
 
-    return save
+    def launch(world_size, *words):
+        results = run_ranks("checkpoint_worker.py", world_size, tmp_path_factory.mktemp("ranks"), *words)
+        assert all(result["world_size"] == world_size for result in results)
+        return results
+
+    saved_2 = launch(2, *tasks("save", ENGINES, two))
+    at_4 = launch(4, *tasks("save", ELASTIC, four), *tasks("resume", ELASTIC, two))
+    at_2 = launch(2, *tasks("resume", ENGINES, two), *tasks("resume", ELASTIC, four))
+    at_1 = launch(1, *tasks("resume", ELASTIC, two))
+    return {
+        (2, 2): (at_2, saved_2, two),
+        (2, 1): (at_1, saved_2, two),
+        (2, 4): (at_4, saved_2, two),
+        (4, 2): (at_2, at_4, four),
+    }
 
 
 @pytest.mark.parametrize(
     ("engine", "before", "after"),
-    [("fsdp2", 2, 2), ("fsdp2", 2, 1), ("fsdp2", 2, 4), ("fsdp2", 4, 2), ("fsdp1", 2, 2)],
+    [(engine, 2, 2) for engine in ENGINES]
+    + [(engine, *sizes) for engine in ELASTIC for sizes in ((2, 1), (2, 4), (4, 2))],
 )
-def test_a_resumed_run_goes_on_as_the_uninterrupted_one(saved, tmp_path, engine, before, after):
-    folder, uninterrupted = saved(engine, before)
-    for result in run_ranks("checkpoint_worker.py", after, tmp_path, "resume", engine, str(folder)):
-        assert result.keys() == ({"sharded"} if engine == "fsdp1" else {"sharded", "full"})
-        for resumed in result.values():
+def test_a_resumed_run_goes_on_as_the_uninterrupted_one(runs, engine, before, after):
+    reports, saved, place = runs[before, after]
+    uninterrupted = saved[0][f"save {engine} {place}"]
+    assert None not in uninterrupted["after"].values()
+    for report in reports:
+        results = report[f"resume {engine} {place}"]
+        assert results.keys() == ({"sharded", "full.pt"} if engine in DCP else {"sharded"})
+        for resumed in results.values():
             assert resumed["after"] == uninterrupted["after"]  # never measured again
             assert resumed["collectives"] == 0
             if before == after:
@@ -37,11 +60,10 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(saved, tmp_path, engine,
             assert resumed["losses"] == pytest.approx(uninterrupted["losses"], rel=1e-5)
 
 
-@pytest.mark.parametrize("when", ["training", "saving"])
-def test_nothing_is_lost_but_the_unsaved_step_when_a_rank_is_killed(tmp_path, when):
-    place = tmp_path / "checkpoints"
+def killed(place, folder, when):
+    """A run of which one rank was killed in the middle of training or of saving; its processes have ended."""
     place.mkdir()
-    processes = start_ranks("checkpoint_worker.py", 2, tmp_path / "dies", "die", "fsdp2", str(place))
+    processes = start_ranks("checkpoint_worker.py", 2, folder, "die", "fsdp2", str(place))
     deadline = time.monotonic() + 120
     try:
         while not (place / "step_3").exists() or (when == "saving") != any(place.glob("*.partial")):
@@ -53,15 +75,16 @@ def test_nothing_is_lost_but_the_unsaved_step_when_a_rank_is_killed(tmp_path, wh
         kill(processes[1:])
         finish(processes, timeout=1)
     assert all(process.poll() is not None for process in processes)
-    for result in run_ranks("checkpoint_worker.py", 2, tmp_path / "survives", "survive", "fsdp2", str(place)):
-        assert result["step"] >= 3
-        assert result["losses"] == result["expected"]
-        assert None not in result["gsnr"].values()
 
 
-def test_accelerates_save_state_and_load_state_resume_bit_for_bit(tmp_path):
-    for result in run_ranks("accelerate_worker.py", 2, tmp_path):
-        assert result == {
-            name: {"type": kind, "processes": 2, "same_loss": True, "same_gsnr": True}
-            for name, kind in (("ddp", "MULTI_CPU"), ("fsdp2", "FSDP"))
-        }
+def test_nothing_is_lost_but_the_unsaved_step_when_a_rank_is_killed_in_training_or_in_saving(tmp_path):
+    places = [tmp_path / when for when in ("training", "saving")]
+    for place in places:
+        killed(place, tmp_path / f"{place.name}_dies", place.name)
+    words = [word for place in places for word in tasks("survive", ["fsdp2"], place)]
+    for report in run_ranks("checkpoint_worker.py", 2, tmp_path / "survives", *words):
+        for place in places:
+            result = report[f"survive fsdp2 {place}"]
+            assert result["step"] >= 3
+            assert result["losses"] == result["expected"]
+            assert None not in result["gsnr"].values()

@@ -7,9 +7,9 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.state import PartialState
 from common import FOLDER, join, write_result
+from on_cpu import use_no_deepspeed_kernels
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
@@ -30,17 +30,8 @@ else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     RANK, _ = join()
 
-if ENGINE == "fsdp2":
-    # On the CPU accelerate silently turns an FSDP configuration into DDP; tell it that FSDP is meant.
-    original = AcceleratorState.__init__
-
-    def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
-        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-            self.fsdp_plugin = fsdp_plugin
-
-    AcceleratorState.__init__ = with_fsdp
+if ENGINE.startswith("zero"):
+    use_no_deepspeed_kernels()
 
 
 class Tokens(torch.utils.data.Dataset):

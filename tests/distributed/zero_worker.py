@@ -29,6 +29,9 @@ warnings.filterwarnings("ignore")
 os.environ["DS_ACCELERATOR"] = "cpu"
 RANK, WORLD = join()
 import deepspeed  # noqa: E402  (wants to find the process group)
+from on_cpu import use_no_deepspeed_kernels  # noqa: E402
+
+use_no_deepspeed_kernels()
 
 deepspeed.init_distributed("gloo", verbose=False)
 
