@@ -95,7 +95,10 @@ def main(argv: list[str] | None = None) -> dict:
         callbacks=[record, publisher] if publisher else [record],
     )
     validation = splits["validation"]
-    before, written_before = assess(trainer, validation, args, "before")
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # Trainer cannot evaluate before it trains then
+        before, written_before = {}, []
+    else:
+        before, written_before = assess(trainer, validation, args, "before")
     trainer.train(resume_from_checkpoint=checkpoint)
     after, written_after = assess(trainer, validation, args, "after")
     results = {"before": before, "after": after}
@@ -204,9 +207,9 @@ def samples(rows: Dataset, texts: list[str]) -> list[dict]:
 
 
 def results_table(results: dict[str, dict[str, float]]) -> str:
-    """Return the scores before and after training as a Markdown table."""
+    """Return the scores before and after training as a Markdown table; engines that shard leave out the former."""
     before, after = results["before"], results["after"]
-    rows = [(key, f"{value:.4f}", f"{after[key]:.4f}") for key, value in before.items()]
+    rows = [(key, f"{before[key]:.4f}" if key in before else "", f"{value:.4f}") for key, value in after.items()]
     return markdown_table(["", "before", "after"], rows)
 
 
