@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_sai.fsdp1 import refuse_flat_parameter
 from hf_sai.gsnr import UNMEASURED
+from hf_sai.momentum import check_momentum_dtype
 
 __all__ = ["check_options", "check_params", "with_float_gsnr"]
 
@@ -26,12 +27,13 @@ def check_options(options: dict[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < limit:
             allowed = "a finite number >= 0" if limit == math.inf else f"a number in [0, {limit:g})"
             raise ValueError(f"{name} must be {allowed}, but is {options[name]!r}.")
-    for name in ("normalize", "maximize", "foreach", "fused"):
-        allowed_values = (True, False) if name in ("normalize", "maximize") else (True, False, None)
+    for name in ("normalize", "maximize", "stochastic_rounding", "foreach", "fused"):
+        allowed_values = (True, False, None) if name in ("foreach", "fused") else (True, False)
         if not any(options[name] is value for value in allowed_values):
             raise ValueError(f"{name} must be one of {allowed_values}, but is {options[name]!r}.")
     if options["foreach"] and options["fused"]:
         raise ValueError("foreach and fused are both True; choose one, or leave both at None.")
+    check_momentum_dtype(options["momentum_dtype"])
 
 
 def check_params(group: dict[str, Any]) -> None:

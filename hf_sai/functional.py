@@ -1,12 +1,14 @@
-"""One SGD-SaI update of a list of tensors: the plain, the multi-tensor and the fused path."""
+"""One SGD-SaI update of a list of tensors: the plain, the multi-tensor, the fused and the widened path."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from hf_sai.momentum import QuantizedMomentum, codes_table
 
 __all__ = ["can_fuse", "sgd_sai"]
 
@@ -21,13 +23,14 @@ _FUSED_DTYPES = {
 def sgd_sai(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor | None],
+    momentum_buffers: Sequence[Tensor | QuantizedMomentum | None],
     scales: Sequence[float],
     *,
     lr: float | Tensor,
     momentum: float,
     weight_decay: float,
     maximize: bool = False,
+    stochastic_rounding: bool = False,
     foreach: bool | None = None,
     fused: bool | None = None,
     grad_scale: Tensor | None = None,
@@ -45,15 +48,19 @@ def sgd_sai(
     Args:
         params: Tensors :math:`\theta` of any shapes.
         grads: Their gradients :math:`g`, same shapes.
-        momentum_buffers: :math:`m`, same shapes and dtypes as ``params``; entries are ignored (None) if momentum is 0.
+        momentum_buffers: :math:`m`, same shapes as ``params``, of any float dtype, or quantised; entries are ignored
+            (None) if momentum is 0. Where dtypes differ the update is computed in float32 or better, one tensor at a
+            time, whatever ``foreach`` and ``fused`` say.
         scales: One factor :math:`G` per tensor: its g-SNR, normalised or not.
         lr: Learning rate :math:`\gamma`, a float or a one-element tensor.
         momentum: :math:`\mu` in [0, 1).
         weight_decay: :math:`\lambda` >= 0.
         maximize: Negate the gradients.
+        stochastic_rounding: Compute in float32 and round bfloat16 parameters up or down at random, so that updates
+            below their resolution count on average. Other dtypes are not affected.
         foreach: Use torch's multi-tensor operations. With both ``foreach`` and ``fused`` None: on CUDA.
         fused: Use torch's fused SGD kernel for the tensors that it can update (:func:`can_fuse`). With both None: on
-            CPU, if it can update all of them.
+            CPU.
         grad_scale: GradScaler's scale, by which the gradients are still multiplied (``fused`` only).
         found_inf: GradScaler's flag, 1.0 to skip the update (``fused`` only).
 
@@ -64,12 +71,17 @@ def sgd_sai(
         >>> theta
         tensor([0.5000, 1.5000])
     """
+    options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": maximize}
+    lists = (params, grads, momentum_buffers, scales)
+    wide = [i for i in range(len(params)) if _is_widened(params[i], momentum_buffers[i], stochastic_rounding)]
+    if wide:
+        _widened(*_take(lists, wide), **options, stochastic_rounding=stochastic_rounding, fused=fused)
+        params, grads, momentum_buffers, scales = _take(lists, sorted(set(range(len(params))) - set(wide)))
     if not params:
         return
     if foreach is None and fused is None:
         foreach = all(p.is_cuda and _is_plain(p) for p in params)
-        fused = all(p.device.type == "cpu" and can_fuse(p) for p in params)
-    options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": maximize}
+        fused = any(p.is_cpu for p in params)
     if fused:
         _fused(params, grads, momentum_buffers, scales, **options, grad_scale=grad_scale, found_inf=found_inf)
     elif foreach:
@@ -80,12 +92,23 @@ def sgd_sai(
 
 def can_fuse(param: Tensor) -> bool:
     """Whether torch's fused SGD kernel updates this parameter rightly: contiguous, a dtype it handles, no DTensor."""
-    return param.dtype in _FUSED_DTYPES.get(param.device.type, ()) and param.is_contiguous() and _is_plain(param)
+    return _is_plain(param) and param.is_contiguous() and param.dtype in _FUSED_DTYPES.get(param.device.type, ())
 
 
 def _is_plain(param: Tensor) -> bool:
     """Whether this is an ordinary tensor, not a subclass such as DTensor."""
     return type(param) in (Tensor, torch.nn.Parameter)
+
+
+def _is_widened(param: Tensor, momentum: Tensor | QuantizedMomentum | None, stochastic_rounding: bool) -> bool:
+    """Whether this tensor's update is computed in another dtype than the parameter's."""
+    if stochastic_rounding and param.dtype == torch.bfloat16:
+        return True
+    return isinstance(momentum, QuantizedMomentum) or (momentum is not None and momentum.dtype != param.dtype)
+
+
+def _take(lists: Sequence[Sequence], indices: Sequence[int]) -> Iterator[list]:
+    return ([values[i] for i in indices] for values in lists)
 
 
 def _single_tensor(params, grads, momentum_buffers, scales, *, lr, momentum, weight_decay, maximize):
@@ -148,8 +171,8 @@ def _fused(params, grads, momentum_buffers, scales, *, lr, momentum, weight_deca
         rest = [i for i, p in enumerate(params) if can_fuse(p)]
         lists = (params, grads, momentum_buffers, scales)
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": maximize}
-        _single_tensor(*([values[i] for i in plain] for values in lists), **options)
-        params, grads, momentum_buffers, scales = ([values[i] for i in rest] for values in lists)
+        _single_tensor(*_take(lists, plain), **options)
+        params, grads, momentum_buffers, scales = _take(lists, rest)
 
     decay = 1 - lr * weight_decay
     if found_inf is not None:  # stays on the device: no synchronisation
@@ -157,9 +180,11 @@ def _fused(params, grads, momentum_buffers, scales, *, lr, momentum, weight_deca
     for p, g, m, scale in zip(params, grads, momentum_buffers, scales, strict=True):
         if weight_decay != 0:
             p.mul_(decay)
+        if g.dtype != p.dtype or not g.is_contiguous():
+            g = g.to(p.dtype).contiguous()
         torch._fused_sgd_(
             [p],
-            [g.to(p.dtype).contiguous()],
+            [g],
             [] if momentum == 0 else [m],
             lr=lr * scale,
             momentum=momentum,
@@ -171,3 +196,60 @@ def _fused(params, grads, momentum_buffers, scales, *, lr, momentum, weight_deca
             grad_scale=grad_scale,
             found_inf=found_inf,
         )
+
+
+def _widened(
+    params, grads, momentum_buffers, scales, *, lr, momentum, weight_decay, maximize, stochastic_rounding, fused
+):
+    """The plain path in float32 or better, for a momentum of another dtype and for stochastic rounding."""
+    for p, g, m, scale in zip(params, grads, momentum_buffers, scales, strict=True):
+        decay, step = 1 - lr * weight_decay, lr * scale
+        if fused is not False and momentum != 0 and _has_8bit_kernel(p, m) and not stochastic_rounding:
+            p.mul_(decay)
+            _8bit_kernel(p, -g if maximize else g, m, float(step), momentum)
+            continue
+        wide = torch.promote_types(p.dtype, torch.float32)
+        # --- gradient
+        direction = (-g if maximize else g).to(wide)
+        # --- momentum
+        if momentum != 0:
+            loaded = m.load() if isinstance(m, QuantizedMomentum) else m
+            direction = loaded.to(wide).lerp(direction, 1 - momentum)
+            m.store(direction) if isinstance(m, QuantizedMomentum) else m.copy_(direction)
+        # --- decoupled weight decay and scaled step
+        updated = p.to(wide) * decay - step * direction
+        p.copy_(_stochastically_rounded(updated) if stochastic_rounding and p.dtype == torch.bfloat16 else updated)
+
+
+def _has_8bit_kernel(p: Tensor, m: Tensor | QuantizedMomentum | None) -> bool:
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    return isinstance(m, QuantizedMomentum) and m.is_8bit and p.is_contiguous() and _is_plain(p) and p.dtype in dtypes
+
+
+def _8bit_kernel(p: Tensor, g: Tensor, m: QuantizedMomentum, step: float, momentum: float) -> None:
+    """bitsandbytes' update with an 8-bit momentum, which on CUDA is one kernel: m = momentum m + (1 - momentum) g."""
+    torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
+        "momentum",
+        g.to(p.dtype).contiguous(),
+        p,
+        m.codes,
+        None,
+        momentum,
+        *(0.0, 0.0, 0.0, 0.0),  # what other optimizers use: beta2, beta3, alpha, eps
+        2,  # in step 1 it would start the momentum at (1 - momentum) g
+        step,
+        codes_table(p.device),
+        None,
+        m.scales,
+        None,
+        0.0,  # its weight decay is not decoupled
+        1 - momentum,  # a factor of the gradient
+        False,
+    )
+
+
+def _stochastically_rounded(value: Tensor) -> Tensor:
+    """float32 to bfloat16, up with a probability of the distance from the lower neighbour; inf and NaN stay."""
+    bits = value.view(torch.int32)
+    rounded = (bits + torch.randint_like(bits, 1 << 16)) & -(1 << 16)
+    return torch.where(value.isfinite(), rounded.view(torch.float32), value).to(torch.bfloat16)

@@ -20,7 +20,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from hf_sai.checks import check_options, check_params, with_float_gsnr
 from hf_sai.fsdp1 import FlatSlices, is_slice, refuse_flat_parameter
 from hf_sai.functional import can_fuse, sgd_sai
+from hf_sai.gradient_release import refuse_normalize, release_gradients
 from hf_sai.gsnr import UNMEASURED, GSNRReport, GSNRRow, measure_gsnr
+from hf_sai.momentum import allocate_momentum, convert_momentum, momentum_of, set_momentum
 from hf_sai.sharding import full_shapes, local_shard
 
 if TYPE_CHECKING:
@@ -32,6 +34,16 @@ logger = logging.getLogger(__name__)
 
 #: After this many steps, parameters that still have no g-SNR are named in one warning.
 WARN_UNMEASURED_AFTER = 20
+
+# Options that the official code does not have, with the defaults that mean what it does.
+_LATER_OPTIONS = {
+    "normalize": False,
+    "maximize": False,
+    "momentum_dtype": None,
+    "stochastic_rounding": False,
+    "foreach": None,
+    "fused": None,
+}
 
 
 class SGDSaI(Optimizer):
@@ -79,11 +91,20 @@ class SGDSaI(Optimizer):
             a learning rate higher by that factor: thousands for a language model. A larger g-SNR that is measured
             later lowers the scale of all others from then on.
         maximize: Ascend instead of descend.
+        momentum_dtype: What the momentum is kept in: None for the parameter's dtype, another float dtype such as
+            ``torch.bfloat16``, or ``"8bit"`` or ``"4bit"`` for bitsandbytes' blocks of 256 or 128 elements with a
+            float32 scale each (extra ``quant``; tensors below 4096 elements stay as they are). 4, 2, 1.02 or 0.53
+            bytes per element. The update is computed in float32 then, one tensor at a time.
+        stochastic_rounding: Round bfloat16 parameters up or down at random, for training without float32 copies of
+            them. Draws from torch's random number generator.
         foreach: Use torch's multi-tensor operations, which need temporary memory of the size of the parameters.
             If ``foreach`` and ``fused`` are both None, CUDA parameters are updated so.
         fused: Use torch's fused SGD kernel, without temporary memory, for contiguous parameters on CUDA and for
             float32 and float64 ones on CPU; others are updated one by one. If both are None, CPU parameters are
             updated so. ``foreach=False`` is the plain loop.
+        gradient_release: Update each parameter within ``backward()`` and free its gradient at once; ``step()`` then
+            only counts. Excludes gradient accumulation, clipping by the global norm (there is nothing left to clip),
+            GradScaler, ``normalize`` and more than one process.
 
     Raises:
         ValueError: An option is out of range, a parameter is complex or a flat parameter of FSDP1, or ``foreach`` and
@@ -112,8 +133,11 @@ class SGDSaI(Optimizer):
         *,
         normalize: bool = False,
         maximize: bool = False,
+        momentum_dtype: torch.dtype | str | None = None,
+        stochastic_rounding: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
+        gradient_release: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -122,20 +146,28 @@ class SGDSaI(Optimizer):
             "eps": eps,
             "normalize": normalize,
             "maximize": maximize,
+            "momentum_dtype": momentum_dtype,
+            "stochastic_rounding": stochastic_rounding,
             "foreach": foreach,
             "fused": fused,
         }
         check_options(defaults)
+        if gradient_release is not True and gradient_release is not False:
+            raise ValueError(f"gradient_release must be True or False, but is {gradient_release!r}.")
         self._steps = 0
+        self._gradient_release = gradient_release
+        self._released: set[Tensor] = set()  # since the last step()
         super().__init__(params, defaults)
         self._reset_engine()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_steps", 0)
+        self.__dict__.setdefault("_gradient_release", False)
+        self.__dict__.setdefault("_released", set())
         self._reset_engine()
         for group in self.param_groups:  # groups saved by the official code, or by an older version of this one
-            for key, default in (("normalize", False), ("maximize", False), ("foreach", None), ("fused", None)):
+            for key, default in _LATER_OPTIONS.items():
                 group.setdefault(key, default)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -151,26 +183,54 @@ class SGDSaI(Optimizer):
         super().add_param_group(param_group)
         try:
             check_params(self.param_groups[-1])
+            if self._gradient_release:
+                refuse_normalize(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
+        if self._gradient_release:
+            release_gradients(self, len(self.param_groups) - 1)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of the official ``SGD_sai``; what was measured stays measured.
 
         Args:
             state_dict: What ``state_dict()`` returned. The official code's g-SNR tensors become floats before torch
-                could cast them to the parameters' dtype; its 0 or NaN (never measured rightly) is measured anew.
+                could cast them to the parameters' dtype; its 0 or NaN (never measured rightly) is measured anew. As
+            always in torch, the options saved with the groups replace the optimizer's own.
         """
         state = {key: with_float_gsnr(value) for key, value in state_dict["state"].items()}
-        super().load_state_dict({**state_dict, "state": state})
+        groups = state_dict["param_groups"]
+        if len(groups) == len(self.param_groups):
+            mine = [{key: group[key] for key in _LATER_OPTIONS} for group in self.param_groups]
+            groups = [{**options, **group} for options, group in zip(mine, groups, strict=True)]
+        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        self._restore_momentum([index for group in groups for index in group["params"]], state)
+
+    def _restore_momentum(self, indices: list[Any], saved: dict[Any, Any]) -> None:
+        """Put every momentum back whose dtype torch has changed in loading to its parameter's."""
+        params = [(p, group["momentum_dtype"]) for group in self.param_groups for p in group["params"]]
+        for index, (p, momentum_dtype) in zip(indices, params, strict=True):
+            momentum = {key: value for key, value in saved.get(index, {}).items() if key.startswith("momentum_")}
+            if momentum and (momentum_dtype is not None or momentum["momentum_buffer"].dtype != p.dtype):
+                for key in momentum:
+                    del self.state[p][key]
+                self.state[p].update(convert_momentum(momentum, p, momentum_dtype))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Tells GradScaler to leave unscaling to the fused kernel."""
+        if self._gradient_release:
+            raise ValueError("gradient_release updates with gradients that GradScaler has not unscaled; use bfloat16.")
         if any(is_slice(p) for p in self._params()) or self._find_engine() is not None:
             return False  # the scaler must unscale by itself, and agree with the other ranks on infinities
-        return all(group["fused"] and all(map(can_fuse, group["params"])) for group in self.param_groups)
+        return all(
+            group["fused"]
+            and group["momentum_dtype"] is None
+            and not group["stochastic_rounding"]
+            and all(map(can_fuse, group["params"]))
+            for group in self.param_groups
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -190,8 +250,10 @@ class SGDSaI(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._steps += 1
+        self._released.clear()
         if not self._engine_is_known:
             self._engine, self._engine_is_known = self._find_engine(), True
+            self._check_engine()
         if self._engine is not None and not isinstance(self._engine, FlatSlices):
             self._engine.step(self)
         else:
@@ -204,7 +266,7 @@ class SGDSaI(Optimizer):
         """The step, unless DeepSpeed has flattened the parameters."""
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        pending = self._pending()
+        pending = self._pending(self.param_groups)
         if pending and grad_scale is not None:
             # Measuring looks at the gradients anyway, so unscale them here; the momentum starts from true gradients.
             if found_inf is not None and found_inf.item():
@@ -218,6 +280,24 @@ class SGDSaI(Optimizer):
         largest = self._largest_gsnr()
         for group in self.param_groups:
             self._update(group, largest, grad_scale, found_inf)
+
+    @torch.no_grad()
+    def update_released(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Update one parameter by itself, for ``gradient_release``; its gradient may be freed afterwards.
+
+        Raises:
+            ValueError: It has been updated since the last ``step()``: gradients are being accumulated.
+        """
+        if p in self._released:
+            raise ValueError(
+                "gradient_release: a parameter was given a second gradient before optimizer.step(). Gradients cannot "
+                "be accumulated (gradient_accumulation_steps=1), nor come in parts (use_reentrant=False in "
+                "gradient checkpointing), since the first has been applied and freed."
+            )
+        self._released.add(p)
+        alone = {**group, "params": [p]}
+        self._measure(self._pending([alone]))
+        self._update(alone, {}, None, None)
 
     def gsnr_report(self, named_parameters: Iterable[tuple[str, Tensor]] | None = None) -> GSNRReport:
         """The g-SNR of every non-empty parameter, and who is still unmeasured.
@@ -271,6 +351,18 @@ class SGDSaI(Optimizer):
             return find_zero(self)
         return None
 
+    def _check_engine(self) -> None:
+        """Refuse what is not done for parameters in pieces, before the first update."""
+        if self._engine is None:
+            return
+        for group in self._all_groups:
+            for option in ("momentum_dtype", "stochastic_rounding"):
+                if group[option]:
+                    raise ValueError(
+                        f"{option}={group[option]!r} does not work under FSDP1 and DeepSpeed ZeRO, which hand the "
+                        "optimizer pieces of parameters. Leave it out, or use FSDP2 (fsdp_version: 2)."
+                    )
+
     def _gsnr(self, p: Tensor) -> float:
         """A parameter's g-SNR, also where this rank has no part of it."""
         stored = self.state[p].get("gsnr", UNMEASURED) if p in self.state else UNMEASURED
@@ -279,11 +371,11 @@ class SGDSaI(Optimizer):
     def _params(self) -> Iterable[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
 
-    def _pending(self) -> list[tuple[Tensor, dict[str, Any]]]:
+    def _pending(self, groups: list[dict[str, Any]]) -> list[tuple[Tensor, dict[str, Any]]]:
         """The unmeasured parameters that have a gradient, each with its group."""
         return [
             (p, group)
-            for group in self.param_groups
+            for group in groups
             for p in group["params"]
             if p.grad is not None
             and p.numel() > 0
@@ -309,9 +401,9 @@ class SGDSaI(Optimizer):
             state = self.state[p]
             state["gsnr"] = gsnr
             if group["momentum"] != 0:
-                buffer = state.setdefault("momentum_buffer", torch.zeros_like(p))
+                allocate_momentum(state, p, group["momentum_dtype"])
                 if gsnr != UNMEASURED:
-                    _start(buffer, gradient, group["maximize"])
+                    set_momentum(state, p, -gradient if group["maximize"] else gradient)
 
     def _largest_gsnr(self) -> dict[Any, float]:
         """The largest measured g-SNR of each ``normalize_over`` (None: all groups without one)."""
@@ -335,11 +427,11 @@ class SGDSaI(Optimizer):
             if state["gsnr"] == UNMEASURED:
                 continue
             if group["momentum"] != 0 and "momentum_buffer" not in state:  # momentum was 0 until now
-                state["momentum_buffer"] = torch.zeros_like(p)
-                _start(state["momentum_buffer"], p.grad, group["maximize"])
+                allocate_momentum(state, p, group["momentum_dtype"])
+                set_momentum(state, p, -p.grad if group["maximize"] else p.grad)
             params.append(local_shard(p))
             grads.append(local_shard(p.grad, like=p))
-            buffers.append(local_shard(state["momentum_buffer"]) if group["momentum"] != 0 else None)
+            buffers.append(momentum_of(state, p) if group["momentum"] != 0 else None)
             scales.append(state["gsnr"] / (largest[group.get("normalize_over")] if group["normalize"] else 1.0))
         sgd_sai(
             params,
@@ -350,6 +442,7 @@ class SGDSaI(Optimizer):
             momentum=group["momentum"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
+            stochastic_rounding=group["stochastic_rounding"],
             foreach=group["foreach"],
             fused=group["fused"],
             grad_scale=grad_scale,
@@ -368,9 +461,3 @@ class SGDSaI(Optimizer):
                 len(unmeasured),
                 names,
             )
-
-
-def _start(buffer: Tensor, gradient: Tensor, maximize: bool) -> None:
-    """Start a momentum buffer at its first gradient."""
-    first = local_shard(gradient, like=buffer)
-    local_shard(buffer).copy_(-first if maximize else first)

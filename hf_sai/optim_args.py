@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 __all__ = ["parse_optim_args"]
 
 
@@ -15,8 +17,9 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
 
     Args:
         optim_args: ``"key=value,key=value"`` as on the command line, a mapping as in a YAML file, or None.
-            Keys: ``momentum``, ``eps`` (numbers), ``normalize`` (true or false), ``foreach``, ``fused`` (true,
-            false or none), ``lr_ratios`` (``role:factor``, several joined by ``;``), ``freeze`` (roles, likewise).
+            Keys: ``momentum``, ``eps`` (numbers), ``normalize``, ``stochastic_rounding``, ``gradient_release`` (true or
+            false), ``momentum_dtype`` (float32, bfloat16, 8bit, 4bit or none), ``foreach``, ``fused`` (true, false or
+            none), ``lr_ratios`` (``role:factor``, several joined by ``;``), ``freeze`` (roles, likewise).
 
     Returns:
         The options given, each of its own type.
@@ -91,6 +94,12 @@ _PARSERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "momentum": (_number, "a number in [0, 1)"),
     "eps": (_number, "a number >= 0"),
     "normalize": (_choice(true=True, false=False), "true or false"),
+    "momentum_dtype": (
+        _choice(none=None, float32=torch.float32, bfloat16=torch.bfloat16, **{"8bit": "8bit", "4bit": "4bit"}),
+        "float32, bfloat16, 8bit, 4bit or none",
+    ),
+    "stochastic_rounding": (_choice(true=True, false=False), "true or false"),
+    "gradient_release": (_choice(true=True, false=False), "true or false"),
     "foreach": (_choice(true=True, false=False, none=None), "true, false or none"),
     "fused": (_choice(true=True, false=False, none=None), "true, false or none"),
     "lr_ratios": (_ratios, "role:factor pairs joined by ';', such as lora_A:1;lora_B:4"),

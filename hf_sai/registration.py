@@ -1,4 +1,4 @@
-"""Makes ``sgd_sai`` an optimizer name of transformers' Trainer; the only file that touches its private seams."""
+"""Makes ``sgd_sai`` and its low-bit kin optimizer names of Trainer; the only file that touches its private seams."""
 
 from __future__ import annotations
 
@@ -15,21 +15,28 @@ from hf_sai.meters import unwrap_optimizer
 from hf_sai.optim import SGDSaI
 from hf_sai.optim_args import parse_optim_args
 
-__all__ = ["OPTIMIZER_NAME", "add_scalars_to_trainer_logs", "register"]
+__all__ = ["OPTIMIZER_NAMES", "add_scalars_to_trainer_logs", "register"]
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZER_NAME = "sgd_sai"
+#: Name of an optimizer for Trainer -> the options of ``SGDSaI`` that it stands for.
+OPTIMIZER_NAMES: dict[str, dict[str, Any]] = {
+    "sgd_sai": {},
+    "sgd_sai_8bit": {"momentum_dtype": "8bit"},
+    "sgd_sai_4bit": {"momentum_dtype": "4bit"},
+}
 
 
 def register() -> None:
-    """Register ``sgd_sai`` with transformers (>= 4.56 and 5.x). Importing ``hf_sai`` does this; again does nothing.
+    """Register our names with transformers (>= 4.56 and 5.x). Importing ``hf_sai`` does this; again does nothing.
 
-    Afterwards ``TrainingArguments(optim="sgd_sai")``, ``--optim sgd_sai``, ``set_optimizer`` and every subclass
-    (Seq2SeqTrainingArguments, TRL's configs) take the name, and Trainer builds ``SGDSaI`` from named groups.
+    They are ``sgd_sai``, and ``sgd_sai_8bit`` and ``sgd_sai_4bit`` for a quantised momentum. Afterwards
+    ``TrainingArguments(optim="sgd_sai")``, ``--optim sgd_sai``, ``set_optimizer`` and every subclass
+    (Seq2SeqTrainingArguments, TRL's configs) take these names, and Trainer builds ``SGDSaI`` from named groups.
     """
-    if OPTIMIZER_NAME not in OptimizerNames._value2member_map_:
-        _add_member(OptimizerNames, OPTIMIZER_NAME)
+    for name in OPTIMIZER_NAMES:
+        if name not in OptimizerNames._value2member_map_:
+            _add_member(OptimizerNames, name)
     _register_handler()
     _wrap_trainer()
     _wrap_model_card()
@@ -70,7 +77,14 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tupl
         ValueError: ``optim_args`` is wrong, or needs a model to group.
     """
     options = parse_optim_args(args.optim_args)
+    name = str(getattr(args.optim, "value", args.optim))
+    implied = OPTIMIZER_NAMES[name]
+    for key in implied.keys() & options.keys():
+        raise ValueError(f"optim_args: {key}={options[key]} contradicts --optim {name}; use --optim sgd_sai.")
+    options |= implied
     grouping = {key: options.pop(key) for key in ("lr_ratios", "freeze") if key in options}
+    if options.get("gradient_release"):
+        _refuse_what_excludes_gradient_release(args)
     _warn_of_default_learning_rate(args)
     kwargs = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **options}
     if model is not None:
@@ -100,11 +114,12 @@ def _register_handler() -> None:
         from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
     except ImportError:
         return
-    _OPTIMIZER_HANDLERS[OPTIMIZER_NAME] = lambda context: optimizer_cls_and_kwargs(context.args, context.model)
+    for name in OPTIMIZER_NAMES:
+        _OPTIMIZER_HANDLERS[name] = lambda context: optimizer_cls_and_kwargs(context.args, context.model)
 
 
 def _wrap_trainer() -> None:
-    """Take ``sgd_sai`` out of ``Trainer.get_optimizer_cls_and_kwargs`` before it is looked at there.
+    """Take our names out of ``Trainer.get_optimizer_cls_and_kwargs`` before it is looked at there.
 
     Before transformers 5.2 this is the only seam. From 5.2 on it stands in front of the table, because transformers
     splits ``optim_args`` before any handler runs and fails on a wrong item without naming it.
@@ -115,7 +130,7 @@ def _wrap_trainer() -> None:
 
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
-        if args.optim == OPTIMIZER_NAME:
+        if args.optim in OPTIMIZER_NAMES:
             return optimizer_cls_and_kwargs(args, model)
         return original(args, model)
 
@@ -139,6 +154,20 @@ def _wrap_model_card() -> None:
 
     extract_hyperparameters_from_trainer._hf_sai = True  # type: ignore[attr-defined]
     modelcard.extract_hyperparameters_from_trainer = extract_hyperparameters_from_trainer
+
+
+def _refuse_what_excludes_gradient_release(args: TrainingArguments) -> None:
+    excluded = {
+        "gradient_accumulation_steps": (args.gradient_accumulation_steps > 1, "1"),
+        "max_grad_norm": (bool(args.max_grad_norm), "0"),
+        "fp16": (args.fp16, "false (bf16 works)"),
+    }
+    for name, (given, cure) in excluded.items():
+        if given:
+            raise ValueError(
+                f"optim_args: gradient_release=true and --{name} {getattr(args, name)} exclude each other, since the "
+                f"gradients are applied and freed within the backward pass. Set --{name} to {cure}."
+            )
 
 
 @functools.cache

@@ -26,6 +26,8 @@ __all__ = [
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether this is a DTensor: the parameters of FSDP2, HSDP and tensor parallelism."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):  # asked several times for each parameter in each step
+        return False
     module = sys.modules.get("torch.distributed.tensor")  # if nothing has imported it, there can be no DTensor
     return module is not None and isinstance(tensor, module.DTensor)
 

@@ -257,3 +257,44 @@ def test_the_default_learning_rate_is_warned_about_once(tmp_path, caplog):
 def test_the_table_of_transformers_knows_the_name():
     table = pytest.importorskip("transformers.trainer_optimizer", reason="transformers before 5.2 has no table")
     assert "sgd_sai" in table._OPTIMIZER_HANDLERS
+
+
+# --- the low-bit names and what reaches the optimizer with them
+
+
+@pytest.mark.parametrize(
+    ("name", "optim_args", "expected"),
+    [
+        ("sgd_sai_8bit", None, "8bit"),
+        ("sgd_sai_4bit", "momentum=0.8", "4bit"),
+        ("sgd_sai", "momentum_dtype=bfloat16", torch.bfloat16),
+    ],
+)
+def test_low_bit_names_set_the_momentum(name, optim_args, expected, tmp_path):
+    if isinstance(expected, str):
+        pytest.importorskip("bitsandbytes")
+    run = trainer(tmp_path, optim=name, optim_args=optim_args)
+    run.train()
+    assert run.optimizer.optimizer.defaults["momentum_dtype"] == expected
+    assert not run.optimizer.optimizer.gsnr_report().unmeasured
+
+
+def test_a_low_bit_name_and_another_momentum_dtype_contradict(tmp_path):
+    with pytest.raises(ValueError, match=r"momentum_dtype=torch.float32 contradicts --optim sgd_sai_8bit"):
+        trainer(tmp_path, optim="sgd_sai_8bit", optim_args="momentum_dtype=float32").create_optimizer()
+
+
+def test_gradient_release_through_trainer_trains_alike(tmp_path):
+    plain = trainer(tmp_path, max_grad_norm=0.0)
+    released = trainer(tmp_path, max_grad_norm=0.0, optim_args="gradient_release=true")
+    assert plain.train().training_loss == released.train().training_loss
+    assert all(map(torch.equal, plain.model.parameters(), released.model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({}, "--max_grad_norm 1.0"), ({"max_grad_norm": 0, "gradient_accumulation_steps": 2}, "steps 2")],
+)
+def test_gradient_release_refuses_what_excludes_it(options, named, tmp_path):
+    with pytest.raises(ValueError, match=f"{named} exclude each other"):
+        trainer(tmp_path, optim_args="gradient_release=true", **options).create_optimizer()
