@@ -5,13 +5,21 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate_configs/cpu.yaml
 GPT2 := recipes/gpt2_pretraining
+DIFFUSERS := recipes/diffusers_text_to_image
 
-.PHONY: demo test test-main test-oldest test-slow test-gpu lint format clean
+.PHONY: demo demo-diffusers test test-main test-oldest test-slow test-gpu lint format clean
 
 demo: .venv/.recipes ## Train a tiny GPT-2 with SGD-SaI and with AdamW, then lay the two side by side
 	$(LAUNCH) $(GPT2)/train.py $(GPT2)/demo.yaml
 	$(LAUNCH) $(GPT2)/train.py $(GPT2)/demo_adamw.yaml
 	$(BIN)/python $(GPT2)/compare.py runs/gpt2_demo runs/gpt2_demo_adamw
+
+demo-diffusers: .venv/.installed ## Train a small text-to-image base, then LoRAs with SGD-SaI and with AdamW (half an hour)
+	test -d runs/diffusers_parts || $(BIN)/python $(DIFFUSERS)/make_base.py
+	test -f runs/diffusers_base/model_index.json || $(LAUNCH) $(DIFFUSERS)/train.py $(DIFFUSERS)/base.yaml
+	$(LAUNCH) $(DIFFUSERS)/train.py $(DIFFUSERS)/demo.yaml
+	$(LAUNCH) $(DIFFUSERS)/train.py $(DIFFUSERS)/demo_adamw.yaml
+	$(BIN)/python $(DIFFUSERS)/compare.py runs/diffusers_flags runs/diffusers_flags_adamw
 
 test: test-main test-oldest ## All tests that need no GPU and less than a minute each
 

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,9 +42,13 @@ def load_script(name):
 
 sys.path.insert(0, str(RECIPE))  # where the scripts find the files beside them, as when they are run
 train, make_base = load_script("train"), load_script("make_base")
+with pytest.MonkeyPatch.context() as patch:  # other recipes have a train.py, too
+    patch.setitem(sys.modules, "train", train)
+    benchmark, compare = load_script("benchmark"), load_script("compare")
 import emoji_data  # noqa: E402
 import evaluation  # noqa: E402
 import image_data  # noqa: E402
+import image_scores  # noqa: E402
 import optimizers  # noqa: E402
 
 sys.path.remove(str(RECIPE))
@@ -458,6 +463,88 @@ def test_publishing_comes_last_and_gets_no_token_into_the_record(arguments, tmp_
     train.main([*arguments, "--push_to_hub", "true", "--hub_token", "hf_SecretOfThisTest00000000000"])
     assert {"README.md", "pytorch_lora_weights.safetensors", "run_record.json"} <= set(*seen)
     assert "hf_Secret" not in (tmp_path / "run" / "run_record.json").read_text()
+
+
+@pytest.fixture
+def flags(tiny):
+    """The tiny checkpoint on the first flags, as `benchmark.py` takes it."""
+    return [
+        *("--pretrained_model_name_or_path", str(tiny), "--emoji_categories", "flag", "--max_train_samples", "24"),
+        *("--resolution", "16", "--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu", "true"),
+        *("--num_inference_steps", "1", "--disable_tqdm", "true"),
+    ]
+
+
+@pytest.fixture
+def one_rate_each(monkeypatch):
+    """Every candidate with the first learning rate of its grid only."""
+    for name, candidate in benchmark.CANDIDATES.items():
+        monkeypatch.setitem(benchmark.CANDIDATES, name, replace(candidate, grid=candidate.grid[:1]))
+    return ["--growth", "0", "--seeds", "1"]
+
+
+def test_benchmark_trains_every_candidate_and_counts_its_state(flags, one_rate_each, tmp_path, capsys):
+    benchmark.main([*flags, *one_rate_each, "--results", str(tmp_path / "results.json")])
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    bytes_of = {run["candidate"]: run["state_bytes"] for run in runs}
+    assert bytes_of.keys() == benchmark.CANDIDATES.keys()
+    assert bytes_of["sgd_sai"] < 0.51 * bytes_of["adamw"]
+    assert bytes_of["prodigy"] > 1.5 * bytes_of["adamw"]
+    assert len({run["train_loss"][0] for run in runs}) == 1  # the same adapter, images and noise for all
+    assert "| optimizer | eval loss |" in capsys.readouterr().out
+
+
+def test_benchmark_agrees_with_the_training_script(flags, one_rate_each, tmp_path):
+    benchmark.main([*flags, *one_rate_each, "--results", str(tmp_path / "results.json"), "--candidates", "sgd_sai"])
+    run = json.loads((tmp_path / "results.json").read_text())["runs"][0]
+    lr = str(run["learning_rate"])
+    results = train.main([*flags, "--optim", "sgd_sai", "--learning_rate", lr, "--output_dir", str(tmp_path / "run")])
+    assert results["after"]["eval_loss"] == pytest.approx(run["eval_loss"], rel=1e-6)
+
+
+def test_comparison_has_scores_costs_and_pictures_of_both_runs(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(image_scores, "STEPS", 2)
+    monkeypatch.setattr(compare, "finish_run", lambda folder, twins: [write_card(folder, twins=twins)])
+    folders = [str(tmp_path / name) for name in ("ours", "theirs")]
+    for folder, optimizer in zip(folders, ("sgd_sai", "adamw_torch"), strict=True):
+        train.main([*flags, "--optim", optimizer, "--save_steps", "2", "--output_dir", folder])
+    compared = compare.main([*folders, "--output_dir", str(tmp_path / "both"), "--rounds", "3"])
+    assert list(compared["scores"]) == ["before", "ours", "theirs", "real, held out"]
+    assert compared["scores"]["real, held out"]["eval_loss"] is None
+    assert compared["costs"][folders[0]]["optimizer_state_ratio"] == pytest.approx(0.5, abs=0.01)
+    for name in ("comparison.json", "comparison.md", "loss.png", "grid.png"):
+        assert (tmp_path / "both" / name).stat().st_size > 0
+    assert "theirs" in (tmp_path / "ours" / "README.md").read_text()
+    assert "step-time ratio" in capsys.readouterr().out
+
+
+def test_scores_know_the_same_pictures_from_others():
+    red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(2, 3, 4, 4)
+    assert image_scores.nearest_distance(red, torch.cat([-red, red])) == pytest.approx(0, abs=1e-5)
+    assert image_scores.nearest_distance(red, -red) == pytest.approx(2.0)
+    assert image_scores.color_difference(red, red) == 0
+    assert image_scores.color_difference(red, -red) == 1
+    half = torch.cat([red[:1], -red[:1]])
+    assert image_scores.color_difference(half, red) == pytest.approx(0.5)
+
+
+def test_runs_that_cannot_be_compared_are_refused(smoke_run, tmp_path):
+    with pytest.raises(InputError, match="is no finished run"):
+        compare.main([str(tmp_path)])
+    with pytest.raises(InputError, match="is no LoRA"):
+        compare.main([str(smoke_run[0])])
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_same_weights_as_each_other(arguments, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--mixed_precision", "no", str(RECIPE / "train.py"), *arguments, "--save_steps", "2"]
+    for more in ([], ["--resume_from_checkpoint", "true", "--max_steps", "6"]):
+        finished = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+    record = RunRecord.load(tmp_path / "run")
+    assert record.hardware["processes"] == 2
+    assert record.run["steps"] == 6
 
 
 @pytest.mark.parametrize("twin", TWINS)

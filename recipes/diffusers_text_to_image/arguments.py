@@ -175,7 +175,12 @@ def hub_settings(args: Arguments, process_index: int) -> SimpleNamespace:
     return SimpleNamespace(**options, **common, hub_strategy="end", hub_always_push=False)
 
 
+def public(args: Arguments) -> dict:
+    """The options without the access token, for records."""
+    return {key: value for key, value in asdict(args).items() if key != "hub_token"}
+
+
 def plain(args: Arguments) -> dict:
-    """The options as trackers and records take them, without the access token."""
-    values = {key: value for key, value in asdict(args).items() if key != "hub_token"}
-    return {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in values.items()}
+    """The options that are set as single values, for trackers."""
+    joined = {key: ", ".join(value) if isinstance(value, list) else value for key, value in public(args).items()}
+    return {key: value for key, value in joined.items() if value is not None}

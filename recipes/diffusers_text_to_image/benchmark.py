@@ -87,6 +87,7 @@ class BenchmarkArguments:
 
     results: str = field(metadata={"help": "JSON file of finished runs; it grows."})
     candidates: list[str] | None = field(default=None, metadata={"help": f"Default: all of {', '.join(CANDIDATES)}."})
+    growth: int = field(default=3, metadata={"help": "How often a grid may grow at its ends."})
     seeds: int = field(default=3, metadata={"help": "Seeds at the best learning rate."})
     timing: bool = field(default=False, metadata={"help": "Train nothing: time the steps of the candidates."})
     table: bool = field(default=False, metadata={"help": "Run nothing: print the table of the results file."})
@@ -163,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
                 lambda lr, seed, candidate=candidate: task.train_once(candidate, lr, seed),
                 candidate.grid,
                 results,
+                growth=options.growth,
                 seeds=options.seeds,
                 report=lambda run: tqdm.write(
                     f"{run['candidate']}: learning rate {run['learning_rate']:g}, seed {run['seed']}: "

@@ -29,7 +29,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +38,7 @@ import numpy
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from arguments import Arguments, describe_data, describe_model, hub_settings, parse_arguments, plain
+from arguments import Arguments, describe_data, describe_model, hub_settings, parse_arguments, plain, public
 from diffusers.training_utils import EMAModel, cast_training_params, compute_snr
 from evaluation import denoising_loss, denoising_target, save_grid
 from image_data import Encoded, encode, load_splits, text_states, tokenize
@@ -106,11 +106,11 @@ def main(argv: list[str] | None = None) -> dict:
     run = Run(args, accelerator, parts, data, empty, model, optimizer, schedule, recorder)
     if args.use_ema:
         run.ema = EMAModel(run.trained, decay=args.ema_decay)
-    accelerator.init_trackers("text_to_image", {k: v for k, v in plain(args).items() if v is not None})
+    accelerator.init_trackers("text_to_image", plain(args))
 
     before = evaluate(run, 0, "before")
     first = load_checkpoint(run, checkpoint) if checkpoint else 0
-    recorder.start(parts.unet, optimizer, step=first, settings=plain(args))
+    recorder.start(parts.unet, optimizer, step=first, settings=public(args))
     train(run, first)
     after = evaluate(run, args.max_steps, "after", keep_average=True)
     results = {"before": {"eval_loss": before}, "after": {"eval_loss": after}}
@@ -353,8 +353,7 @@ def save_results(run: Run, results: dict) -> None:
     else:
         save_lora(parts, folder)
     last = folder / f"checkpoint-{args.max_steps}"
-    settings = {key: value for key, value in asdict(args).items() if key != "hub_token"}
-    saved = {**results, "settings": settings, "checkpoint": last.name if last.is_dir() else None}
+    saved = {**results, "settings": public(args), "checkpoint": last.name if last.is_dir() else None}
     (folder / "results.json").write_text(json.dumps(saved, indent=2) + "\n")
     optimizer = unwrap_optimizer(run.optimizer)
     if isinstance(optimizer, SGDSaI):
