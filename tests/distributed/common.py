@@ -163,23 +163,96 @@ def largest_difference(got: dict[str, Any], expected: dict[str, Any]) -> dict[st
     }
 
 
-class CollectiveCounter(TorchDispatchMode):
-    """Counts collectives, by name."""
+class Shift(nn.Module):
+    """A vector to add."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: dict[str, int] = {}
+        self.vector = nn.Parameter(torch.randn(24))
+
+    def forward(self) -> Tensor:
+        return self.vector.clone()
+
+
+class Late(nn.Module):
+    """A layer, and a vector whose gradient is zero for two steps, then non-zero on the last rank's part alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(24, 24)
+        self.late = Shift()
+
+    def forward(self, step: int, rank: int, world_size: int) -> Tensor:
+        x = torch.randn(BATCH, 24, generator=torch.Generator().manual_seed(step)).chunk(world_size)[rank]
+        reached = torch.arange(24) >= {0: 24, 1: 24, 2: 21}.get(step, 0)
+        return torch.tanh(self.layer(x) + reached * self.late()).square().mean()
+
+
+def late_groups(model: Late) -> list[dict[str, Any]]:
+    """The vector alone in its group, so that flattening engines split it between the ranks."""
+    named = list(model.named_parameters())
+    return [
+        {"params": [(name, p) for name, p in named if ("vector" in name) == is_late], "name": str(is_late)}
+        for is_late in (True, False)
+    ]
+
+
+def train_late(
+    model: Callable[..., Tensor],
+    optimizer: SGDSaI,
+    advance: Callable[[Tensor], Any],
+    rank: int = 0,
+    world_size: int = 1,
+) -> dict[str, Any]:
+    """Six steps; ``measured`` says after which of them the vector's g-SNR is known."""
+    losses, measured = [], []
+    for step in range(6):
+        loss = model(step, rank, world_size)
+        advance(loss)
+        losses.append(mean(loss) if world_size > 1 else loss.item())
+        measured.append(gsnr_of(optimizer)["late.vector"] is not None)
+    return {"gsnr": gsnr_of(optimizer), "losses": losses, "measured": measured}
+
+
+def advance(optimizer: SGDSaI) -> Callable[[Tensor], None]:
+    """Backward and step, where no engine has its own."""
+
+    def step(loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def compare_late(got: dict[str, Any]) -> dict[str, Any]:
+    """A distributed :func:`train_late` against one process."""
+    model = Late()
+    optimizer = SGDSaI(late_groups(model), **OPTIONS)
+    expected = train_late(model, optimizer, advance(optimizer))
+    assert expected["measured"] == [False, False, True, True, True, True]
+    return {**largest_difference(got, expected), "same_step": got["measured"] == expected["measured"]}
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Notes the number of elements of each collective, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, list[int]] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         namespace, name = function._schema.name.split("::")
         if namespace in ("c10d", "_c10d_functional", "c10d_functional") and "wait" not in name:
-            self.counts[name] = self.counts.get(name, 0) + 1
+            sent = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+            self.counts.setdefault(name, []).append(sum(t.numel() for t in sent if isinstance(t, Tensor)))
         return function(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
-def counting(optimizer: torch.optim.Optimizer, per_step: list[dict[str, int]]) -> Iterator[None]:
-    """Appends to ``per_step`` the collectives of each ``optimizer.step``, and of nothing else."""
+def counting(optimizer: torch.optim.Optimizer, per_step: list[dict[str, list[int]]]) -> Iterator[None]:
+    """Appends to ``per_step`` the sizes of the collectives of each ``optimizer.step``, and of nothing else."""
     original = optimizer.step
 
     def step(*args, **kwargs):  # type: ignore[no-untyped-def]

@@ -9,25 +9,34 @@ from common import (
     FOLDER,
     OPTIONS,
     STEPS,
+    Late,
+    Shift,
+    advance,
     build,
+    compare_late,
     counting,
     groups_of,
     gsnr_of,
     join,
     largest_difference,
+    late_groups,
     loss_of,
     my_batch,
     reference,
     train,
+    train_late,
     write_result,
 )
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hf_sai import SGDSaI
+from hf_sai.groups import no_decay_names
+from hf_sai.sharding import full_shapes
 
 warnings.filterwarnings("ignore")
 RANK, WORLD = join()
@@ -67,7 +76,7 @@ def make(mode, **options):
             model,
             use_orig_params=True,
             device_id=torch.device("cpu"),
-            auto_wrap_policy=torch.distributed.fsdp.wrap.ModuleWrapPolicy(wrap),
+            auto_wrap_policy=ModuleWrapPolicy(wrap),
         )
         return model, RANK, WORLD
     raise ValueError(mode)
@@ -120,6 +129,47 @@ def bf16():
         if gsnr is not None and gradient.numel() > 1:
             errors.append(abs(gsnr * (gradient.std().item() + 1e-8) / gradient.norm().item() - 1))
     return {"gsnr": max(errors), "measured": len(errors)}
+
+
+def late(mode):
+    """A gradient that is zero at first, then non-zero on one rank's shard alone."""
+    model = Late()
+    if mode == "fsdp2":
+        fully_shard(model.late)
+        fully_shard(model)
+    elif mode == "fsdp1":
+        policy, device = ModuleWrapPolicy({Shift, nn.Linear}), torch.device("cpu")
+        model = FullyShardedDataParallel(model, use_orig_params=True, device_id=device, auto_wrap_policy=policy)
+    else:
+        model = nn.parallel.DistributedDataParallel(model)
+    optimizer = SGDSaI(late_groups(model), **OPTIONS)
+    return compare_late(train_late(model, optimizer, advance(optimizer), RANK, WORLD))
+
+
+def whole_shapes(mode):
+    """Grouping sees the shapes that the parameters had before the engine cut them."""
+    model, plain = make(mode)[0], build()
+    names = sorted(name.replace("_fsdp_wrapped_module.", "") for name in no_decay_names(model))
+    return {
+        "names": names == sorted(no_decay_names(plain)),
+        "shapes": full_shapes(model.parameters()) == [p.shape for p in plain.parameters()],
+        "cut": sum(p.shape != q.shape for p, q in zip(model.parameters(), plain.parameters(), strict=True)),
+    }
+
+
+def low_bit_refused():
+    """The kinds of momentum that are not done for pieces of parameters."""
+    model, rank, size = make("fsdp1")
+    messages = []
+    for option in ({"momentum_dtype": torch.bfloat16}, {"momentum_dtype": "8bit"}, {"stochastic_rounding": True}):
+        optimizer = SGDSaI(groups_of(model), **OPTIONS, **option)
+        before = [p.detach().clone() for p in model.parameters()]
+        try:
+            train(model, optimizer, range(1), rank, size)
+        except ValueError as error:
+            messages.append(str(error))
+        assert all(torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
+    return {"messages": messages}
 
 
 def late_and_broken():
@@ -216,6 +266,13 @@ CHECKS = {
     "hf_tp": hf_tp,
     "bf16": bf16,
     "late_and_broken": late_and_broken,
+    "late_ddp": lambda: late("ddp"),
+    "late_fsdp2": lambda: late("fsdp2"),
+    "late_fsdp1": lambda: late("fsdp1"),
+    "shapes_fsdp1": lambda: whole_shapes("fsdp1"),
+    "shapes_fsdp2": lambda: whole_shapes("fsdp2"),
+    "low_bit_refused": low_bit_refused,
+    "fsdp2_offload": lambda: train_and_compare("fsdp2", offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "flat_parameters_refused": flat_parameters_refused,
     "scaler_ddp": lambda: scaler("ddp"),
     "scaler_fsdp2": lambda: scaler("fsdp2"),

@@ -25,20 +25,21 @@ BF16 = {
 }
 FP16 = ["zero2_fp16", "zero3_fp16"]
 RESUME = ["resume1", "resume2", "resume3"]
+LATE = ["late1", "late2", "late3"]
 FOUR = ["zero1", "zero3"]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """Each rank's report, all checks in one launch."""
-    checks = [*EXACT, *BF16, *FP16, *RESUME, "unknown_layout_refused"]
-    return run_ranks("zero_worker.py", 2, tmp_path_factory.mktemp("two"), *checks, timeout=240)
+    checks = [*EXACT, *BF16, *FP16, *RESUME, *LATE, "whole_shapes", "low_bit_refused", "unknown_layout_refused"]
+    return run_ranks("zero_worker.py", 2, tmp_path_factory.mktemp("two"), *checks, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     """The same in four processes, some of which own nothing of small parameters."""
-    return run_ranks("zero_worker.py", 4, tmp_path_factory.mktemp("four"), *FOUR)
+    return run_ranks("zero_worker.py", 4, tmp_path_factory.mktemp("four"), *FOUR, *LATE)
 
 
 @pytest.mark.parametrize(("ranks", "mode"), [("two", mode) for mode in EXACT] + [("four", mode) for mode in FOUR])
@@ -54,7 +55,12 @@ def test_gsnr_and_loss_equal_those_of_one_process(request, ranks, mode):
 def test_one_all_reduce_while_measuring_and_none_later_for_all_flat_tensors(two, mode):
     for result in two:
         assert result[mode]["flats"] == (7 if mode == "zero3_sub_groups" else 2)
-        assert result[mode]["collectives"] == [1, 1] + [0] * 18
+        first, second, *later = result[mode]["collectives"]
+        for ((name, sizes),) in (first, second):  # in the second the A matrices, whose first gradient is zero
+            assert name == "allreduce_"
+            assert len(sizes) == 1
+            assert sizes[0] <= 2 * 23  # never a gradient: the largest has 432 elements
+        assert not any(later)
 
 
 @pytest.mark.parametrize("mode", BF16)
@@ -81,9 +87,30 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit_and_measures_not
         assert result[mode] == {"same": True, "unmeasured": 0, "collectives": 0}
 
 
+@pytest.mark.parametrize("mode", LATE)
+@pytest.mark.parametrize("ranks", ["two", "four"])
+def test_what_becomes_measurable_later_on_one_rank_first_is_measured_as_in_one_process(request, ranks, mode):
+    for result in request.getfixturevalue(ranks):
+        assert result[mode]["same_step"]
+        assert result[mode]["gsnr"] <= 1e-6
+        assert result[mode]["loss"] <= 1e-5
+
+
+def test_grouping_goes_by_the_shapes_that_zero_init_has_taken_away(two):
+    for result in two:
+        assert result["whole_shapes"] == {"names": True, "shapes": True, "cut": True}
+
+
+def test_low_bit_momentum_and_stochastic_rounding_are_refused_before_the_first_update(two):
+    for result in two:
+        assert len(result["low_bit_refused"]["messages"]) == 3
+        assert all("use FSDP2" in message for message in result["low_bit_refused"]["messages"])
+
+
 def test_a_layout_that_is_not_recognised_is_refused_with_the_cure(two):
     for result in two:
-        version, attribute = result["unknown_layout_refused"]["messages"]
+        version, nvme, attribute = result["unknown_layout_refused"]["messages"]
         assert "DeepSpeed 0.99.0" in version
         assert "0.19.x" in version
         assert "averaged_gradients" in attribute
+        assert "NVMe" in nvme

@@ -10,20 +10,26 @@ from common import (
     FOLDER,
     OPTIONS,
     STEPS,
+    Late,
     build,
+    compare_late,
     counting,
     groups_of,
     gsnr_of,
     join,
     largest_difference,
+    late_groups,
     loss_of,
     mean,
     my_batch,
     reference,
+    train_late,
     write_result,
 )
 
 from hf_sai import SGDSaI
+from hf_sai.groups import no_decay_names
+from hf_sai.sharding import full_shapes
 
 warnings.filterwarnings("ignore")
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -36,9 +42,10 @@ use_no_deepspeed_kernels()
 deepspeed.init_distributed("gloo", verbose=False)
 
 
-def engine_of(stage, dtype=torch.float32, options=None, clip=0.0, **zero):
-    model = build()
-    optimizer = SGDSaI(groups_of(model), **{**OPTIONS, **(options or {})})
+def engine_of(stage, dtype=torch.float32, options=None, clip=0.0, late=False, **zero):
+    model = Late() if late else build()
+    groups = late_groups(model) if late else groups_of(model)
+    optimizer = SGDSaI(groups, **{**OPTIONS, **(options or {})})
     config = {
         "train_micro_batch_size_per_gpu": 8 // WORLD,
         "zero_allow_untested_optimizer": True,
@@ -77,7 +84,7 @@ def train_and_compare(stage, options=None, clip=0.0, **zero):
         **largest_difference(got, reference(clip=clip, **(options or {}))),
         "flats": calls,
         "collectives": [
-            sum(sum(counts.values()) for counts in per_step[i * calls : (i + 1) * calls]) for i in range(STEPS)
+            [call for counts in per_step[i * calls : (i + 1) * calls] for call in counts.items()] for i in range(STEPS)
         ],
     }
 
@@ -114,13 +121,52 @@ def resume(stage):
     return {"same": got == expected, "unmeasured": len(before.unmeasured), "collectives": sum(map(len, per_step))}
 
 
-def unknown_layout_refused():
-    """A release that is not known, and one whose attributes have changed."""
+def late(stage):
+    """A gradient that is zero at first, then non-zero on one rank's part alone."""
+    engine, optimizer = engine_of(stage, late=True)
+
+    def advance(loss):
+        engine.backward(loss)
+        engine.step()
+
+    return compare_late(train_late(engine, optimizer, advance, RANK, WORLD))
+
+
+def whole_shapes():
+    """Grouping sees the shapes that ``zero.Init`` has taken away."""
+    with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 8, "zero_optimization": {"stage": 3}}):
+        model = build()
+    plain = build()
+    return {
+        "names": no_decay_names(model) == no_decay_names(plain),
+        "shapes": full_shapes(model.parameters()) == [p.shape for p in plain.parameters()],
+        "cut": all(p.numel() == 0 for p in model.parameters()),
+    }
+
+
+def low_bit_refused():
+    """The kinds of momentum that are not done inside flat tensors."""
     messages = []
-    for break_it in ("version", "attribute"):
+    for option in ({"momentum_dtype": torch.bfloat16}, {"momentum_dtype": "8bit"}, {"stochastic_rounding": True}):
+        engine, _ = engine_of(2, options=option)
+        before = [p.detach().clone() for p in engine.parameters()]
+        try:
+            train(engine, range(1))
+        except ValueError as error:
+            messages.append(str(error))
+        assert all(torch.equal(a, p) for a, p in zip(before, engine.parameters(), strict=True))
+    return {"messages": messages}
+
+
+def unknown_layout_refused():
+    """A release that is not known, one whose attributes have changed, and states on NVMe."""
+    messages = []
+    for break_it in ("version", "nvme", "attribute"):
         engine, _ = engine_of(2)
         if break_it == "version":
             known, deepspeed.__version__ = deepspeed.__version__, "0.99.0"
+        elif break_it == "nvme":
+            engine.optimizer.swap_optimizer = True
         else:
             del engine.optimizer.averaged_gradients
             type(engine.optimizer).averaged_gradients = property(lambda self: self.missing)
@@ -153,6 +199,9 @@ CHECKS = {
     "resume1": lambda: resume(1),
     "resume2": lambda: resume(2),
     "resume3": lambda: resume(3),
+    **{f"late{stage}": (lambda stage=stage: late(stage)) for stage in (1, 2, 3)},
+    "whole_shapes": whole_shapes,
+    "low_bit_refused": low_bit_refused,
     "unknown_layout_refused": unknown_layout_refused,
 }
 
