@@ -71,6 +71,7 @@ def search(
     *,
     growth: int = 3,
     factor: float = 2.0,
+    refine: bool = False,
     seeds: int = 3,
     report: Callable[[dict[str, Any]], None] = lambda run: None,
 ) -> None:
@@ -83,6 +84,7 @@ def search(
         results: Where the runs are stored.
         growth: How often the grid may grow at each of its ends.
         factor: How much further each time.
+        refine: Also try the rates a factor of sqrt(2) beside the best one.
         seeds: Seeds at the best learning rate: 0, 1, ...
         report: Called with each new run.
 
@@ -113,6 +115,10 @@ def search(
         rates = sorted([*rates, float(f"{further:.3g}")])
         for lr in rates:
             run(lr, 0)
+    if refine:
+        best = results.best(candidate)
+        for lr in (best * 2**-0.5, best * 2**0.5):
+            run(float(f"{lr:.2g}"), 0)
     for seed in range(seeds):
         run(results.best(candidate), seed)
 

@@ -29,6 +29,12 @@ def test_grid_stops_growing_after_so_many_times(tmp_path):
     assert [lr for lr, _ in calls] == [1.0, 2.0, 0.5, 0.25]
 
 
+def test_refining_tries_the_rates_beside_the_best(tmp_path):
+    calls = []
+    search("x", parabola(calls, best=0.14), [0.05, 0.1, 0.2], Results(tmp_path / "r.json", {}), refine=True, seeds=2)
+    assert calls == [(0.05, 0), (0.1, 0), (0.2, 0), (0.071, 0), (0.14, 0), (0.14, 1)]
+
+
 def test_interrupted_search_goes_on_without_repeating_a_run(tmp_path):
     calls = []
 

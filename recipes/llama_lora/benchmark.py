@@ -10,14 +10,10 @@ repeated. `--candidates name name` runs only these; `--timing true` compares the
 """
 
 import copy
-import json
-import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,9 +27,9 @@ from transformers import set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from hf_sai.comparison import interleaved_step_times, markdown_table, optimizer_state_bytes, step_time_ratio
+from hf_sai.lr_search import Results, results_table, search
 from hf_sai.recipe_input import InputError, parse_config_and_flags
 
-SEEDS = (0, 1, 2)
 BASELINE = "adamw"
 TIMED_ROUNDS = 200
 TASK_SETTINGS = (
@@ -58,7 +54,7 @@ class BenchmarkArguments:
     adapted_layers: int = field(default=10, metadata={"help": "How many layers have adapters, at the model's top."})
     growth: int = field(default=3, metadata={"help": "How often a grid may grow at its ends."})
     refine: bool = field(default=True, metadata={"help": "Try a factor of sqrt(2) beside the best learning rate."})
-    seeds: int = field(default=len(SEEDS), metadata={"help": "Seeds at the best learning rate."})
+    seeds: int = field(default=3, metadata={"help": "Seeds at the best learning rate."})
     timing: bool = field(default=False, metadata={"help": "Train nothing: time the steps of the candidates."})
     table: bool = field(default=False, metadata={"help": "Run nothing: print the table of the results file."})
 
@@ -78,38 +74,6 @@ class CompletionTrainer(SFTTrainer):
         total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
         loss = total / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
         return (loss, {"logits": logits}) if return_outputs else loss
-
-
-class Results:
-    """The finished runs in a JSON file, found by candidate, learning rate and seed; all of the same task."""
-
-    def __init__(self, path: Path, task: dict[str, Any]) -> None:
-        self.path, self.task = path, task
-        self.runs: list[dict] = []
-        if path.is_file():
-            content = json.loads(path.read_text())
-            different = [f"{key} ({content['task'].get(key)})" for key in task if content["task"].get(key) != task[key]]
-            if different:
-                raise InputError(f"{path} holds runs with another {', '.join(different)}: name another file.")
-            self.runs = content["runs"]
-
-    def find(self, candidate: str, lr: float | None = None, seed: int | None = None) -> list[dict]:
-        return [
-            run
-            for run in self.runs
-            if run["candidate"] == candidate and lr in (None, run["learning_rate"]) and seed in (None, run["seed"])
-        ]
-
-    def add(self, run: dict) -> None:
-        self.runs.append(run)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".part")
-        unfinished.write_text(json.dumps({"task": self.task, "runs": self.runs}, indent=1) + "\n")
-        os.replace(unfinished, self.path)
-
-    def best(self, candidate: str) -> float:
-        """The learning rate with the lowest evaluation loss of seed 0."""
-        return min(self.find(candidate, seed=0), key=lambda run: run["eval_loss"])["learning_rate"]
 
 
 class Task:
@@ -135,7 +99,7 @@ class Task:
             setattr(args, key, value)
         return args
 
-    def run(self, name: str, candidate: Candidate, lr: float, seed: int) -> dict[str, Any]:
+    def train_once(self, candidate: Candidate, lr: float, seed: int) -> dict[str, Any]:
         """Train once and return what came out."""
         model = self.adapted(seed)
         optimizer = candidate.build(model, lr)
@@ -152,9 +116,6 @@ class Task:
         seconds = time.perf_counter() - start
         losses = [entry for entry in trainer.state.log_history if "loss" in entry]
         return {
-            "candidate": name,
-            "learning_rate": lr,
-            "seed": seed,
             "eval_loss": trainer.evaluate()["eval_loss"],
             "state_bytes": optimizer_state_bytes(optimizer.state_dict()),
             "train_seconds": round(seconds, 1),
@@ -173,15 +134,28 @@ def main(argv: list[str] | None = None) -> None:
     unknown = sorted(set(names) - set(CANDIDATES))
     if unknown:
         raise InputError(f"no candidate is called {', '.join(unknown)}; choose among {', '.join(CANDIDATES)}.")
-    results = Results(Path(args.results), task_settings(args, model_args, training_args))
+    results = Results(args.results, task_settings(args, model_args, training_args))
     if args.timing:
         print(timing_table(Task(args, model_args, training_args), names))
         return
     if not args.table:
         task = Task(args, model_args, training_args)
         for name in tqdm(names, desc="optimizers", unit="optimizer"):
-            search(task, name, CANDIDATES[name], results, args)
-    print(table(results, names))
+            candidate = CANDIDATES[name]
+            search(
+                name,
+                lambda lr, seed, candidate=candidate: task.train_once(candidate, lr, seed),
+                candidate.grid,
+                results,
+                growth=args.growth,
+                refine=args.refine,
+                seeds=args.seeds,
+                report=lambda run: tqdm.write(
+                    f"{run['candidate']}: learning rate {run['learning_rate']:g}, seed {run['seed']}: "
+                    f"eval loss {run['eval_loss']:.4f} ({run['train_seconds']:.0f} s)"
+                ),
+            )
+    print(results_table(results, names))
 
 
 def task_settings(args: BenchmarkArguments, model_args: ModelConfig, training_args: SFTConfig) -> dict[str, Any]:
@@ -192,53 +166,6 @@ def task_settings(args: BenchmarkArguments, model_args: ModelConfig, training_ar
         **{key: getattr(model_args, key) for key in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")},
         **{key: str(getattr(training_args, key)) for key in TASK_SETTINGS},
     }
-
-
-def search(task: Task, name: str, candidate: Candidate, results: Results, args: BenchmarkArguments) -> None:
-    """Run a candidate's grid, grow it while the best lies at an end, and repeat the best with the other seeds."""
-
-    def run(lr: float, seed: int) -> None:
-        if not results.find(name, lr, seed):
-            run = task.run(name, candidate, lr, seed)
-            results.add(run)
-            tqdm.write(
-                f"{name}: learning rate {lr:g}, seed {seed}: eval loss {run['eval_loss']:.4f} "
-                f"({run['train_seconds']:.0f} s)"
-            )
-
-    grid = sorted(candidate.grid)
-    for lr in grid:
-        run(lr, seed=0)
-    for _ in range(args.growth):
-        best = results.best(name)
-        if best not in (grid[0], grid[-1]):
-            break
-        grid = sorted([*grid, best / 2 if best == grid[0] else best * 2])
-        for lr in grid:
-            run(lr, seed=0)
-    if args.refine:
-        best = results.best(name)
-        for factor in (2**-0.5, 2**0.5):
-            run(float(f"{best * factor:.2g}"), seed=0)
-    for seed in SEEDS[: args.seeds]:
-        run(results.best(name), seed)
-
-
-def table(results: Results, names: list[str]) -> str:
-    """One line a candidate, the best first."""
-    rows = []
-    for name in names:
-        if not results.find(name, seed=0):
-            continue
-        best = results.best(name)
-        runs = results.find(name, best)
-        losses = [run["eval_loss"] for run in runs]
-        grid = ", ".join(f"{run['learning_rate']:g}" for run in sorted(results.find(name, seed=0), key=_rate))
-        spread = f"± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
-        mean = statistics.mean(losses)
-        rows.append((mean, [name, f"{mean:.3f} {spread}", len(losses), f"{best:g}", grid, runs[0]["state_bytes"]]))
-    columns = ["optimizer", "eval loss", "seeds", "best lr", "grid (seed 0)", "state bytes"]
-    return markdown_table(columns, [row for _, row in sorted(rows, key=lambda row: row[0])])
 
 
 def timing_table(task: Task, names: list[str]) -> str:
@@ -257,10 +184,6 @@ def timing_table(task: Task, names: list[str]) -> str:
         quartiles = f"{ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f}"
         rows.append([name, f"{statistics.median(seconds[name]) * 1e3:.2f}", f"{ratio['median']:.2f}", quartiles])
     return markdown_table(["optimizer", "step, ms (median)", f"times {BASELINE}'s", "quartiles"], rows)
-
-
-def _rate(run: Mapping) -> float:
-    return run["learning_rate"]
 
 
 if __name__ == "__main__":
