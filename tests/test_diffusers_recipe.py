@@ -197,8 +197,61 @@ def test_lora_loads_with_diffusers_and_changes_the_images(arguments, tiny, tmp_p
     pipeline.load_lora_weights(tmp_path / "run")
     assert pipeline.get_list_adapters() == {"unet": ["default_0"], "text_encoder": ["default_0"]}
     assert (draw() - plain).abs().max() > 1e-3
-    names = set(weights(tmp_path / "run"))
-    assert any(name.startswith("text_encoder.") for name in names)
+    found = [value for name, value in weights(tmp_path / "run").items() if name.startswith("text_encoder.")]
+    assert len(found) == 8
+    assert all(value.abs().max() > 0 for value in found)  # B begins at zero
+
+
+def test_gradient_checkpointing_gives_the_same_weights(arguments, tmp_path):
+    more = ["--train_text_encoder", "true", "--max_steps", "2", "--restart", "true"]
+    train.main([*arguments, *more])
+    kept = weights(tmp_path / "run")
+    train.main([*arguments, *more, "--gradient_checkpointing", "true"])
+    again = weights(tmp_path / "run")
+    assert kept.keys() == again.keys()
+    for name, value in kept.items():
+        torch.testing.assert_close(again[name], value, msg=name)
+
+
+def test_accumulated_steps_are_those_of_the_whole_batch(arguments, tmp_path, monkeypatch):
+    def loss_of_fixed_noise(run, rows):
+        data = run.data["train"]
+        noise = torch.stack([torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(int(row))) for row in rows])
+        timesteps = torch.full((len(rows),), 500)
+        predicted = run.model(
+            run.parts.noise.add_noise(data.mean[rows], noise, timesteps), timesteps, data.states[rows]
+        )
+        return (predicted - noise).square().mean()
+
+    monkeypatch.setattr(train, "training_loss", loss_of_fixed_noise)
+    found = []
+    for size, accumulated in ((4, 1), (2, 2)):
+        sizes = ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(accumulated)]
+        train.main([*arguments, *sizes, "--max_steps", "2", "--optim", "sgd", "--learning_rate", "1"])
+        found.append(weights(tmp_path / "run"))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, msg=name)
+
+
+def test_half_precision_keeps_the_adapter_in_float32(arguments, tmp_path):
+    more = ["--mixed_precision", "bf16", "--validation_prompts", "animal: cat", "--max_steps", "2"]
+    half = train.main([*arguments, *more])
+    assert {value.dtype for value in weights(tmp_path / "run").values()} == {torch.float32}
+    assert (tmp_path / "run" / "images" / "after.png").stat().st_size > 0
+    whole = train.main([*arguments, "--max_steps", "2"])
+    assert half["after"]["eval_loss"] == pytest.approx(whole["after"]["eval_loss"], rel=0.02)
+    assert half["after"]["eval_loss"] != whole["after"]["eval_loss"]
+
+
+def test_moving_average_is_what_is_saved(arguments, tmp_path):
+    train.main([*arguments, "--train", "full", "--use_ema", "true", "--save_steps", "4"])
+    state = torch.load(tmp_path / "run" / "checkpoint-4" / "training_state.pt", weights_only=True)
+    saved = weights(tmp_path / "run")
+    names = [name.removeprefix("unet.") for name in state["weights"]]
+    assert all(
+        torch.equal(saved[name], average) for name, average in zip(names, state["ema"]["shadow_params"], strict=True)
+    )
+    assert not torch.equal(saved["conv_in.weight"], state["weights"]["unet.conv_in.weight"])
 
 
 def test_both_halves_of_the_adapter_train_in_groups_of_their_own(arguments, tmp_path):
@@ -215,7 +268,10 @@ def test_both_halves_of_the_adapter_train_in_groups_of_their_own(arguments, tmp_
 @pytest.mark.parametrize(
     "more",
     [
-        ["--lora_dropout", "0.3", "--gradient_accumulation_steps", "2", "--lr_scheduler_type", "cosine"],
+        [
+            *("--lora_dropout", "0.3", "--gradient_accumulation_steps", "2", "--lr_scheduler_type", "cosine"),
+            *("--train_text_encoder", "true"),
+        ],
         ["--train", "full", "--use_ema", "true", "--empty_captions", "0.5", "--weight_decay", "0.01"],
         ["--train", "full", "--optim", "adamw_torch", "--learning_rate", "1e-3"],
     ],
@@ -325,6 +381,8 @@ def test_other_optimizers_of_trainer_are_built_over_the_same_named_groups(name, 
         (["--train_data_dir", "/nowhere"], "there is no folder /nowhere"),
         (["--pretrained_model_name_or_path", "/nowhere/model"], "cannot load /nowhere/model"),
         (["--lora_target_modules", "c_attn"], "Layers of this UNet: .*conv1.*to_out.0"),
+        (["--resolution", "20"], "resolution is 20; it must be a multiple of 8"),
+        (["--mixed_precision", "fp16"], "mixed_precision is fp16, which needs a GPU; on a CPU give bf16"),
         (["--lora_r", "0"], "lora_r is 0; it must be at least 1"),
         (["--train", "half"], "train is 'half'; choose one of lora, full"),
         (["--lr_scheduler_type", "zigzag"], "cannot make the schedule 'zigzag'"),
@@ -350,7 +408,7 @@ def test_optimizers_that_step_within_backward_are_refused(arguments, tmp_path, m
 
 
 def broken_photos(folder, *, captions=True, corrupt=False):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     lines = []
     for index in range(6):
         Image.new("RGB", (16, 16)).save(folder / f"{index}.png")
@@ -374,6 +432,17 @@ def test_unusable_images_are_refused_before_anything_is_written(arguments, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_data_without_a_split_to_train_on_or_with_numbers_for_captions_are_refused(arguments, tmp_path):
+    more = broken_photos(tmp_path / "photos" / "test")
+    with pytest.raises(InputError, match="has no split named train, only test"):
+        train.main([*arguments, *more, "--train_data_dir", str(tmp_path / "photos")])
+    lines = [json.dumps({"file_name": f"{index}.png", "text": index}) for index in range(6)]
+    (tmp_path / "photos" / "test" / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InputError, match="holds 0, but captions must be texts"):
+        train.main([*arguments, *more])
+    assert not (tmp_path / "run").exists()
+
+
 def test_folder_without_captions_says_what_it_needs(arguments, tmp_path):
     more = broken_photos(tmp_path / "photos")
     (tmp_path / "photos" / "metadata.jsonl").unlink()
@@ -381,9 +450,27 @@ def test_folder_without_captions_says_what_it_needs(arguments, tmp_path):
         train.main([*arguments, *more])
 
 
+def configure(part, **values):
+    """Change a part's configuration, and its weights where they would no longer fit."""
+
+    def change(folder):
+        file = next((folder / part).glob("*config.json"))
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+        if "cross_attention_dim" in values:
+            UNet2DConditionModel.from_config(json.loads(file.read_text())).save_pretrained(folder / part)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (configure("unet", addition_embed_type="text_time"), "is of the Stable Diffusion XL kind"),
+        (
+            configure("unet", cross_attention_dim=24),
+            "text encoder is 16 wide, but the UNet takes 24; they do not belong",
+        ),
+        (configure("scheduler", prediction_type="sample"), "predicts sample; allowed: epsilon, v_prediction"),
         (lambda folder: (folder / "unet" / "config.json").unlink(), "layout: it has no unet/config.json"),
         (lambda folder: (folder / "text_encoder_2").mkdir(), "a transformer or a second text encoder"),
         (lambda folder: (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink(), "cannot load"),

@@ -131,6 +131,8 @@ def check_arguments(args: Arguments) -> None:
         value = getattr(args, name)
         if value is not None and not value >= bound:
             raise InputError(f"{name} is {value}; it must be at least {bound}.")
+    if args.resolution % 8:
+        raise InputError(f"resolution is {args.resolution}; it must be a multiple of 8.")
     for name, choices in (("train", ("lora", "full")), ("mixed_precision", (None, "no", "fp16", "bf16"))):
         if getattr(args, name) not in choices:
             raise InputError(f"{name} is {getattr(args, name)!r}; choose one of {', '.join(filter(None, choices))}.")

@@ -24,6 +24,8 @@ from hf_sai.recipe_input import InputError, first_line
 __all__ = ["Encoded", "encode", "load_splits", "read_pictures", "text_states", "tokenize"]
 
 READ_AT_ONCE = 32
+#: So many pixels go through the autoencoder at once (2 pictures of 512 x 512), which needs some 2 kB for each.
+ENCODED_PIXELS = 2**19
 
 
 def load_splits(args: Any) -> DatasetDict:
@@ -41,6 +43,8 @@ def load_splits(args: Any) -> DatasetDict:
     else:
         splits = _load(args)
     name = args.dataset_name or args.train_data_dir or "the emoji"
+    if "train" not in splits:
+        raise InputError(f"{name} has no split named train, only {', '.join(splits)}.")
     for split, rows in splits.items():
         splits[split] = _with_captions(rows, name, args)
     if "validation" not in splits:
@@ -178,10 +182,12 @@ def encode(
     """
     desc = None if args.disable_tqdm else "encoding the images"
     means, deviations = [], []
-    for part in read_pictures(rows, args.image_column, args.resolution, resize=args.resize, desc=desc):
-        latents = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
-        means.append(latents.mean.float().cpu() * vae.config.scaling_factor)
-        deviations.append(latents.std.float().cpu() * vae.config.scaling_factor)
+    at_once = max(1, ENCODED_PIXELS // args.resolution**2)
+    for read in read_pictures(rows, args.image_column, args.resolution, resize=args.resize, desc=desc):
+        for part in read.split(at_once):
+            latents = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
+            means.append(latents.mean.float().cpu() * vae.config.scaling_factor)
+            deviations.append(latents.std.float().cpu() * vae.config.scaling_factor)
     captions = list(rows[args.caption_column])
     tokens = tokenize(tokenizer, captions)
     states = None if text_encoder is None else text_states(text_encoder, tokens)

@@ -64,11 +64,15 @@ def load_parts(args: Any) -> Parts:
     _refuse_other_layouts(Path(name), name)
     where = {"revision": args.revision}
     try:
-        unet_options = {**where, "subfolder": "unet"}
+        config = UNet2DConditionModel.load_config(name, subfolder="unet", **where)
+        if config.get("addition_embed_type") is not None:  # known before gigabytes are downloaded
+            raise InputError(
+                f"{name} is of the Stable Diffusion XL kind; this recipe trains Stable Diffusion 1.x and 2.x."
+            )
         if args.new_unet:
-            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(name, **unet_options))
+            unet = UNet2DConditionModel.from_config(config)
         else:
-            unet = UNet2DConditionModel.from_pretrained(name, **unet_options)
+            unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **where)
         parts = Parts(
             vae=AutoencoderKL.from_pretrained(name, subfolder="vae", **where),
             text_encoder=CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **where),
@@ -77,10 +81,10 @@ def load_parts(args: Any) -> Parts:
             scheduler=_scheduler(name, where),
             noise=DDPMScheduler.from_pretrained(name, subfolder="scheduler", **where),
         )
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"cannot load {name} as a Stable Diffusion checkpoint: {first_line(error)}") from error
-    if parts.unet.config.addition_embed_type is not None:
-        raise InputError(f"{name} is of the Stable Diffusion XL kind; this recipe trains Stable Diffusion 1.x and 2.x.")
     width, cross = parts.text_encoder.config.hidden_size, parts.unet.config.cross_attention_dim
     if width != cross:
         raise InputError(f"{name}: the text encoder is {width} wide, but the UNet takes {cross}; they do not belong.")

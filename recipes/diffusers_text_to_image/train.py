@@ -132,8 +132,10 @@ def make_accelerator(args: Arguments) -> Accelerator:
             log_with=wanted,
             project_dir=args.output_dir,
         )
-    except ValueError as error:  # an unknown tracker, or half precision that the device cannot do
+    except ValueError as error:  # an unknown tracker, or bfloat16 that the device cannot do
         raise InputError(f"cannot set up Accelerate: {first_line(error)}") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("mixed_precision is fp16, which needs a GPU; on a CPU give bf16, or no.")
     if accelerator.distributed_type not in SUPPORTED:
         raise InputError(
             f"this recipe keeps the whole model on every device and does not run under "
@@ -150,7 +152,7 @@ def make_trainable(parts: Parts, args: Arguments, accelerator: Accelerator) -> D
     for module in (parts.vae, parts.text_encoder, parts.unet):
         module.to(accelerator.device)
     if half != torch.float32:
-        parts.text_encoder.to(half)  # not the autoencoder: Stable Diffusion's overflows in float16
+        parts.text_encoder.to(half)  # not the autoencoder, which runs once and overflows in float16 in some checkpoints
     if args.train == "full":
         parts.unet.requires_grad_(True)
     else:
@@ -161,7 +163,8 @@ def make_trainable(parts: Parts, args: Arguments, accelerator: Accelerator) -> D
     if args.gradient_checkpointing:
         parts.unet.enable_gradient_checkpointing()
         if args.train_text_encoder:
-            parts.text_encoder.gradient_checkpointing_enable()
+            # The reentrant kind, transformers' default before 5.0, gives no gradients where the input needs none.
+            parts.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
     return Denoiser(parts.unet, parts.text_encoder if args.train_text_encoder else None)
 
 
