@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_sai.fsdp1 import refuse_flat_parameter
+from hf_sai.gradient_norm import NORMALIZED
 from hf_sai.gsnr import UNMEASURED
 from hf_sai.momentum import check_momentum_dtype
 
@@ -31,6 +32,13 @@ def check_options(options: dict[str, Any]) -> None:
         allowed_values = (True, False, None) if name in ("foreach", "fused") else (True, False)
         if not any(options[name] is value for value in allowed_values):
             raise ValueError(f"{name} must be one of {allowed_values}, but is {options[name]!r}.")
+    how = options["normalize_gradient"]
+    if how is not None and how not in NORMALIZED:
+        raise ValueError(f"normalize_gradient must be None or one of {NORMALIZED}, but is {how!r}.")
+    if how is not None and options["normalize"]:
+        raise ValueError(
+            f"normalize and normalize_gradient={how!r} are two ways of scaling updates; choose one of them."
+        )
     if options["foreach"] and options["fused"]:
         raise ValueError("foreach and fused are both True; choose one, or leave both at None.")
     check_momentum_dtype(options["momentum_dtype"])

@@ -20,6 +20,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from hf_sai.checks import check_options, check_params, with_float_gsnr
 from hf_sai.fsdp1 import FlatSlices, is_slice, refuse_flat_parameter
 from hf_sai.functional import can_fuse, sgd_sai
+from hf_sai.gradient_norm import NORMALIZED, normalize_gradients_
 from hf_sai.gradient_release import refuse_normalize, release_gradients
 from hf_sai.gsnr import UNMEASURED, GSNRReport, GSNRRow, measure_gsnr
 from hf_sai.momentum import allocate_momentum, convert_momentum, momentum_of, set_momentum
@@ -38,6 +39,7 @@ WARN_UNMEASURED_AFTER = 20
 # Options that the official code does not have, with the defaults that mean what it does.
 _LATER_OPTIONS = {
     "normalize": False,
+    "normalize_gradient": None,
     "maximize": False,
     "momentum_dtype": None,
     "stochastic_rounding": False,
@@ -90,6 +92,12 @@ class SGDSaI(Optimizer):
             ``normalize_over``. Since the largest is about ``sqrt(n)`` of the largest tensor, the same training needs
             a learning rate higher by that factor: thousands for a language model. A larger g-SNR that is measured
             later lowers the scale of all others from then on.
+        normalize_gradient: ``"rows"`` or ``"tensor"`` divides, after measuring, every row (first dimension) of each
+            gradient, or each gradient as a whole, by its root-mean-square, as SCALE does (arXiv 2506.16659); vectors
+            always as a whole. The update is :math:`\gamma\, (G / \sqrt{n})\, m` then, with :math:`m` the momentum of
+            these gradients: no larger than :math:`\gamma` in most elements, so that learning rates are those of AdamW
+            and not of SGD-SaI. Done in place in ``p.grad``, as clipping is, which has no effect any more. Not together
+            with ``normalize``; refused under FSDP1 and DeepSpeed ZeRO. None, the published algorithm, by default.
         maximize: Ascend instead of descend.
         momentum_dtype: What the momentum is kept in: None for the parameter's dtype, another float dtype such as
             ``torch.bfloat16``, or ``"8bit"`` or ``"4bit"`` for bitsandbytes' blocks of 256 or 128 elements with a
@@ -132,6 +140,7 @@ class SGDSaI(Optimizer):
         eps: float = 1e-8,
         *,
         normalize: bool = False,
+        normalize_gradient: str | None = None,
         maximize: bool = False,
         momentum_dtype: torch.dtype | str | None = None,
         stochastic_rounding: bool = False,
@@ -145,6 +154,7 @@ class SGDSaI(Optimizer):
             "weight_decay": weight_decay,
             "eps": eps,
             "normalize": normalize,
+            "normalize_gradient": normalize_gradient,
             "maximize": maximize,
             "momentum_dtype": momentum_dtype,
             "stochastic_rounding": stochastic_rounding,
@@ -226,6 +236,7 @@ class SGDSaI(Optimizer):
             return False  # the scaler must unscale by itself, and agree with the other ranks on infinities
         return all(
             group["fused"]
+            and group["normalize_gradient"] is None
             and group["momentum_dtype"] is None
             and not group["stochastic_rounding"]
             and all(map(can_fuse, group["params"]))
@@ -276,6 +287,7 @@ class SGDSaI(Optimizer):
         self._measure(pending)
         if isinstance(self._engine, FlatSlices):
             self._engine.measure(self.param_groups, self.state)
+        self._normalize_gradients(self.param_groups, pending)
 
         largest = self._largest_gsnr()
         for group in self.param_groups:
@@ -296,7 +308,9 @@ class SGDSaI(Optimizer):
             )
         self._released.add(p)
         alone = {**group, "params": [p]}
-        self._measure(self._pending([alone]))
+        pending = self._pending([alone])
+        self._measure(pending)
+        self._normalize_gradients([alone], pending)
         self._update(alone, {}, None, None)
 
     def gsnr_report(self, named_parameters: Iterable[tuple[str, Tensor]] | None = None) -> GSNRReport:
@@ -356,7 +370,7 @@ class SGDSaI(Optimizer):
         if self._engine is None:
             return
         for group in self._all_groups:
-            for option in ("momentum_dtype", "stochastic_rounding"):
+            for option in ("momentum_dtype", "stochastic_rounding", "normalize_gradient"):
                 if group[option]:
                     raise ValueError(
                         f"{option}={group[option]!r} does not work under FSDP1 and DeepSpeed ZeRO, which hand the "
@@ -405,6 +419,14 @@ class SGDSaI(Optimizer):
                 if gsnr != UNMEASURED:
                     set_momentum(state, p, -gradient if group["maximize"] else gradient)
 
+    def _normalize_gradients(self, groups: list[dict[str, Any]], pending: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        """Carry out ``normalize_gradient``; the momentum of what has just been measured starts at the result."""
+        for how in NORMALIZED:
+            normalize_gradients_([p for g in groups if g["normalize_gradient"] == how for p in g["params"]], how)
+        for p, group in pending:
+            if group["normalize_gradient"] and group["momentum"] != 0 and self.state[p]["gsnr"] != UNMEASURED:
+                set_momentum(self.state[p], p, -p.grad if group["maximize"] else p.grad)
+
     def _largest_gsnr(self) -> dict[Any, float]:
         """The largest measured g-SNR of each ``normalize_over`` (None: all groups without one)."""
         largest: dict[Any, float] = {}
@@ -432,7 +454,8 @@ class SGDSaI(Optimizer):
             params.append(local_shard(p))
             grads.append(local_shard(p.grad, like=p))
             buffers.append(momentum_of(state, p) if group["momentum"] != 0 else None)
-            scales.append(state["gsnr"] / (largest[group.get("normalize_over")] if group["normalize"] else 1.0))
+            unit = largest[group.get("normalize_over")] if group["normalize"] else 1.0
+            scales.append(state["gsnr"] / (math.sqrt(p.numel()) if group["normalize_gradient"] else unit))
         sgd_sai(
             params,
             grads,

@@ -9,13 +9,21 @@ def reference_gsnr(gradient, eps=0.0):
     return (g.norm() / (g.std() + eps)).item()
 
 
+def reference_unit(gradient, how):
+    """A float64 gradient with root-mean-square 1: as a whole, or row by row if it has rows."""
+    rows = gradient if how == "rows" and gradient.ndim > 1 else gradient.unsqueeze(0)
+    unit = [row / row.square().mean().sqrt() if row.any() else row for row in rows]
+    return torch.stack(unit).view_as(gradient)
+
+
 class ReferenceSGDSaI:
     """Algorithm 1 of arXiv 2412.11768 (without normalisation), a copy of each parameter in float64."""
 
-    def __init__(self, params, lr, momentum=0.9, weight_decay=1e-2, eps=1e-8, maximize=False):
+    def __init__(self, params, lr, momentum=0.9, weight_decay=1e-2, eps=1e-8, maximize=False, normalize_gradient=None):
         self.params = [p.detach().to(torch.float64).clone() for p in params]
         self.lr, self.momentum, self.weight_decay, self.eps = lr, momentum, weight_decay, eps
         self.maximize = maximize
+        self.normalize_gradient = normalize_gradient
         self.gsnr = None
         self.buffers = None
 
@@ -24,8 +32,14 @@ class ReferenceSGDSaI:
         gradients = [sign * g.detach().to(torch.float64) for g in gradients]
         if self.gsnr is None:
             self.gsnr = [reference_gsnr(g, self.eps) for g in gradients]
+        if self.normalize_gradient is not None:
+            gradients = [reference_unit(g, self.normalize_gradient) for g in gradients]
+        if self.buffers is None:
             self.buffers = [g.clone() for g in gradients]
         for i, g in enumerate(gradients):
             self.buffers[i] = self.momentum * self.buffers[i] + (1 - self.momentum) * g
             decayed = self.params[i] - self.lr * self.weight_decay * self.params[i]
-            self.params[i] = decayed - self.lr * self.gsnr[i] * self.buffers[i]
+            scale = self.gsnr[i]
+            if self.normalize_gradient is not None:
+                scale /= g.numel() ** 0.5
+            self.params[i] = decayed - self.lr * scale * self.buffers[i]

@@ -1,0 +1,175 @@
+"""``normalize_gradient``: near the reference in every path, for gradients of any size; refused where it cannot be."""
+
+import copy
+
+import pytest
+import torch
+from reference import ReferenceSGDSaI, reference_unit
+from torch import nn
+
+from hf_sai import SGDSaI
+from hf_sai.gradient_norm import normalize_gradients_
+
+SHAPES = [(40, 130), (6, 3, 2, 2), (7,), (1, 5), ()]
+PATHS = [{}, {"foreach": False}, {"foreach": True}, {"fused": True}, {"gradient_release": True}]
+
+
+def make_params(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+def gradients(params, step, size=1.0):
+    """With rows of very different sizes, the first of the first tensor zero in odd steps."""
+    generator = torch.Generator().manual_seed(100 + step)
+    made = []
+    for p in params:
+        g = torch.randn(p.shape, generator=generator) + 0.3
+        rows = torch.logspace(-3, 1, p.shape[0]).view(-1, *[1] * (p.ndim - 1)) if p.ndim > 1 else 1.0
+        made.append((size * g * rows).to(p.dtype))
+    made[0][0] *= step % 2 == 0
+    return made
+
+
+def set_gradients(params, step, size=1.0):
+    for p, g in zip(params, gradients(params, step, size), strict=True):
+        p.grad = g
+
+
+def update(params, optimizer, step, size=1.0):
+    if optimizer._gradient_release:  # gradients arrive in backward
+        sum((p * g).sum() for p, g in zip(params, gradients(params, step, size), strict=True)).backward()
+    else:
+        set_gradients(params, step, size)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("how", ["rows", "tensor"])
+@pytest.mark.parametrize("path", PATHS, ids=str)
+@pytest.mark.parametrize("options", [{}, {"maximize": True, "weight_decay": 0.0}, {"momentum": 0.0}], ids=str)
+def test_every_path_equals_the_reference(how, path, options):
+    params = make_params(torch.float64)
+    optimizer = SGDSaI(params, lr=1e-2, normalize_gradient=how, **options, **path)
+    # The g-SNR of the single element, which the reference cannot measure, is 1.
+    reference = ReferenceSGDSaI(params[:-1], lr=1e-2, normalize_gradient=how, **options)
+    for step in range(5):
+        reference.step(gradients(params, step)[:-1])
+        update(params, optimizer, step)
+    for p, expected in zip(params[:-1], reference.params, strict=True):
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-7)  # row sizes are float64's square roots
+
+
+@pytest.mark.parametrize("momentum_dtype", [torch.bfloat16, "8bit"], ids=str)
+def test_low_bit_momentum_stays_near_the_reference(momentum_dtype):
+    params = make_params()
+    before = params[0].detach().double().clone()
+    optimizer = SGDSaI(params, lr=1e-2, normalize_gradient="rows", momentum_dtype=momentum_dtype)
+    reference = ReferenceSGDSaI(params[:1], lr=1e-2, normalize_gradient="rows")
+    for step in range(5):
+        reference.step(gradients(params, step)[:1])
+        update(params, optimizer, step)
+    moved = (reference.params[0] - before).norm()
+    assert (params[0].detach().double() - reference.params[0]).norm() <= 2e-2 * moved
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("how", ["rows", "tensor"])
+def test_rows_get_unit_size_and_zeros_stay(dtype, how):
+    params = make_params(dtype)
+    set_gradients(params, 1)
+    expected = [reference_unit(p.grad.double(), how) for p in params]
+    normalize_gradients_(params, how)
+    for p, unit in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.grad.double(), unit, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    assert not params[0].grad[0].any()
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+def test_the_update_does_not_depend_on_the_size_of_the_loss(size):
+    def trained(size):
+        params = make_params()
+        optimizer = SGDSaI(params, lr=1e-2, normalize_gradient="rows", eps=0.0)
+        for step in range(4):
+            update(params, optimizer, step, size)
+        return params
+
+    for scaled, plain in zip(trained(size), trained(1.0), strict=True):
+        torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_with_mean_free_gradients_no_element_moves_further_than_the_learning_rate_on_average():
+    p = nn.Parameter(torch.zeros(64, 256))
+    optimizer = SGDSaI([p], lr=1e-3, weight_decay=0.0, normalize_gradient="rows")
+    p.grad = 1e-5 * torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    torch.testing.assert_close(p.detach().square().mean(1).sqrt(), torch.full((64,), 1e-3), rtol=1e-3, atol=0.0)
+
+
+def test_a_row_without_gradient_comes_to_rest():
+    """An embedding's row whose token does not come again must not be driven on by a momentum made large again."""
+    p = nn.Parameter(torch.zeros(2, 8))
+    optimizer = SGDSaI([p], lr=1e-2, weight_decay=0.0, normalize_gradient="rows")
+    for step in range(200):
+        p.grad = torch.randn(2, 8, generator=torch.Generator().manual_seed(step))
+        if step > 0:
+            p.grad[1] = 0.0
+        optimizer.step()
+        if step == 150:
+            late = p.detach().clone()
+    assert not torch.equal(p[0], late[0])
+    torch.testing.assert_close(p[1].detach(), late[1], rtol=1e-6, atol=0.0)
+
+
+def test_resuming_goes_on_exactly():
+    params = make_params()
+    optimizer = SGDSaI(params, lr=1e-2, normalize_gradient="rows")
+    for step in range(3):
+        update(params, optimizer, step)
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    resumed = SGDSaI(twins, lr=1.0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for step in range(3, 6):
+        update(params, optimizer, step)
+        update(twins, resumed, step)
+    assert all(map(torch.equal, params, twins))
+
+
+def test_a_checkpoint_without_the_option_keeps_what_the_optimizer_was_built_with():
+    params = make_params()
+    optimizer = SGDSaI(params, normalize_gradient="rows")
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["normalize_gradient"]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["normalize_gradient"] == "rows"
+
+
+def test_groups_may_differ():
+    plain, normalized = make_params()[0], make_params()[0]
+    optimizer = SGDSaI([{"params": [plain]}, {"params": [normalized], "normalize_gradient": "rows"}], lr=1e-2)
+    alone = [make_params()[0], make_params()[0]]
+    separate = [SGDSaI([alone[0]], lr=1e-2), SGDSaI([alone[1]], lr=1e-2, normalize_gradient="rows")]
+    for step in range(3):
+        for p in (plain, normalized, *alone):
+            p.grad = gradients([p], step)[0]
+        for each in (optimizer, *separate):
+            each.step()
+    assert torch.equal(plain, alone[0])
+    assert torch.equal(normalized, alone[1])
+
+
+def test_gradscaler_unscales_before():
+    """A gradient that the scaler has not unscaled yet would be measured and normalised, then divided by the scale."""
+    params = make_params()
+    optimizer = SGDSaI(params, normalize_gradient="rows", fused=True)
+    assert not optimizer._step_supports_amp_scaling
+
+
+@pytest.mark.parametrize("wrong", ["columns", True, 1])
+def test_other_values_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"normalize_gradient must be None or one of \('rows', 'tensor'\), but is"):
+        SGDSaI(make_params(), normalize_gradient=wrong)
+
+
+def test_the_two_normalisations_exclude_each_other():
+    with pytest.raises(ValueError, match="choose one of them"):
+        SGDSaI(make_params(), normalize=True, normalize_gradient="rows")
