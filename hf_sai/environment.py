@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import re
 import shlex
+import socket
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +31,11 @@ _PACKAGES = (
     "bitsandbytes",
     "deepspeed",
 )
+#: What starts a training script in processes of its own, by the name of the program or of the module.
+_LAUNCHERS = ("accelerate", "torchrun", "deepspeed", "accelerate.commands.launch", "torch.distributed.run")
+#: deepspeed's launcher starts another one.
+_MAX_LAUNCHERS = 3
+_ADDRESS = re.compile(r"(--(?:main_process_ip|master[_-]addr|rdzv[_-]endpoint)(?:=|\s+))\S+")
 
 
 def versions() -> dict[str, str]:
@@ -71,13 +79,13 @@ def hardware() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command that started this process, for a shell, with no path of this machine where it can be avoided.
+    """The command that trains, for a shell, launcher included, with nothing that only this machine knows.
 
-    The interpreter becomes ``python``, paths below the working directory become relative, the home directory ``~``.
-    Secrets are not looked for here: what is written goes through ``redact`` as a whole.
+    The interpreter becomes ``python``, a launcher's path its name, paths as in :func:`short_path`, addresses of
+    machines ``HOST``. Secrets are not looked for here: what is written goes through ``redact`` as a whole.
     """
-    words = ["python", *sys.orig_argv[1:]]
-    return " ".join(shlex.quote(short_path(word)) for word in words)
+    words = _launcher_words() or ["python", *sys.orig_argv[1:]]
+    return _ADDRESS.sub(r"\g<1>HOST", " ".join(shlex.quote(short_path(word)) for word in words))
 
 
 def is_main_process() -> bool:
@@ -88,7 +96,15 @@ def is_main_process() -> bool:
 
 
 def short_path(word: str) -> str:
-    """A word of a command, or a path, with the working directory left out and the home directory as ``~``."""
+    """A word of a command, or a path, without what only this machine knows.
+
+    The working directory is left out, the home directory becomes ``~``, and of other absolute paths the last part is
+    kept. The machine's name, with which TensorBoard's folders end, becomes ``HOST``.
+
+    Example:
+        >>> short_path("--data=/mnt/somebody/corpus.txt")
+        '--data=/path/to/corpus.txt'
+    """
     option, equals, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
     if os.path.isabs(value):
         path = Path(value)
@@ -96,7 +112,28 @@ def short_path(word: str) -> str:
             value = str(path.relative_to(Path.cwd()))
         elif path.is_relative_to(Path.home()) and Path.home() != Path("/"):
             value = f"~/{path.relative_to(Path.home())}"
+        else:
+            value = f"/path/to/{path.name}"
+    value = re.sub(rf"_{re.escape(socket.gethostname())}(?=$|/)", "_HOST", value)
     return f"{option}{equals}{value}"
+
+
+def _launcher_words() -> list[str] | None:
+    """The words of the launcher that started this process with the same script and arguments; None without one."""
+    try:
+        import psutil  # accelerate needs it
+    except ImportError:
+        return None
+    script = sys.orig_argv[-len(sys.argv) :]
+    found = None
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents()[:_MAX_LAUNCHERS]:
+            words = process.cmdline()[1:]  # without the interpreter
+            module = words[:1] == ["-m"]
+            name = words[1] if module and len(words) > 1 else os.path.basename(words[0] if words else "")
+            if name in _LAUNCHERS and words[-len(script) :] == script:
+                found = ["python", *words] if module else [name, *words[1:]]
+    return found
 
 
 def _processor() -> str:

@@ -112,7 +112,7 @@ class RunRecorder:
         record.run.update(status="running", steps=step, card=self._card)
         record.run["sessions"].append({"command": command_line(), "started": now, "from_step": step})
         record.versions, record.hardware = versions(), hardware()
-        record.settings = {key: _short(value) for key, value in to_json(dict(settings or {})).items()}
+        record.settings = _short(to_json(dict(settings or {})))
         record.model = describe_model(model)
         self.save()
         self._spent = 0.0  # what it takes to begin is no cost of a step
@@ -299,4 +299,9 @@ def _now() -> str:
 
 
 def _short(value: Any) -> Any:
+    """Settings without what only this machine knows."""
+    if isinstance(value, dict):
+        return {key: _short(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_short(item) for item in value]
     return short_path(value) if isinstance(value, str) else value

@@ -91,14 +91,16 @@ def test_a_plain_loop_leaves_a_complete_record(tmp_path):
 
 def test_the_file_has_a_version_and_no_nan(tmp_path):
     recorder = RunRecorder(tmp_path)
-    recorder.start(model := small_model(), optimizer_of(model), settings={"odd": {1, 2}, "t": torch.tensor(2.5)})
+    recorder.start(
+        model := small_model(), optimizer_of(model), settings={"odd": {"b", "c", "a"}, "t": torch.tensor(2.5)}
+    )
     recorder.append(1, {"loss": float("nan")})
     recorder.finish()
     content = json.loads((tmp_path / RECORD_FILE).read_text(), parse_constant=lambda name: pytest.fail(name))
     assert content["format"] == "hf-sai run record"
     assert content["version"] == RECORD_VERSION
     assert content["history"] == [{"loss": None, "step": 1}]
-    assert content["settings"] == {"odd": [1, 2], "t": 2.5}
+    assert content["settings"] == {"odd": ["a", "b", "c"], "t": 2.5}
     assert RunRecord.load(tmp_path).curve("loss") == []
 
 
@@ -353,7 +355,38 @@ def test_the_command_shows_no_paths_of_the_machine(monkeypatch, tmp_path):
     words = ["/opt/python3.11", f"{tmp_path}/train.py", "--data=/home/somebody/my data", "--out", f"{tmp_path}/out"]
     monkeypatch.setattr(sys, "orig_argv", words)
     assert command_line() == "python train.py '--data=~/my data' --out out"
-    assert short_path("/elsewhere/x") == "/elsewhere/x"
+    assert short_path("/elsewhere/deep/x") == "/path/to/x"
+
+
+def test_settings_name_neither_the_machine_nor_its_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "gpu-box-7")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    settings = {
+        "logging_dir": str(tmp_path / "runs" / "Nov26_01-37-12_gpu-box-7"),
+        "train_file": [str(tmp_path / "a.txt"), "/home/somebody/b.txt", "/scratch/somebody/c.txt"],
+        "nested": {"dir": "/scratch/somebody/d"},
+    }
+    monkeypatch.chdir(tmp_path)
+    recorder = RunRecorder("out")
+    recorder.start(model := small_model(), optimizer_of(model), settings=settings)
+    assert recorder.record.settings == {
+        "logging_dir": "runs/Nov26_01-37-12_HOST",
+        "train_file": ["a.txt", "~/b.txt", "/path/to/c.txt"],
+        "nested": {"dir": "/path/to/d"},
+    }
+
+
+def test_the_command_begins_with_the_launcher(tmp_path):
+    pytest.importorskip("psutil")
+    (tmp_path / "train.py").write_text("from hf_sai.environment import command_line; print(command_line())")
+    (tmp_path / "torchrun").write_text("import subprocess, sys; subprocess.run([sys.executable, *sys.argv[3:]])")
+    launcher = [sys.executable, tmp_path / "torchrun", "--master_addr", "10.1.2.3", "train.py", "--lr", "1"]
+    done = subprocess.run(launcher, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "torchrun --master_addr HOST train.py --lr 1\n"
+    launcher[1] = tmp_path / "wrapper"  # any other program that passes its arguments on
+    (tmp_path / "torchrun").rename(launcher[1])
+    done = subprocess.run(launcher, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "python train.py --lr 1\n"
 
 
 GOOD = {"format": "hf-sai run record", "version": 1}
