@@ -2,6 +2,8 @@
 
 import json
 import sys
+from importlib.machinery import ModuleSpec
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -92,6 +94,22 @@ def test_scalars_reach_tensorboard_and_the_log_history(tmp_path, monkeypatch):
     assert expected <= set(events.Tags()["scalars"])
     assert [e.step for e in events.Scalars("train/sai/update_ratio/base/decay")] == [2, 4, 6]
     assert "sai/unmeasured" in trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_scalars_reach_the_trackers_that_report_to_names(tmp_path, monkeypatch, tracker):
+    service = MagicMock(__spec__=ModuleSpec(tracker, None), __version__="0.30.0")
+    for name in (tracker, f"{tracker}.sdk", f"{tracker}.sdk.lib"):
+        monkeypatch.setitem(sys.modules, name, service)
+    config = MagicMock(ConfigError=type("ConfigError", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, f"{tracker}.sdk.lib.config_util", config)
+    service.context_vars.current_space_id.get.return_value = None
+    trainer_for(tmp_path, report_to=tracker).train()
+    sent = [call.args[0] for call in service.log.call_args_list]
+    logged = [entry for entry in sent if "train/loss" in entry]
+    assert len(logged) == 3
+    for name in ("unmeasured", "lr/base/decay", "update_ratio/base/no_decay", "optimizer_share"):
+        assert all(f"train/sai/{name}" in entry for entry in logged), name
 
 
 def test_without_the_callback_trainers_logs_are_as_before(tmp_path):

@@ -1,8 +1,11 @@
-"""The optimizer needs torch alone."""
+"""The optimizer needs torch alone, and a package that is installed is whole."""
 
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+
+import pytest
 
 SCRIPT = """
     import importlib.abc
@@ -33,3 +36,12 @@ def test_the_optimizer_works_where_transformers_peft_and_accelerate_cannot_be_im
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(SCRIPT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2 of 2 parameters measured" in done.stdout
+
+
+def test_an_installed_package_has_every_file_that_is_no_module():
+    tomllib = pytest.importorskip("tomllib")
+    root = Path(__file__).parents[1]
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["hf_sai"]
+    packed = {path for pattern in patterns for path in (root / "hf_sai").glob(pattern)}
+    others = {path for path in (root / "hf_sai").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others == packed
