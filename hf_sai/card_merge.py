@@ -141,7 +141,8 @@ def _fits(text: str, template: str) -> bool:
     body = re.sub(r"\A---.*?^---$", "", template, flags=re.DOTALL | re.MULTILINE)
     known = {re.sub(r"{%.*?%}", "", line).strip() for line in body.splitlines()} | {"### Framework versions"}
     known |= set(re.findall(r'default\("(.*?)"', body))
-    patterns = [r"- PEFT [\w.+-]+"]
+    # What PEFT, and diffusers' and transformers' push_to_hub, write into huggingface_hub's template.
+    patterns = [r"- PEFT [\w.+-]+", r"This is the model card of a .* pushed on the Hub\. .* automatically generated\."]
     for line in body.splitlines():
         begin, end = re.match(r"\s*([^{]*)", line), re.search(r"([^}]*)$", line)
         if "{" in line and begin and end and begin.group(1).strip():

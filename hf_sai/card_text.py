@@ -106,12 +106,13 @@ def usage_code(record: RunRecord, repo_id: str, task: str | None, revision: str 
 
 def _diffusers_code(record: RunRecord, place: str, is_adapter: bool) -> str:
     base = repr(str(record.model.get("base_model") or "BASE_MODEL"))
-    load = f"StableDiffusionPipeline.from_pretrained({base if is_adapter else place})"
     adapter = f"pipeline.load_lora_weights({place})\n" if is_adapter else ""
+    prompts = record.settings.get("validation_prompts")
+    prompt = prompts[0] if isinstance(prompts, list) and prompts else "a photo"
     return (
-        "from diffusers import StableDiffusionPipeline\n\n"
-        f"pipeline = {load}\n{adapter}"
-        f'pipeline({_prompt(record)!r}).images[0].save("image.png")'
+        "from diffusers import DiffusionPipeline\n\n"
+        f"pipeline = DiffusionPipeline.from_pretrained({base if is_adapter else place})\n{adapter}"
+        f'pipeline({str(prompt)!r}).images[0].save("image.png")'
     )
 
 

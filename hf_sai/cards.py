@@ -2,9 +2,9 @@
 
 The text comes from a Jinja template (``hf_sai/templates/model_card.md.jinja``, or the user's own), which sees:
 ``record`` (:class:`hf_sai.record.RunRecord`), ``runs`` (its summary, then its twins'), ``metric_names``, ``pictures``
-(the files in ``pictures/``), ``usage``, ``commands``, ``settings``, ``options``, ``versions``, ``samples`` and a few
-short texts; and the filters ``md`` (escapes text for Markdown), ``code`` (a fenced block), ``number``, ``count``,
-``bytes``.
+(the files in ``pictures/``), ``usage``, ``commands``, ``settings``, ``options``, ``versions``, ``samples``,
+``images`` and a few short texts; and the filters ``md`` (escapes text for Markdown), ``code`` (a fenced block),
+``number``, ``count``, ``bytes``.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ _TASKS = {
     "UNet2DConditionModel": "text-to-image",
     "Transformer2DModel": "text-to-image",
 }
+#: Images in folders that are published with the run.
+_OWN_IMAGE = re.compile(r"(images|samples)/[\w.-]+\.png", re.ASCII)
 _NOT_METADATA = ("description", "limits")
 _DEFAULT_LIMITS = (
     "Evaluated only as shown above. What its data and its base model lack or get wrong, it lacks and gets wrong too."
@@ -266,6 +268,7 @@ def _context(record: RunRecord, repo_id: str | None, pictures: set[str]) -> dict
         or "data that the record does not name",
         "hardware": ", ".join(places),
         "processes": hardware.get("processes", 1),
+        "images": [image for image in record.images[:MAX_SAMPLES] if _OWN_IMAGE.fullmatch(image["file"])],
         "samples": [_shown_sample(sample) for sample in record.samples[:MAX_SAMPLES]],
     }
 

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -45,7 +46,10 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     name = getattr(getattr(base, "config", None), "_name_or_path", None)
     base_model = described.get("base_model") or name
     if base_model:
-        described["base_model"] = short_path(str(base_model))
+        place = short_path(str(base_model))
+        # A folder "runs/base" looks like a repository's name; with "./" nobody takes it for one.
+        local = not place.startswith(("/", "~", ".")) and Path(place).is_dir()
+        described["base_model"] = f"./{place}" if local else place
     return described
 
 

@@ -184,7 +184,9 @@ def to_json(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, set | frozenset):
+        return sorted(map(to_json, value), key=str)  # a set's own order differs from process to process
+    if isinstance(value, list | tuple):
         return [to_json(item) for item in value]
     if hasattr(value, "item") and getattr(value, "size", None) is not None and _elements(value) == 1:
         return to_json(value.item())  # a number from numpy or torch

@@ -65,4 +65,8 @@ def _are_twins(own: RunRecord, other: RunRecord) -> bool:
 
 def _training(record: RunRecord) -> list[dict[str, Any]]:
     settings = {key: value for key, value in record.settings.items() if key not in _MAY_DIFFER}
-    return [settings, {key: record.model.get(key) for key in _SAME_MODEL}]
+    model = {key: record.model.get(key) for key in _SAME_MODEL}
+    adapter = model["adapter"]
+    if isinstance(adapter, dict) and isinstance(adapter.get("target_modules"), list):
+        model["adapter"] = {**adapter, "target_modules": sorted(map(str, adapter["target_modules"]))}  # PEFT has a set
+    return [settings, model]

@@ -189,6 +189,38 @@ def test_scores_before_training_stand_below(tmp_path):
     assert "| before training | | | 0 | 9.25 | 0.125 | |" in render_card(record).text
 
 
+def test_own_images_are_shown_and_no_others():
+    record = make_record("mine")
+    files = ["images/grid.png", "../secret.png", "images/../../a.png", "https://x.y/t.png", "images/a b.png", "a.png"]
+    record.images = [{"title": f"[picture] {index}", "file": name} for index, name in enumerate(files)]
+    shown = re.findall(r"!\[(.*)\]\((.*)\)", render_card(record).text)
+    assert shown == [(r"\[picture\] 0", "images/grid.png")]
+
+
+def test_a_local_base_model_is_not_taken_for_one_on_the_hub(tmp_path, monkeypatch):
+    from hf_sai.describe import describe_model
+
+    monkeypatch.chdir(tmp_path)
+    tiny_gpt2().save_pretrained("runs/base")
+    described = describe_model(type(tiny_gpt2()).from_pretrained("runs/base"))
+    assert described["base_model"] == "./runs/base"
+    record = make_record("mine")
+    record.model = described
+    assert render_card(record).data.base_model is None
+
+
+def test_diffusers_own_card_functions_keep_ours(tmp_path):
+    hub_utils = pytest.importorskip("diffusers.utils.hub_utils")
+    make_record("mine").save(tmp_path)
+    ours = ModelCard.load(write_card(tmp_path))
+    card = hub_utils.load_or_create_model_card(str(tmp_path / CARD_FILE), is_pipeline=True)
+    hub_utils.populate_model_card(card, tags=["text-to-image"]).save(tmp_path / CARD_FILE)
+    theirs = ModelCard.load(tmp_path / CARD_FILE)
+    assert theirs.text.strip() == ours.text.strip()
+    write_card(tmp_path)
+    assert {"text-to-image", "hf-sai"} <= set(ModelCard.load(tmp_path / CARD_FILE).data.tags)
+
+
 def test_foreign_evaluation_results_are_kept(tmp_path):
     record = make_record("mine")
     record.data = [{"name": "d"}]
@@ -206,7 +238,7 @@ def test_foreign_evaluation_results_are_kept(tmp_path):
     assert "My text." in (tmp_path / CARD_FILE).read_text()
 
 
-@pytest.mark.parametrize("tool", ["trainer", "peft", "trl"])
+@pytest.mark.parametrize("tool", ["trainer", "peft", "trl", "diffusers"])
 @pytest.mark.parametrize("touched", [False, True])
 def test_tools_own_cards_are_replaced_only_if_untouched(tmp_path, tool, touched):
     if tool == "trainer":
@@ -228,6 +260,11 @@ def test_tools_own_cards_are_replaced_only_if_untouched(tmp_path, tool, touched)
         card = utils.generate_model_card(
             "me/base", "name", "me/name", "me/data", ["trl"], trainer_name="SFT", **options
         )
+        card.save(tmp_path / CARD_FILE)
+    if tool == "diffusers":
+        hub_utils = pytest.importorskip("diffusers.utils.hub_utils")
+        options = {"is_pipeline": True, "model_description": "A pipeline."} if touched else {"is_pipeline": True}
+        card = hub_utils.load_or_create_model_card("nobody/nothing", **options)
         card.save(tmp_path / CARD_FILE)
     path = tmp_path / CARD_FILE
     old = ModelCard.load(path).text.strip()

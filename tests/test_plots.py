@@ -179,7 +179,7 @@ def test_a_record_with_very_many_layers_and_roles_is_drawn_in_part():
 
 
 def test_layers_are_told_apart_in_unets_too():
-    assert layer_and_kind("mid_block.resnets.0.norm1.weight") == ("resnets.0", "norm1.weight")
+    assert layer_and_kind("mid_block.resnets.0.norm1.weight") == ("mid_block", "resnets.norm1.weight")
     assert layer_and_kind("module.transformer.h.3.ln_1.bias") == ("3", "ln_1.bias")
 
 

@@ -36,6 +36,13 @@ def test_only_the_optimizer_may_differ(tmp_path):
     assert find_twins(twin) == [own]  # the first of equal ones, by name
 
 
+def test_adapters_are_compared_but_not_the_order_of_their_targets(tmp_path):
+    own = save(tmp_path, "own", model={"adapter": {"r": 8, "target_modules": ["q", "v"]}})
+    save(tmp_path, "other-rank", "SGD", model={"adapter": {"r": 4, "target_modules": ["q", "v"]}})
+    twin = save(tmp_path, "adamw", "AdamW", model={"adapter": {"r": 8, "target_modules": ["v", "q"]}})
+    assert find_twins(own) == [twin]
+
+
 def test_of_each_optimizer_the_best_is_taken_and_not_too_many(tmp_path):
     own = save(tmp_path, "own")
     save(tmp_path, "adamw-1", "AdamW", loss=3.5)
