@@ -26,6 +26,9 @@ def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
+
+
 @dataclass
 class Arguments:
     """Everything that can be set; what Trainer has too is called as there."""
@@ -99,6 +102,7 @@ class Arguments:
     # Publishing
     push_to_hub: bool = option(False, "Publish the finished run on the Hub.")
     hub_model_id: str | None = option(None, "Its name there. Default: output_dir's.")
+    hub_strategy: str = option("end", f"When: {', '.join(HUB_STRATEGIES)} (these two to go on from).")
     hub_private_repo: bool | None = option(None, "Whether it is private.")
     hub_revision: str | None = option(None, "Branch.")
     hub_token: str | None = field(default=None, repr=False, metadata={"help": "Access token. Default: the stored one."})
@@ -133,7 +137,11 @@ def check_arguments(args: Arguments) -> None:
             raise InputError(f"{name} is {value}; it must be at least {bound}.")
     if args.resolution % 8:
         raise InputError(f"resolution is {args.resolution}; it must be a multiple of 8.")
-    for name, choices in (("train", ("lora", "full")), ("mixed_precision", (None, "no", "fp16", "bf16"))):
+    for name, choices in (
+        ("train", ("lora", "full")),
+        ("mixed_precision", (None, "no", "fp16", "bf16")),
+        ("hub_strategy", HUB_STRATEGIES),
+    ):
         if getattr(args, name) not in choices:
             raise InputError(f"{name} is {getattr(args, name)!r}; choose one of {', '.join(filter(None, choices))}.")
     if not 0 <= args.empty_captions <= 1:
@@ -174,7 +182,7 @@ def hub_settings(args: Arguments, process_index: int) -> SimpleNamespace:
     """The options of publishing, as Trainer calls them."""
     options = {key: value for key, value in asdict(args).items() if key.startswith("hub_") or key.startswith("push_")}
     common = {"output_dir": args.output_dir, "process_index": process_index}
-    return SimpleNamespace(**options, **common, hub_strategy="end", hub_always_push=False)
+    return SimpleNamespace(**options, **common, hub_always_push=False)
 
 
 def public(args: Arguments) -> dict:

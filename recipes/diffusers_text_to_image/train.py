@@ -49,7 +49,7 @@ from transformers import get_scheduler
 
 from hf_sai.artifacts import finish_run
 from hf_sai.group_report import describe_groups
-from hf_sai.hub_callback import take_over_push_to_hub
+from hf_sai.hub_callback import PublishCallback, take_over_push_to_hub
 from hf_sai.meters import unwrap_optimizer
 from hf_sai.optim import SGDSaI
 from hf_sai.publish import PublishError
@@ -74,6 +74,7 @@ class Run:
     optimizer: Any
     schedule: Any
     recorder: RunRecorder
+    publisher: PublishCallback | None = None
     ema: EMAModel | None = None
     pictures: dict[str, list] = field(default_factory=dict)
 
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> dict:
     optimizer = build_optimizer(optimizer_settings, model)
     schedule = make_schedule(optimizer, args)
     data, empty = encode_all(splits, parts, args)
-    publisher = take_over_push_to_hub(hub_settings(args, accelerator.process_index))
+    publisher = take_over_push_to_hub(hub_settings(args, accelerator.process_index), resume=(STATE_FILE,))
 
     if accelerator.is_main_process and checkpoint is None:
         delete_checkpoints(SimpleNamespace(output_dir=args.output_dir, should_save=args.restart))
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> dict:
         args.output_dir, data=[describe_data(args)], card=describe_model(args), main_process=accelerator.is_main_process
     )
     model, optimizer = accelerator.prepare(model, optimizer)
-    run = Run(args, accelerator, parts, data, empty, model, optimizer, schedule, recorder)
+    run = Run(args, accelerator, parts, data, empty, model, optimizer, schedule, recorder, publisher)
     if args.use_ema:
         run.ema = EMAModel(run.trained, decay=args.ema_decay)
     accelerator.init_trackers("text_to_image", plain(args))
@@ -317,13 +318,26 @@ def save_checkpoint(run: Run, step: int) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     torch.save(state, unfinished / STATE_FILE)
+    publish = run.publisher is not None and run.args.hub_strategy != "end"
+    if publish:
+        save_weights(run, unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
     run.recorder.save(folder)
     run.recorder.save()
+    if publish:
+        run.publisher.saved(step)
     saved = sorted(folder.parent.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for old in saved[: -(run.args.save_total_limit or len(saved))]:
         shutil.rmtree(old)
+
+
+def save_weights(run: Run, folder: Path) -> None:
+    """Save what others load: the whole pipeline after full training, else the adapters."""
+    if run.args.train == "full":
+        make_pipeline(run.parts).save_pretrained(folder)
+    else:
+        save_lora(run.parts, folder)
 
 
 def load_checkpoint(run: Run, folder: str) -> int:
@@ -349,12 +363,9 @@ def load_checkpoint(run: Run, folder: str) -> int:
 
 def save_results(run: Run, results: dict) -> None:
     """Save the weights, results.json, the group report, pictures and the model card; say where they are."""
-    args, parts, folder = run.args, run.parts, Path(run.args.output_dir)
+    args, folder = run.args, Path(run.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if args.train == "full":
-        make_pipeline(parts).save_pretrained(folder)
-    else:
-        save_lora(parts, folder)
+    save_weights(run, folder)
     last = folder / f"checkpoint-{args.max_steps}"
     saved = {**results, "settings": public(args), "checkpoint": last.name if last.is_dir() else None}
     (folder / "results.json").write_text(json.dumps(saved, indent=2) + "\n")

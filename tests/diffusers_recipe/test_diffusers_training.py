@@ -261,7 +261,7 @@ def test_other_optimizers_of_trainer_are_built_over_the_same_named_groups(name, 
 def test_publishing_comes_last_and_gets_no_token_into_the_record(arguments, tmp_path, monkeypatch):
     seen = []
 
-    def publisher(settings):
+    def publisher(settings, resume):
         assert settings.hub_token == "hf_SecretOfThisTest00000000000"
 
         def finish():
