@@ -1,6 +1,8 @@
 """Model cards: valid metadata, settings, code that runs; a user's words survive, a stranger's are tame."""
 
+import errno
 import itertools
+import os
 import re
 
 import pytest
@@ -381,6 +383,31 @@ def test_the_command_writes_card_and_pictures(tmp_path, capsys):
     assert "snapshot_download('me/one')" in text
     assert main(["card", str(tmp_path / "nowhere")]) == 1
     assert "cannot read" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_and_leaves_card_and_record_as_they_were(tmp_path, monkeypatch, capsys):
+    make_record("one").save(tmp_path)
+    write_card(tmp_path)
+    (tmp_path / CARD_FILE).write_text((tmp_path / CARD_FILE).read_text() + "My words.\n")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    commands = (
+        ["card", tmp_path],
+        ["plot", tmp_path, "--out", tmp_path],
+        ["report", tmp_path, "--out", tmp_path / "r"],
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        patch.setattr("hf_sai.plots.draw", lambda figure: b"picture")
+        for command in commands:
+            assert main(list(map(str, command))) == 1
+            assert "(No space left on device); what was there before is unchanged" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.*")} == before
+    assert main(["card", str(tmp_path)]) == 0  # there is room again
+    assert "My words." in (tmp_path / CARD_FILE).read_text()
 
 
 def test_other_processes_write_no_card(tmp_path, monkeypatch):
