@@ -23,8 +23,8 @@ from hf_sai.functional import can_fuse, sgd_sai
 from hf_sai.gradient_norm import NORMALIZED, normalize_gradients_
 from hf_sai.gradient_release import refuse_normalize, release_gradients
 from hf_sai.gsnr import UNMEASURED, GSNRReport, GSNRRow, measure_gsnr
-from hf_sai.momentum import allocate_momentum, convert_momentum, momentum_of, set_momentum
-from hf_sai.sharding import full_shapes, local_shard
+from hf_sai.momentum import QUANTIZED, allocate_momentum, convert_momentum, momentum_of, set_momentum
+from hf_sai.sharding import draw_alike, full_shapes, in_many_processes, local_shard
 
 if TYPE_CHECKING:
     from hf_sai.zero import Zero
@@ -104,7 +104,8 @@ class SGDSaI(Optimizer):
             float32 scale each (extra ``quant``; tensors below 4096 elements stay as they are). 4, 2, 1.02 or 0.53
             bytes per element. The update is computed in float32 then, one tensor at a time.
         stochastic_rounding: Round bfloat16 parameters up or down at random, for training without float32 copies of
-            them. Draws from torch's random number generator.
+            them. Draws from torch's random number generator; with several processes the same numbers on all, so that
+            replicas stay equal.
         foreach: Use torch's multi-tensor operations, which need temporary memory of the size of the parameters.
             If ``foreach`` and ``fused`` are both None, CUDA parameters are updated so.
         fused: Use torch's fused SGD kernel, without temporary memory, for contiguous parameters on CUDA and for
@@ -372,9 +373,10 @@ class SGDSaI(Optimizer):
         for group in self._all_groups:
             for option in ("momentum_dtype", "stochastic_rounding", "normalize_gradient"):
                 if group[option]:
+                    cure = "use torch.bfloat16 with FSDP2" if group[option] in QUANTIZED else "use FSDP2"
                     raise ValueError(
                         f"{option}={group[option]!r} does not work under FSDP1 and DeepSpeed ZeRO, which hand the "
-                        "optimizer pieces of parameters. Leave it out, or use FSDP2 (fsdp_version: 2)."
+                        f"optimizer pieces of parameters. Leave it out, or {cure} (fsdp_version: 2)."
                     )
 
     def _gsnr(self, p: Tensor) -> float:
@@ -456,21 +458,18 @@ class SGDSaI(Optimizer):
             buffers.append(momentum_of(state, p) if group["momentum"] != 0 else None)
             unit = largest[group.get("normalize_over")] if group["normalize"] else 1.0
             scales.append(state["gsnr"] / (math.sqrt(p.numel()) if group["normalize_gradient"] else unit))
-        sgd_sai(
-            params,
-            grads,
-            buffers,
-            scales,
-            lr=group["lr"],
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            stochastic_rounding=group["stochastic_rounding"],
-            foreach=group["foreach"],
-            fused=group["fused"],
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-        )
+        options = {
+            key: group[key]
+            for key in ("lr", "momentum", "weight_decay", "maximize", "stochastic_rounding", "foreach", "fused")
+        }
+        options |= {"grad_scale": grad_scale, "found_inf": found_inf}
+        if not (group["stochastic_rounding"] and in_many_processes()):
+            sgd_sai(params, grads, buffers, scales, **options)
+            return
+        # One by one: of a sharded parameter ranks may draw fewer numbers, and replicas must be rounded alike.
+        for number, (p, g, m, scale) in enumerate(zip(params, grads, buffers, scales, strict=True)):
+            with draw_alike((self._steps << 20) + number, p.device):
+                sgd_sai([p], [g], [m], [scale], **options)
 
     def _warn_unmeasured(self) -> None:
         unmeasured = self.gsnr_report().unmeasured

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "all_reduce_rows",
+    "draw_alike",
     "full_shapes",
+    "in_many_processes",
     "is_dtensor",
     "local_shard",
     "summing_groups",
@@ -129,6 +132,30 @@ def full_shapes(parameters: Iterable[Tensor]) -> list[torch.Size]:
 
         homes = find_homes()
     return [torch.Size(homes[id(p)].shape if id(p) in homes else getattr(p, "ds_shape", p.shape)) for p in parameters]
+
+
+def in_many_processes() -> bool:
+    """Whether this process is one of several that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextlib.contextmanager
+def draw_alike(seed: int, device: torch.device) -> Iterator[None]:
+    """The same random numbers on all ranks, whatever their own random states, which are left as they were.
+
+    Args:
+        seed: The same on all ranks.
+        device: Where numbers will be drawn.
+    """
+    on_cpu = device.type == "cpu"
+    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+        if on_cpu:
+            torch.default_generator.manual_seed(seed)
+        else:  # torch.manual_seed would seed all devices, and only this one is restored
+            module = getattr(torch, device.type)
+            with module.device(device):
+                module.manual_seed(seed)
+        yield
 
 
 def _finished(tensor: Tensor) -> Tensor:

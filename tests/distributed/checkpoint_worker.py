@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 sys.modules["transformers"] = None  # not needed here, and most of a worker's time would be importing it
-from common import OPTIONS, STEPS, build, counting, groups_of, gsnr_of, join, train, write_result
+from common import DDP_TYPE, DEVICE, OPTIONS, STEPS, build, counting, groups_of, gsnr_of, join, train, write_result
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
@@ -33,7 +33,7 @@ class TorchRun:
     def __init__(self, engine):
         self.model = build()
         if engine == "fsdp1":
-            self.model = FullyShardedDataParallel(self.model, use_orig_params=True, device_id=torch.device("cpu"))
+            self.model = FullyShardedDataParallel(self.model, use_orig_params=True, device_id=torch.device(DEVICE))
         elif WORLD > 1:
             for block in self.model.blocks:
                 fully_shard(block)
@@ -89,8 +89,8 @@ class AccelerateRun:
             cpu_ram_efficient_loading=False,
             state_dict_type="FULL_STATE_DICT" if engine.endswith("full") else "SHARDED_STATE_DICT",
         )
-        self.accelerator = Accelerator(cpu=True, fsdp_plugin=None if engine.endswith("ddp") else plugin)
-        expected = "MULTI_CPU" if engine.endswith("ddp") else "FSDP"
+        self.accelerator = Accelerator(cpu=DEVICE == "cpu", fsdp_plugin=None if engine.endswith("ddp") else plugin)
+        expected = DDP_TYPE if engine.endswith("ddp") else "FSDP"
         assert self.accelerator.distributed_type.name == expected, self.accelerator.distributed_type
         assert self.accelerator.num_processes == WORLD
         model = build()
@@ -157,7 +157,6 @@ def survive(engine, place):
 
 
 ACTIONS = {"save": save, "resume": resume, "die": die, "survive": survive}
-os.environ["ACCELERATE_USE_CPU"] = "true"
 tasks = zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3], strict=True)
 results = {f"{action} {engine} {place}": ACTIONS[action](engine, Path(place)) for action, engine, place in tasks}
 write_result({"world_size": dist.get_world_size(), **results})

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_sai import SGDSaI
@@ -19,6 +20,10 @@ from hf_sai import SGDSaI
 STEPS = 20
 BATCH = 8
 FOLDER = Path(os.environ.get("HF_SAI_TEST_FOLDER", "."))
+#: ``cuda``: one GPU per rank and NCCL between them.
+DEVICE = os.environ.get("HF_SAI_TEST_DEVICE", "cpu")
+#: What accelerate calls plain data parallelism there.
+DDP_TYPE = "MULTI_CPU" if DEVICE == "cpu" else "MULTI_GPU"
 OPTIONS: dict[str, Any] = {"lr": 3e-3, "weight_decay": 0.1}
 
 
@@ -73,13 +78,13 @@ class Tiny(nn.Module):
 def build(dtype: torch.dtype = torch.float32) -> Tiny:
     """The same model on every rank."""
     torch.manual_seed(0)
-    return Tiny().to(dtype)
+    return Tiny().to(DEVICE, dtype)
 
 
 def batch(step: int) -> Tensor:
     """The global batch of a step, int64[BATCH, 10]."""
     generator = torch.Generator().manual_seed(1000 + step)
-    return torch.randint(23, (BATCH, 10), generator=generator)
+    return torch.randint(23, (BATCH, 10), generator=generator).to(DEVICE)
 
 
 def my_batch(step: int, rank: int, world_size: int) -> Tensor:
@@ -152,6 +157,22 @@ def gsnr_of(optimizer: SGDSaI) -> dict[str, float | None]:
     }
 
 
+def same_placements(optimizer: SGDSaI) -> bool:
+    """Whether every momentum buffer is distributed as its parameter is."""
+    return all(
+        type(buffer := optimizer.state[p]["momentum_buffer"]) is DTensor
+        and buffer.placements == p.placements
+        and buffer.to_local().shape == p.to_local().shape
+        for p in params_of(optimizer)
+        if isinstance(p, DTensor)
+    )
+
+
+def params_of(optimizer: SGDSaI) -> list[Tensor]:
+    """The optimizer's parameters; after evaluation FSDP2 leaves the model with others, unsharded."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def largest_difference(got: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
     """The largest relative difference of g-SNR and of losses. Both must name the same, measured parameters."""
     assert got["gsnr"].keys() == expected["gsnr"].keys(), got["gsnr"].keys() ^ expected["gsnr"].keys()
@@ -182,10 +203,11 @@ class Late(nn.Module):
         torch.manual_seed(0)
         self.layer = nn.Linear(24, 24)
         self.late = Shift()
+        self.to(DEVICE)
 
     def forward(self, step: int, rank: int, world_size: int) -> Tensor:
-        x = torch.randn(BATCH, 24, generator=torch.Generator().manual_seed(step)).chunk(world_size)[rank]
-        reached = torch.arange(24) >= {0: 24, 1: 24, 2: 21}.get(step, 0)
+        x = torch.randn(BATCH, 24, generator=torch.Generator().manual_seed(step)).chunk(world_size)[rank].to(DEVICE)
+        reached = torch.arange(24, device=DEVICE) >= {0: 24, 1: 24, 2: 21}.get(step, 0)
         return torch.tanh(self.layer(x) + reached * self.late()).square().mean()
 
 
@@ -272,7 +294,10 @@ def join(alone: bool = False) -> tuple[int, int]:
     """Join the process group through a file; returns rank and world size, which is 1 only if ``alone`` allows it."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.FileStore(str(FOLDER / "rendezvous"), world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "gloo" if DEVICE == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     assert dist.get_world_size() == world_size >= (1 if alone else 2)
     return rank, world_size
 

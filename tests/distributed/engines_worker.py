@@ -1,12 +1,15 @@
 """Trains the tiny model under torch's engines and compares with one process: ``engines_worker.py MODE [MODE ...]``."""
 
+# ruff: noqa: E402
 import sys
 import warnings
 
 import torch
 import torch.distributed as dist
+
+sys.modules["transformers"] = None  # not needed here, and most of a worker's time would be importing it
 from common import (
-    FOLDER,
+    DEVICE,
     OPTIONS,
     STEPS,
     Late,
@@ -22,14 +25,16 @@ from common import (
     late_groups,
     loss_of,
     my_batch,
+    params_of,
     reference,
+    same_placements,
     train,
     train_late,
     write_result,
 )
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -64,38 +69,22 @@ def make(mode, **options):
     if mode == "fsdp2":
         return shard(model, **options), RANK, WORLD
     if mode == "hsdp":
-        return shard(model, init_device_mesh("cpu", (2, WORLD // 2), mesh_dim_names=("dp", "shard"))), RANK, WORLD
+        return shard(model, init_device_mesh(DEVICE, (2, WORLD // 2), mesh_dim_names=("dp", "shard"))), RANK, WORLD
     if mode == "tp":
-        return tensor_parallel(model, init_device_mesh("cpu", (WORLD,))), 0, 1
+        return tensor_parallel(model, init_device_mesh(DEVICE, (WORLD,))), 0, 1
     if mode == "fsdp2_tp":
-        mesh = init_device_mesh("cpu", (2, WORLD // 2), mesh_dim_names=("dp", "tp"))
+        mesh = init_device_mesh(DEVICE, (2, WORLD // 2), mesh_dim_names=("dp", "tp"))
         return shard(tensor_parallel(model, mesh["tp"]), mesh["dp"]), mesh.get_local_rank("dp"), 2
     if mode == "fsdp1":
         wrap = {nn.Linear} if options.get("leaves") else {type(model.blocks[0])}
         model = FullyShardedDataParallel(
             model,
             use_orig_params=True,
-            device_id=torch.device("cpu"),
+            device_id=torch.device(DEVICE),
             auto_wrap_policy=ModuleWrapPolicy(wrap),
         )
         return model, RANK, WORLD
     raise ValueError(mode)
-
-
-def same_placements(optimizer):
-    """Whether every momentum buffer is distributed as its parameter is."""
-    return all(
-        type(buffer := optimizer.state[p]["momentum_buffer"]) is DTensor
-        and buffer.placements == p.placements
-        and buffer.to_local().shape == p.to_local().shape
-        for p in params_of(optimizer)
-        if isinstance(p, DTensor)
-    )
-
-
-def params_of(optimizer):
-    """The optimizer's parameters; after evaluation FSDP2 leaves the model with others, unsharded."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def train_and_compare(mode, **options):
@@ -116,12 +105,12 @@ def train_and_compare(mode, **options):
     }
 
 
-def bf16():
+def bf16(mode):
     """In bf16 the g-SNR must be that of the bf16 gradient, measured exactly, on every rank alike."""
-    model, rank, size = make("fsdp2", mp_policy=MixedPrecisionPolicy(), dtype=torch.bfloat16)
+    model, rank, size = make(mode, dtype=torch.bfloat16)
     optimizer = SGDSaI(groups_of(model), **OPTIONS)
     loss_of(model, my_batch(0, rank, size)).backward()
-    whole = {name: p.grad.full_tensor().double() for name, p in model.named_parameters()}
+    whole = whole_gradients(model)
     optimizer.step()
     errors = []
     for name, gsnr in gsnr_of(optimizer).items():
@@ -131,6 +120,48 @@ def bf16():
     return {"gsnr": max(errors), "measured": len(errors)}
 
 
+def whole_gradients(model):
+    """Name -> gradient, float64."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            return {name: p.grad.double() for name, p in named(model)}
+    return {name: (g.full_tensor() if isinstance(g := p.grad, DTensor) else g).double() for name, p in named(model)}
+
+
+def named(model):
+    for name, p in model.named_parameters():
+        yield name.replace("_fsdp_wrapped_module.", "").replace("module.", ""), p
+
+
+def bf16_momentum(mode):
+    """Momentum in bfloat16 of float32 parameters: sharded as they are, near one process with the same."""
+    model, rank, size = make(mode)
+    optimizer = SGDSaI(groups_of(model), **OPTIONS, momentum_dtype=torch.bfloat16)
+    losses = train(model, optimizer, range(STEPS), rank, size)
+    got = {"gsnr": gsnr_of(optimizer), "losses": losses}
+    buffers = [optimizer.state[p]["momentum_buffer"] for p in params_of(optimizer)]
+    return {
+        **largest_difference(got, reference(momentum_dtype=torch.bfloat16)),
+        "same_placements": same_placements(optimizer),
+        "dtypes": sorted({str(buffer.dtype) for buffer in buffers}),
+    }
+
+
+def rounding(mode):
+    """Stochastic rounding with another random state on each rank; replicas must stay equal all the same."""
+    model, rank, size = make(mode, dtype=torch.bfloat16)
+    torch.manual_seed(RANK)
+    optimizer = SGDSaI(groups_of(model), **OPTIONS, stochastic_rounding=True)
+    train(model, optimizer, range(3), rank, size)
+    drawn, replicas = torch.rand(1).item(), []
+    for p in params_of(optimizer):
+        whole = p.full_tensor() if isinstance(p, DTensor) else p.detach()
+        gathered = [torch.empty_like(whole) for _ in range(WORLD)]
+        dist.all_gather(gathered, whole)
+        replicas.append(all(torch.equal(gathered[0], other) for other in gathered))
+    return {"same": all(replicas), "drawn": drawn}
+
+
 def late(mode):
     """A gradient that is zero at first, then non-zero on one rank's shard alone."""
     model = Late()
@@ -138,7 +169,7 @@ def late(mode):
         fully_shard(model.late)
         fully_shard(model)
     elif mode == "fsdp1":
-        policy, device = ModuleWrapPolicy({Shift, nn.Linear}), torch.device("cpu")
+        policy, device = ModuleWrapPolicy({Shift, nn.Linear}), torch.device(DEVICE)
         model = FullyShardedDataParallel(model, use_orig_params=True, device_id=device, auto_wrap_policy=policy)
     else:
         model = nn.parallel.DistributedDataParallel(model)
@@ -157,18 +188,25 @@ def whole_shapes(mode):
     }
 
 
-def low_bit_refused():
-    """The kinds of momentum that are not done for pieces of parameters."""
-    model, rank, size = make("fsdp1")
+def low_bit_refused(mode):
+    """The kinds of momentum that are not done for slices (FSDP1) and for shards (FSDP2) of parameters."""
+    options = [{"momentum_dtype": "8bit"}, {"momentum_dtype": "4bit"}]
+    if mode == "fsdp1":
+        model, *_ = make("fsdp1")
+        options += [{"momentum_dtype": torch.bfloat16}, {"stochastic_rounding": True}]
+    else:
+        model = fully_shard(nn.Sequential(nn.Embedding(23, 128), nn.Linear(128, 64)))  # blocks need 4096 elements
     messages = []
-    for option in ({"momentum_dtype": torch.bfloat16}, {"momentum_dtype": "8bit"}, {"stochastic_rounding": True}):
-        optimizer = SGDSaI(groups_of(model), **OPTIONS, **option)
-        before = [p.detach().clone() for p in model.parameters()]
+    for option in options:
+        optimizer = SGDSaI(model.parameters(), **OPTIONS, **option)
+        before = [p.detach().clone() for p in params_of(optimizer)]
         try:
-            train(model, optimizer, range(1), rank, size)
+            model(my_batch(0, RANK, WORLD)).sum().backward()
+            optimizer.step()
         except ValueError as error:
             messages.append(str(error))
-        assert all(torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
+        after = zip(before, params_of(optimizer), strict=True)
+        assert all(torch.equal(*(t.to_local() if isinstance(t, DTensor) else t for t in pair)) for pair in after)
     return {"messages": messages}
 
 
@@ -191,7 +229,7 @@ def late_and_broken():
 
 
 def flat_parameters_refused():
-    model = FullyShardedDataParallel(build(), use_orig_params=False, device_id=torch.device("cpu"))
+    model = FullyShardedDataParallel(build(), use_orig_params=False, device_id=torch.device(DEVICE))
     try:
         SGDSaI(model.parameters())
     except ValueError as error:
@@ -212,7 +250,7 @@ def scaler(mode):
 
     model, rank, size = make(mode)
     optimizer = SGDSaI(groups_of(model), **OPTIONS, fused=True)
-    scale = {"init_scale": 2.0**10, "device": "cpu"}
+    scale = {"init_scale": 2.0**10, "device": DEVICE}
     grad_scaler = ShardedGradScaler(**scale) if mode == "fsdp1" else torch.amp.GradScaler(**scale)
     before = [p.detach().clone() for p in model.parameters()]
     untouched = []
@@ -235,43 +273,18 @@ def scaler(mode):
     return {**largest_difference(got, reference()), "untouched": untouched, "scale": grad_scaler.get_scale()}
 
 
-def hf_tp():
-    """transformers' own tensor parallelism, where the embedding is sharded and its gradient replicated."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    folder = FOLDER / "llama"
-    if RANK == 0:
-        LlamaForCausalLM(LlamaConfig(vocab_size=64, intermediate_size=32, **sizes)).save_pretrained(folder)
-    dist.barrier()
-    models = LlamaForCausalLM.from_pretrained(folder), LlamaForCausalLM.from_pretrained(folder, tp_plan="auto")
-    runs = []
-    for model in models:
-        optimizer = SGDSaI(model.named_parameters(), lr=1e-2)
-        for step in range(STEPS):
-            tokens = torch.randint(64, (4, 9), generator=torch.Generator().manual_seed(step))
-            optimizer.zero_grad()
-            loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            optimizer.step()
-        runs.append({"gsnr": gsnr_of(optimizer), "losses": [loss.item()]})
-    return {
-        **largest_difference(runs[1], runs[0]),
-        "same_placements": same_placements(optimizer),
-        "sharded": sum(isinstance(p, DTensor) for p in params_of(optimizer)),
-    }
-
-
 CHECKS = {
-    "hf_tp": hf_tp,
-    "bf16": bf16,
+    **{f"bf16_{mode}": (lambda mode=mode: bf16(mode)) for mode in ("ddp", "fsdp2", "tp", "fsdp1", "hsdp", "fsdp2_tp")},
+    **{f"bf16_momentum_{mode}": (lambda mode=mode: bf16_momentum(mode)) for mode in ("fsdp2", "tp", "hsdp")},
+    **{f"rounding_{mode}": (lambda mode=mode: rounding(mode)) for mode in ("ddp", "tp", "hsdp")},
     "late_and_broken": late_and_broken,
     "late_ddp": lambda: late("ddp"),
     "late_fsdp2": lambda: late("fsdp2"),
     "late_fsdp1": lambda: late("fsdp1"),
     "shapes_fsdp1": lambda: whole_shapes("fsdp1"),
     "shapes_fsdp2": lambda: whole_shapes("fsdp2"),
-    "low_bit_refused": low_bit_refused,
+    "low_bit_fsdp1": lambda: low_bit_refused("fsdp1"),
+    "low_bit_fsdp2": lambda: low_bit_refused("fsdp2"),
     "fsdp2_offload": lambda: train_and_compare("fsdp2", offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "flat_parameters_refused": flat_parameters_refused,
     "scaler_ddp": lambda: scaler("ddp"),

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
+import torch
+
 HERE = Path(__file__).parent
+#: In the environment of all that a test module starts, and of all that those start.
+MARK = "HF_SAI_TEST_MARK"
+#: ``HF_SAI_TEST_DEVICE=cuda`` runs the same workers with one GPU per rank and NCCL.
+DEVICE = os.environ.get("HF_SAI_TEST_DEVICE", "cpu")
+ON_DEVICE = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true"} if DEVICE == "cpu" else {}
+#: Seconds for a launch, far more than it takes on an idle machine.
+LIMIT = 900
 
 
 def run_ranks(
-    script: str, world_size: int, folder: Path, *arguments: str, timeout: float = 150
+    script: str, world_size: int, folder: Path, *arguments: str, timeout: float = LIMIT
 ) -> list[dict[str, Any]]:
     """Run ``script`` in ``world_size`` processes and return what each wrote to ``folder/result_<rank>.json``.
 
@@ -34,6 +47,8 @@ def run_ranks(
 
 def start_ranks(script: str, world_size: int, folder: Path, *arguments: str) -> list[subprocess.Popen]:
     """Start the processes of :func:`run_ranks`, each the leader of its own process group."""
+    if DEVICE == "cuda" and torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rendezvous").unlink(missing_ok=True)
     processes = []
@@ -46,10 +61,11 @@ def start_ranks(script: str, world_size: int, folder: Path, *arguments: str) -> 
             "LOCAL_WORLD_SIZE": str(world_size),
             "HF_SAI_TEST_FOLDER": str(folder),
             "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "ACCELERATE_USE_CPU": "true",
             "PYTHONPATH": str(HERE),
             "HF_HUB_OFFLINE": "1",
+            **ON_DEVICE,
+            # One process that sees several GPUs would be given nn.DataParallel by Trainer.
+            **({"CUDA_VISIBLE_DEVICES": "0"} if DEVICE == "cuda" and world_size == 1 else {}),
         }
         with (folder / f"log_{rank}.txt").open("w") as out:
             processes.append(
@@ -64,14 +80,12 @@ def start_ranks(script: str, world_size: int, folder: Path, *arguments: str) -> 
     return processes
 
 
-def finish(processes: list[subprocess.Popen], timeout: float) -> list[int]:
+def finish(processes: list[subprocess.Popen], timeout: float = LIMIT) -> list[int]:
     """Wait for all processes; if one fails or time runs out, kill all with whatever they have started.
 
     Returns:
         Exit codes.
     """
-    import time
-
     deadline = time.monotonic() + timeout
     try:
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
@@ -85,10 +99,40 @@ def finish(processes: list[subprocess.Popen], timeout: float) -> list[int]:
 
 
 def kill(processes: list[subprocess.Popen]) -> None:
-    """SIGKILL to the process groups of those that still run."""
-    for process in processes:
-        if process.poll() is None:
+    """End those that still run: SIGTERM, for launchers end their workers then; after a while SIGKILL."""
+    running = [process for process in processes if process.poll() is None]
+    for process in running:
+        process.terminate()
+    for process in running:
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def living(mark: str, patience: float = 60) -> list[psutil.Process]:
+    """The processes with this mark that still live after ``patience`` seconds; some end a moment after their parent."""
+    deadline = time.monotonic() + patience
+    while (found := [p for p in psutil.process_iter() if _bears(p, mark)]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
+
+
+def end_all(processes: list[psutil.Process]) -> list[str]:
+    """SIGKILL; returns what the processes were called."""
+    commands = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            commands.append(" ".join(process.cmdline()))
+            process.kill()
+    return commands
+
+
+def _bears(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, OSError):  # has ended, or is another user's
+        return False
 
 
 def log(folder: Path, rank: int) -> str:

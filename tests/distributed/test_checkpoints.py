@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from launch import finish, kill, run_ranks, start_ranks
+from launch import LIMIT, finish, kill, run_ranks, start_ranks
 
 DCP, ACCELERATE = ["fsdp2", "fsdp1"], ["accelerate_ddp", "accelerate_fsdp2_sharded", "accelerate_fsdp2_full"]
 ENGINES = [*DCP, *ACCELERATE]
@@ -64,7 +64,7 @@ def killed(place, folder, when):
     """A run of which one rank was killed in the middle of training or of saving; its processes have ended."""
     place.mkdir()
     processes = start_ranks("checkpoint_worker.py", 2, folder, "die", "fsdp2", str(place))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT
     try:
         while not (place / "step_3").exists() or (when == "saving") != any(place.glob("*.partial")):
             assert time.monotonic() < deadline

@@ -1,8 +1,12 @@
 """Under torch's engines every rank sees the same g-SNR as one process, with one all_reduce, and trains the same."""
 
 import pytest
+import torch
 from launch import run_ranks
 
+BF16 = {2: ["bf16_ddp", "bf16_fsdp2", "bf16_tp", "bf16_fsdp1"], 4: ["bf16_hsdp", "bf16_fsdp2_tp"]}
+BF16_MOMENTUM = {2: ["bf16_momentum_fsdp2", "bf16_momentum_tp"], 4: ["bf16_momentum_hsdp"]}
+ROUNDING = {2: ["rounding_ddp", "rounding_tp"], 4: ["rounding_hsdp"]}
 TWO = [
     "ddp",
     "fsdp2",
@@ -15,33 +19,66 @@ TWO = [
     "fsdp1_fused",
     "fsdp1_normalize",
     "fsdp2_offload",
-    "bf16",
+    *BF16[2],
+    *BF16_MOMENTUM[2],
+    *ROUNDING[2],
     "late_and_broken",
     "late_ddp",
     "late_fsdp2",
     "late_fsdp1",
     "shapes_fsdp1",
     "shapes_fsdp2",
-    "low_bit_refused",
+    "low_bit_fsdp1",
+    "low_bit_fsdp2",
     "flat_parameters_refused",
     "scaler_ddp",
     "scaler_fsdp2",
     "scaler_fsdp1",
-    "hf_tp",
 ]
-FOUR = ["hsdp", "fsdp2_tp", "fsdp2", "fsdp1", "late_fsdp2", "late_fsdp1", "shapes_fsdp1"]
+FOUR = [
+    "hsdp",
+    "fsdp2_tp",
+    "fsdp2",
+    "fsdp1",
+    "late_fsdp2",
+    "late_fsdp1",
+    "shapes_fsdp1",
+    *BF16[4],
+    *BF16_MOMENTUM[4],
+    *ROUNDING[4],
+]
 PARAMETERS = 23
 #: Process groups over which something is sharded: the most all_reduces that the measuring step may run.
 GROUPS = {"ddp": 0, "fsdp2_tp": 2}
 
 
+def by_size(modes):
+    return [(world_size, mode) for world_size in modes for mode in modes[world_size]]
+
+
+class Runs(dict):
+    """World size -> what each rank reports; one launch per world size, for its time is mostly imports."""
+
+    def __init__(self, factory):
+        super().__init__()
+        self.factory = factory
+
+    def __missing__(self, world_size):
+        folder = self.factory.mktemp(f"ranks_{world_size}")
+        self[world_size] = run_ranks("engines_worker.py", world_size, folder, *{2: TWO, 4: FOUR}[world_size])
+        return self[world_size]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """World size -> what each rank reports; one launch per world size, for its time is mostly imports."""
-    return {
-        2: run_ranks("engines_worker.py", 2, tmp_path_factory.mktemp("two"), *TWO),
-        4: run_ranks("engines_worker.py", 4, tmp_path_factory.mktemp("four"), *FOUR),
-    }
+    return Runs(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """What each of two ranks reports."""
+    modes = ("tensor_parallel", "fsdp1_lora", "fsdp2_qlora")
+    return run_ranks("models_worker.py", 2, tmp_path_factory.mktemp("models"), *modes)
 
 
 MODES = [(2, mode) for mode in TWO[:11]] + [(4, mode) for mode in FOUR[:4]]
@@ -73,12 +110,19 @@ def test_momentum_has_the_parameters_placements(runs, world_size, mode):
         assert (result[mode]["sharded"] > 0) == ("fsdp2" in mode or mode in ("hsdp", "tp"))
 
 
-def test_transformers_tensor_parallelism_equals_one_process(runs):
-    for result in runs[2]:
-        assert result["hf_tp"]["gsnr"] <= 1e-6
-        assert result["hf_tp"]["loss"] <= 1e-5
-        assert result["hf_tp"]["same_placements"]
-        assert result["hf_tp"]["sharded"] == 16
+@pytest.mark.parametrize(("mode", "sharded"), [("tensor_parallel", 16), ("fsdp1_lora", 0), ("fsdp2_qlora", 8)])
+def test_models_of_transformers_and_peft_train_as_in_one_process(models, mode, sharded):
+    for result in models:
+        assert result["world_size"] == 2
+        assert result[mode]["gsnr"] <= 1e-6
+        assert result[mode]["loss"] <= 1e-5
+        assert result[mode]["same_groups"]
+        assert result[mode]["same_placements"]
+        assert result[mode]["sharded"] == sharded
+
+
+def test_weights_of_4_bits_were_sharded_as_such(models):
+    assert all(result["fsdp2_qlora"]["quantized_shards"] for result in models)
 
 
 def test_empty_shards_were_among_what_was_tried(runs):
@@ -87,10 +131,28 @@ def test_empty_shards_were_among_what_was_tried(runs):
     assert all(result["fsdp1"]["empty"] for result in runs[4])
 
 
-def test_bf16_gradients_give_an_exact_gsnr(runs):
-    for result in runs[2]:
-        assert result["bf16"]["measured"] >= 15
-        assert result["bf16"]["gsnr"] <= 1e-9
+@pytest.mark.parametrize(("world_size", "mode"), by_size(BF16))
+def test_bf16_gradients_give_an_exact_gsnr(runs, world_size, mode):
+    for result in runs[world_size]:
+        assert result[mode]["measured"] >= 15
+        assert result[mode]["gsnr"] <= 1e-9
+
+
+@pytest.mark.parametrize(("world_size", "mode"), by_size(BF16_MOMENTUM))
+def test_a_momentum_in_bf16_is_sharded_like_its_parameter_and_trains_alike(runs, world_size, mode):
+    for result in runs[world_size]:
+        assert result[mode]["dtypes"] == ["torch.bfloat16"]
+        assert result[mode]["same_placements"]
+        assert result[mode]["gsnr"] <= 1e-6
+        assert result[mode]["loss"] <= 1e-3  # where a sum is rounded differently, momentum rounds to its neighbour
+
+
+@pytest.mark.parametrize(("world_size", "mode"), by_size(ROUNDING))
+def test_stochastic_rounding_keeps_replicas_equal_and_leaves_the_random_state_alone(runs, world_size, mode):
+    assert all(result[mode]["same"] for result in runs[world_size])
+    for rank, result in enumerate(runs[world_size]):
+        torch.manual_seed(rank)
+        assert result[mode]["drawn"] == torch.rand(1).item()
 
 
 def test_a_gradient_that_is_non_zero_or_nan_on_one_rank_is_judged_alike_on_all(runs):
@@ -118,11 +180,13 @@ def test_grouping_goes_by_the_whole_parameters_shapes(runs, world_size, mode):
     assert any(result[f"shapes_{mode}"]["cut"] for result in runs[world_size]) == (mode == "fsdp1")
 
 
-def test_low_bit_momentum_and_stochastic_rounding_are_refused_for_slices_before_the_first_update(runs):
+def test_low_bit_momentum_and_stochastic_rounding_are_refused_before_the_first_update_with_the_cure(runs):
     for result in runs[2]:
-        messages = result["low_bit_refused"]["messages"]
-        assert len(messages) == 3
-        assert all("use FSDP2" in message for message in messages)
+        *blocks, bf16, rounding = result["low_bit_fsdp1"]["messages"]
+        assert all("torch.bfloat16" in message and "FSDP2" in message for message in blocks)
+        assert all("use FSDP2" in message for message in (bf16, rounding))
+        assert len(blocks) == len(result["low_bit_fsdp2"]["messages"]) == 2
+        assert all("Use torch.bfloat16" in message for message in result["low_bit_fsdp2"]["messages"])
 
 
 def test_flat_parameters_are_refused_before_the_first_update_with_the_cure(runs):

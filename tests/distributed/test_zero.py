@@ -33,7 +33,7 @@ FOUR = ["zero1", "zero3"]
 def two(tmp_path_factory):
     """Each rank's report, all checks in one launch."""
     checks = [*EXACT, *BF16, *FP16, *RESUME, *LATE, "whole_shapes", "low_bit_refused", "unknown_layout_refused"]
-    return run_ranks("zero_worker.py", 2, tmp_path_factory.mktemp("two"), *checks, timeout=300)
+    return run_ranks("zero_worker.py", 2, tmp_path_factory.mktemp("two"), *checks)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_grouping_goes_by_the_shapes_that_zero_init_has_taken_away(two):
 def test_low_bit_momentum_and_stochastic_rounding_are_refused_before_the_first_update(two):
     for result in two:
         assert len(result["low_bit_refused"]["messages"]) == 3
-        assert all("use FSDP2" in message for message in result["low_bit_refused"]["messages"])
+        assert all("FSDP2" in message for message in result["low_bit_refused"]["messages"])
 
 
 def test_a_layout_that_is_not_recognised_is_refused_with_the_cure(two):

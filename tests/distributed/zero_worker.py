@@ -1,11 +1,13 @@
 """Trains the tiny model under DeepSpeed ZeRO: ``zero_worker.py CHECK [CHECK ...]``."""
 
-import os
+# ruff: noqa: E402
 import sys
 import warnings
 
 import torch
 import torch.distributed as dist
+
+sys.modules["transformers"] = None  # not needed here, and most of a worker's time would be importing it
 from common import (
     FOLDER,
     OPTIONS,
@@ -32,14 +34,14 @@ from hf_sai.groups import no_decay_names
 from hf_sai.sharding import full_shapes
 
 warnings.filterwarnings("ignore")
-os.environ["DS_ACCELERATOR"] = "cpu"
 RANK, WORLD = join()
-import deepspeed  # noqa: E402  (wants to find the process group)
-from on_cpu import use_no_deepspeed_kernels  # noqa: E402
+import deepspeed  # wants to find the process group
+from deepspeed.accelerator import get_accelerator
+from on_cpu import use_no_deepspeed_kernels
 
 use_no_deepspeed_kernels()
 
-deepspeed.init_distributed("gloo", verbose=False)
+deepspeed.init_distributed(verbose=False)
 
 
 def engine_of(stage, dtype=torch.float32, options=None, clip=0.0, late=False, **zero):
@@ -59,6 +61,7 @@ def engine_of(stage, dtype=torch.float32, options=None, clip=0.0, late=False, **
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     if dtype is torch.float16:
         config["fp16"] = {"enabled": True, "initial_scale_power": 24}
+        get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks for instructions that torch does without
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
     assert dist.get_world_size() == WORLD
     return engine, optimizer
