@@ -55,10 +55,12 @@ def parse_config_and_flags(dataclasses: Sequence[Any], argv: Sequence[str], usag
 def find_checkpoint(training_args: Any, restart: bool = False, marker: str = "trainer_state.json") -> str | None:
     """Return the checkpoint to resume from; refuse to mix a new run with the checkpoints of an old one.
 
+    A folder without the marker, which is written last, was being saved when its run was killed, and is passed over.
+
     Args:
         training_args: TrainingArguments; `output_dir` and `resume_from_checkpoint` (true, false or a folder) are read.
         restart: Whether a new run may begin where there are checkpoints; `delete_checkpoints` then removes them.
-        marker: File that every checkpoint has. Default: Trainer's.
+        marker: File that every whole checkpoint has. Default: Trainer's.
 
     Raises:
         InputError: There is nothing to resume from, or an old run is in the way.
@@ -76,9 +78,10 @@ def find_checkpoint(training_args: Any, restart: bool = False, marker: str = "tr
             )
         return None
     if str(wanted).lower() == "true":
-        if last is None:
-            raise InputError(f"cannot resume: {folder} holds no checkpoint; leave out --resume_from_checkpoint.")
-        return last
+        whole = [path for path in Path(folder).glob("checkpoint-*") if Path(path, marker).is_file()]
+        if not whole:
+            raise InputError(f"cannot resume: {folder} holds no whole checkpoint; leave out --resume_from_checkpoint.")
+        return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
     if not Path(wanted, marker).is_file():
         raise InputError(f"cannot resume: {wanted} is no checkpoint folder of this trainer (it has no {marker}).")
     return str(wanted)

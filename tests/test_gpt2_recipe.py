@@ -218,7 +218,7 @@ BAD_INPUT = {
     "tiny block": (["--block_size", "1"], "block_size is 1; it must be at least 2"),
     "vocabulary below the bytes": (["--vocab_size", "100"], "vocab_size is 100; it must be above 256"),
     "endless stream": (["--streaming", "true", "--max_steps", "-1"], "streaming needs --max_steps"),
-    "nothing to resume": (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
+    "nothing to resume": (["--resume_from_checkpoint", "true"], "holds no whole checkpoint"),
     "no checkpoint there": (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint folder"),
     "missing model": (["--model_name_or_path", "./nowhere"], "cannot load the tokenizer ./nowhere"),
 }
