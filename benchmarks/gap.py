@@ -38,10 +38,15 @@ CLASSES = ("matrix", "embedding", "position", "vector")
 
 EXPERIMENTS = {
     "rules": ["adam@4e-3", "sai@1e-2", "g_rows@4e-3", "rows@2e-3", "g_tensor@4e-3"],
-    "rates": ["sai@2e-2", "sai@4e-2", "adam@8e-3", "g_rows@8e-3", "g_rows:snr@4e-3"],
+    "rows": [
+        "g_rows@8e-3",
+        "g_rows@4e-3 embedding=adam@4e-3",
+        "g_rows@4e-3 embedding=sai@1e-2",
+        "v_rows@4e-3",
+        "v_tensor@4e-3",
+    ],
+    "rates": ["sai@2e-2", "sai@4e-2", "adam@8e-3"],
     "classes": [f"sai@1e-2 {name}=adam@4e-3" for name in CLASSES],
-    "normalised classes": [f"sai@1e-2 {name}=g_rows@4e-3" for name in CLASSES],
-    "axes": ["g_columns@4e-3", "g_rows@4e-3 embedding=g_columns@4e-3", "sign@1e-3", "frozen@4e-3", "frozen_rows@4e-3"],
     "settings": [
         "sai:mu0.8@1e-2",
         "sai:nesterov@1e-2",
@@ -89,9 +94,10 @@ class Rule:
 
     ``sai``: momentum times g-SNR, the published algorithm. ``adam``: AdamW. ``rows``, ``columns``, ``tensor``: momentum
     with every row, every column or the whole at root-mean-square 1. ``g_rows``, ``g_columns``, ``g_tensor``: the same
-    done to the gradient, before the momentum. ``frozen``, ``frozen_rows``: momentum divided by the first gradient's
-    root-mean-square. ``sign``: the momentum's sign. Modifiers: ``mu0.8`` (momentum), ``nesterov``, ``snr`` (times
-    g-SNR / sqrt(elements)).
+    done to the gradient, before the momentum. ``v_rows``, ``v_tensor``: momentum divided by a running root-mean-square
+    of every row or the whole (Adam-mini, arXiv 2406.16793, with a row or a tensor as block). ``frozen``,
+    ``frozen_rows``: momentum divided by the first gradient's root-mean-square. ``sign``: its sign. Modifiers: ``mu0.8``
+    (momentum), ``nesterov``, ``snr`` (times g-SNR / sqrt(elements)).
     """
 
     def __init__(self, text: str, gradient: Tensor) -> None:
@@ -116,6 +122,9 @@ class Rule:
         step = self.m.lerp(gradient, 1 - self.mu) if self.nesterov else self.m
         if self.name in ("rows", "columns", "tensor"):
             step = step / _rms(step, self.name)
+        elif self.name.startswith("v_"):
+            self.v.lerp_(_rms(gradient, self.name[2:]).square().expand_as(gradient), 0.001)
+            step = step / (self.v / (1 - 0.999**self.steps)).sqrt()
         elif self.name.startswith("frozen"):
             step = step / self.first_rms
         elif self.name == "sign":
