@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -353,20 +354,46 @@ trainer.push_to_hub()
 """
 
 
+def run_with(server, command, home):
+    """Run a command in a process of its own for which the server is the Hub."""
+    place = {
+        "HF_ENDPOINT": server.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(home),
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(command, env={**os.environ, **place}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def test_the_whole_way_in_a_process_of_its_own_and_trainers_own_push(finished, tmp_path):
     with HubServer() as server:
-        place = {
-            "HF_ENDPOINT": server.url,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_TOKEN": TOKEN,
-            "HF_HOME": str(tmp_path / "hf"),
-            "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]),
-        }
-        command = [sys.executable, "-c", WHOLE_WAY, finished, tmp_path / "own"]
-        done = subprocess.run(command, env={**os.environ, **place}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        done = run_with(server, [sys.executable, "-c", WHOLE_WAY, finished, tmp_path / "own"], tmp_path / "hf")
     assert str(tiny_gpt2().num_parameters()) in done.stdout.split()
     assert TOKEN not in done.stdout + done.stderr
     assert json.loads(server.hub.files("tester/counting")[RECORD_FILE])["format"] == "hf-sai run record"
     assert b"- optimizer: SGDSaI of hf-sai" in server.hub.files("tester/own")["README.md"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "weights"), [("gpt2_pretraining", "model.safetensors")])
+def test_a_recipe_publishes_its_run(recipe, weights, tmp_path):
+    folder = Path(__file__).parents[1] / "recipes" / recipe
+    command = [sys.executable, folder / "train.py", folder / "smoke.yaml", "--output_dir", tmp_path / "run"]
+    command += ["--max_steps", "2", "--save_steps", "1", "--eval_strategy", "no", "--report_to", "none"]
+    command += ["--push_to_hub", "true", "--hub_model_id", "tester/made", "--hub_private_repo", "true"]
+    command += ["--hub_revision", "v1", "--hub_strategy", "every_save"]
+    with HubServer() as server:
+        done = run_with(server, list(map(str, command)), tmp_path / "hf")
+    files = server.hub.files("tester/made", "v1")
+    assert {"README.md", RECORD_FILE, "pictures/gsnr-dark.png", weights} <= set(files)
+    assert b"from_pretrained('tester/made', revision='v1')" in files["README.md"]
+    assert server.hub.commits[0][2] == "Training in progress, step 1"
+    assert server.hub.repos["tester/made"]["private"] is True
+    assert not any(name.endswith((".pt", ".bin")) for name in files)
+    written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not any(TOKEN.encode() in content for content in [*files.values(), *written])
+    assert TOKEN not in done.stdout + done.stderr
