@@ -1,9 +1,16 @@
-"""One SGD-SaI update of a list of tensors: the plain, the multi-tensor, the fused and the widened path."""
+"""One SGD-SaI update of a list of tensors: the plain, the multi-tensor, the fused and the widened path.
+
+The fused path is a compiled kernel of `numba_kernel.py` or `triton_kernel.py` where it can be, else torch's SGD kernel.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +25,12 @@ _FUSED_DTYPES = {
     "cpu": (torch.float32, torch.float64),
     "cuda": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
 }
+
+# Kernels that make the whole step, decay included, in one pass over memory.
+_ONE_PASS_KERNELS = {"cpu": "hf_sai.numba_kernel", "cuda": "hf_sai.triton_kernel"}
+
+#: With fewer elements on CPU the automatic choice does without numba, which takes a second to load and compile.
+MIN_ELEMENTS_TO_COMPILE = 1 << 20
 
 
 def sgd_sai(
@@ -49,8 +62,8 @@ def sgd_sai(
         params: Tensors :math:`\theta` of any shapes.
         grads: Their gradients :math:`g`, same shapes.
         momentum_buffers: :math:`m`, same shapes as ``params``, of any float dtype, or quantised; entries are ignored
-            (None) if momentum is 0. Where dtypes differ the update is computed in float32 or better, one tensor at a
-            time, whatever ``foreach`` and ``fused`` say.
+            (None) if momentum is 0. Where dtypes differ the update is computed in float32 or better, and unless
+            Triton's kernel does it, one tensor at a time, whatever ``foreach`` and ``fused`` say.
         scales: One factor :math:`G` per tensor: its g-SNR, normalised or not.
         lr: Learning rate :math:`\gamma`, a float or a one-element tensor.
         momentum: :math:`\mu` in [0, 1).
@@ -58,11 +71,17 @@ def sgd_sai(
         maximize: Negate the gradients.
         stochastic_rounding: Compute in float32 and round bfloat16 parameters up or down at random, so that updates
             below their resolution count on average. Other dtypes are not affected.
-        foreach: Use torch's multi-tensor operations. With both ``foreach`` and ``fused`` None: on CUDA.
-        fused: Use torch's fused SGD kernel for the tensors that it can update (:func:`can_fuse`). With both None: on
-            CPU.
+        foreach: Use torch's multi-tensor operations.
+        fused: Use numba's (CPU) or Triton's (CUDA) kernel where it is installed and takes the tensor, else torch's
+            fused SGD kernel where that does (:func:`can_fuse`), else the plain loop. With both ``foreach`` and
+            ``fused`` None: on CPU, and on CUDA with Triton; CUDA without it takes ``foreach``, sharded tensors the
+            plain loop. Within ``torch.compile``, which fuses by itself, and while a CUDA graph is captured, no other
+            compiler's kernel is used.
         grad_scale: GradScaler's scale, by which the gradients are still multiplied (``fused`` only).
         found_inf: GradScaler's flag, 1.0 to skip the update (``fused`` only).
+
+    Raises:
+        ValueError: ``grad_scale`` or ``found_inf`` is given for tensors that no fused kernel takes.
 
     Example:
         >>> import torch
@@ -71,23 +90,24 @@ def sgd_sai(
         >>> theta
         tensor([0.5000, 1.5000])
     """
-    options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": maximize}
-    lists = (params, grads, momentum_buffers, scales)
-    wide = [i for i in range(len(params)) if _is_widened(params[i], momentum_buffers[i], stochastic_rounding)]
-    if wide:
-        _widened(*_take(lists, wide), **options, stochastic_rounding=stochastic_rounding, fused=fused)
-        params, grads, momentum_buffers, scales = _take(lists, sorted(set(range(len(params))) - set(wide)))
-    if not params:
-        return
-    if foreach is None and fused is None:
-        foreach = all(p.is_cuda and _is_plain(p) for p in params)
-        fused = any(p.is_cpu for p in params)
-    if fused:
-        _fused(params, grads, momentum_buffers, scales, **options, grad_scale=grad_scale, found_inf=found_inf)
-    elif foreach:
-        _multi_tensor(params, grads, momentum_buffers, scales, **options)
-    else:
-        _single_tensor(params, grads, momentum_buffers, scales, **options)
+    is_large = sum(p.numel() for p in params if p.is_cpu) >= MIN_ELEMENTS_TO_COMPILE
+    paths: dict[Callable, list[int]] = defaultdict(list)
+    for i, (p, g, m) in enumerate(zip(params, grads, momentum_buffers, strict=True)):
+        m = None if momentum == 0 else m
+        paths[_path(p, g, m, stochastic_rounding, foreach, fused, is_large)].append(i)
+
+    of_amp = {"grad_scale": grad_scale, "found_inf": found_inf}
+    not_fused = {_single_tensor, _multi_tensor, _widened}
+    if not_fused & paths.keys() and any(value is not None for value in of_amp.values()):
+        raise ValueError(
+            "grad_scale and found_inf need tensors that a fused kernel takes; unscale the gradients before."
+        )
+    for path, indices in paths.items():
+        extra: dict[str, Any] = {} if path in not_fused else of_amp
+        if path is _widened:
+            extra = {"stochastic_rounding": stochastic_rounding, "fused": fused}
+        taken = _take((params, grads, momentum_buffers, scales), indices)
+        path(*taken, lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize, **extra)
 
 
 def can_fuse(param: Tensor) -> bool:
@@ -100,11 +120,48 @@ def _is_plain(param: Tensor) -> bool:
     return type(param) in (Tensor, torch.nn.Parameter)
 
 
-def _is_widened(param: Tensor, momentum: Tensor | QuantizedMomentum | None, stochastic_rounding: bool) -> bool:
-    """Whether this tensor's update is computed in another dtype than the parameter's."""
-    if stochastic_rounding and param.dtype == torch.bfloat16:
-        return True
-    return isinstance(momentum, QuantizedMomentum) or (momentum is not None and momentum.dtype != param.dtype)
+def _path(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor | QuantizedMomentum | None,
+    stochastic_rounding: bool,
+    foreach: bool | None,
+    fused: bool | None,
+    is_large: bool,
+) -> Callable:
+    """The function below, or the kernel, that updates this tensor."""
+    automatic = foreach is None and fused is None
+    rounds = stochastic_rounding and p.dtype == torch.bfloat16
+    if not rounds and (fused or (automatic and (is_large or p.is_cuda))):
+        kernel = _one_pass_kernel(p.device.type)
+        if kernel is not None and _is_plain(p) and kernel.can_update(p, g, m):
+            return kernel.update
+    if rounds or isinstance(m, QuantizedMomentum) or (m is not None and m.dtype != p.dtype):
+        return _widened
+    if automatic:
+        fused = p.is_cpu and not torch.compiler.is_compiling()
+        foreach = not fused and _is_plain(p)
+    if fused and can_fuse(p) and (m is None or m.is_contiguous()):
+        return _torch_kernel
+    return _multi_tensor if foreach else _single_tensor
+
+
+def _one_pass_kernel(device_type: str) -> ModuleType | None:
+    """The module of this device's one-pass kernel, None where there is none or it cannot be used now."""
+    if torch.compiler.is_compiling() or device_type not in _ONE_PASS_KERNELS:
+        return None
+    if device_type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None  # Triton's table of addresses is made anew each step, and a replayed graph would not see it
+    return _imported(_ONE_PASS_KERNELS[device_type])
+
+
+@functools.cache
+def _imported(name: str) -> ModuleType | None:
+    """A module of this package, None if what it is written in is not installed, or not for this numpy or Python."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
 
 
 def _take(lists: Sequence[Sequence], indices: Sequence[int]) -> Iterator[list]:
@@ -157,23 +214,13 @@ def _multi_tensor(params, grads, momentum_buffers, scales, *, lr, momentum, weig
         torch._foreach_sub_(bucket, steps)
 
 
-def _fused(params, grads, momentum_buffers, scales, *, lr, momentum, weight_decay, maximize, grad_scale, found_inf):
+def _torch_kernel(
+    params, grads, momentum_buffers, scales, *, lr, momentum, weight_decay, maximize, grad_scale, found_inf
+):
     """The same through torch's fused SGD kernel, which unscales the gradients and skips on inf by itself.
 
-    The kernel walks memory in order whatever the strides, so tensors that it would misread take the plain path.
+    The decay is a pass of its own, since the kernel's is not decoupled.
     """
-    plain = [i for i, p in enumerate(params) if not can_fuse(p)]
-    if plain:
-        if grad_scale is not None or found_inf is not None:
-            raise ValueError(
-                "grad_scale and found_inf need parameters that can_fuse() accepts; unscale the gradients before."
-            )
-        rest = [i for i, p in enumerate(params) if can_fuse(p)]
-        lists = (params, grads, momentum_buffers, scales)
-        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": maximize}
-        _single_tensor(*_take(lists, plain), **options)
-        params, grads, momentum_buffers, scales = _take(lists, rest)
-
     decay = 1 - lr * weight_decay
     if found_inf is not None:  # stays on the device: no synchronisation
         decay = torch.where(found_inf > 0, torch.ones_like(found_inf), decay)

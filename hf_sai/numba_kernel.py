@@ -1,0 +1,112 @@
+"""One pass over CPU memory a step, compiled by numba: parameter, gradient, momentum read and two of them written, once.
+
+numba brings its own compiler (LLVM), so this needs none on the machine. Every element is computed alike, whatever
+thread or part of a vector it falls to: the number of threads changes no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+import torch
+from torch import Tensor
+
+__all__ = ["can_update", "shares", "update"]
+
+#: With fewer elements in all, starting threads takes longer than they save.
+_MIN_ELEMENTS_FOR_THREADS = 1 << 18
+
+#: Threads meet at multiples of this many elements, so that no two write to one cache line.
+_ALIGNMENT = 64
+
+
+def can_update(p: Tensor, g: Tensor, m: Tensor | None) -> bool:
+    """Whether the kernel takes these (dense, of one dtype, float32 or float64); not for subclasses of Tensor."""
+    tensors = (p, g) if m is None else (p, g, m)
+    return p.dtype in (torch.float32, torch.float64) and all(
+        t.is_cpu and t.dtype == p.dtype and t.is_contiguous() for t in tensors
+    )
+
+
+def update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | None],
+    scales: Sequence[float],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """One step of :func:`hf_sai.sgd_sai`, whose arguments these are; tensors that :func:`can_update` accepts."""
+    if found_inf is not None and found_inf.item() > 0:
+        return
+    lr = float(lr)
+    sign = (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else grad_scale.item())
+    work = []
+    for p, g, m, scale in zip(params, grads, momentum_buffers, scales, strict=True):
+        tensors = [p, g] if m is None or momentum == 0 else [p, g, m]
+        arrays = [t.detach().view(-1).numpy() for t in tensors]
+        numbers = [1 - lr * weight_decay, lr * scale, sign] + ([] if momentum == 0 else [1 - momentum])
+        work.append((arrays, [arrays[0].dtype.type(number) for number in numbers]))
+
+    kernel = _plain_step if momentum == 0 else _momentum_step
+
+    def run(share: Iterable[tuple[int, int, int]]) -> None:
+        for index, start, stop in share:
+            arrays, numbers = work[index]
+            kernel(*(array[start:stop] for array in arrays), *numbers)
+
+    sizes = [p.numel() for p in params]
+    threads = torch.get_num_threads() if sum(sizes) >= _MIN_ELEMENTS_FOR_THREADS else 1
+    if threads == 1:
+        run((index, 0, size) for index, size in enumerate(sizes))
+        return
+    # New ones each step, for a tenth of a millisecond: threads that wait for the next step would not survive a fork.
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, shares(sizes, threads)))
+
+
+def shares(sizes: Sequence[int], threads: int) -> list[list[tuple[int, int, int]]]:
+    """Divide tensors of these sizes among threads, to equal numbers of elements but for the alignment.
+
+    Returns:
+        For each thread ``(tensor, start, stop)``, which together cover every element once.
+
+    Example:
+        >>> shares([100, 60], 2)
+        [[(0, 0, 64)], [(0, 64, 100), (1, 0, 60)]]
+    """
+    total, done = sum(sizes), 0
+    result: list[list[tuple[int, int, int]]] = [[] for _ in range(threads)]
+    thread = 0
+    for index, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            left = total * (thread + 1) // threads - done
+            stop = size if thread == threads - 1 else min(size, start + left // _ALIGNMENT * _ALIGNMENT)
+            if stop > start:
+                result[thread].append((index, start, stop))
+                done, start = done + stop - start, stop
+            if start < size:
+                thread += 1
+    return result
+
+
+@numba.njit(nogil=True, fastmath={"contract"})
+def _momentum_step(p, g, m, decay, step, sign, weight):
+    for i in range(p.size):
+        direction = m[i] + weight * (sign * g[i] - m[i])
+        m[i] = direction
+        p[i] = decay * p[i] - step * direction
+
+
+@numba.njit(nogil=True, fastmath={"contract"})
+def _plain_step(p, g, decay, step, sign):
+    for i in range(p.size):
+        p[i] = decay * p[i] - step * (sign * g[i])

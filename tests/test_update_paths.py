@@ -1,0 +1,237 @@
+"""Every way to make one step, in one table: each equals the plain loop, for any tensors and options."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_sai import functional, numba_kernel, sgd_sai
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def interpreted_triton_kernel(monkeypatch):
+    """A copy of the module whose kernel Triton's interpreter runs, on CPU tensors."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    path = Path(functional.__file__).with_name("triton_kernel.py")
+    spec = importlib.util.spec_from_file_location("interpreted_triton_kernel", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(
+    params=["foreach", "fused", "fused, torch's kernel", "automatic", pytest.param("triton", marks=needs_triton)]
+)
+def step(request, monkeypatch):
+    """One way to make a step: called as sgd_sai is."""
+    if request.param == "triton":
+        module = interpreted_triton_kernel(monkeypatch)
+        monkeypatch.setattr(functional, "_imported", lambda name: module)
+    elif request.param == "fused, torch's kernel":
+        monkeypatch.setattr(functional, "_imported", lambda name: None)
+    choice = {"foreach": {"foreach": True}, "automatic": {}}.get(request.param, {"fused": True})
+    return lambda *lists, **options: sgd_sai(*lists, **options, **choice)
+
+
+@dataclass
+class Tensors:
+    params: list
+    grads: list
+    buffers: list
+    scales: list
+
+    def copy(self, dtype=None):
+        """The same values in memory of their own, with the same strides."""
+        copies = [
+            [t.clone() if dtype is None else t.to(dtype) for t in x] for x in (self.params, self.grads, self.buffers)
+        ]
+        return Tensors(*copies, self.scales)
+
+    def lists(self):
+        return self.params, self.grads, self.buffers, self.scales
+
+
+@st.composite
+def tensors(draw, dtypes=DTYPES):
+    """Up to five tensors of any of the dtypes, sizes and memory layouts, with gradients and momentum."""
+    made = Tensors([], [], [], [])
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    for _ in range(draw(st.integers(1, 5))):
+        shape = draw(st.sampled_from([(0,), (1,), (3, 0), (), (7,), (63,), (64,), (65, 3), (4099,), (2, 3, 5)]))
+        dtype = draw(st.sampled_from(dtypes))
+        for of_kind in (made.params, made.grads, made.buffers):
+            t = torch.randn(shape, generator=generator).to(dtype)
+            transposed = len(shape) > 1 and draw(st.booleans())
+            of_kind.append(t.transpose(0, 1).contiguous().transpose(0, 1) if transposed else t)
+        made.scales.append(draw(st.floats(0.01, 100)))
+    return made
+
+
+options = st.fixed_dictionaries(
+    {
+        "lr": st.sampled_from([0.0, 1e-3, 0.1]),
+        "momentum": st.sampled_from([0.0, 0.3, 0.9]),
+        "weight_decay": st.sampled_from([0.0, 0.01, 0.5]),
+        "maximize": st.booleans(),
+    }
+)
+
+
+def assert_equal_to_rounding(made, expected, start, lr, steps):
+    """Within a few roundings of the largest numbers that were added up."""
+    for i, scale in enumerate(made.scales):
+        of_momentum = max((t.abs().max().item() for t in (start.grads[i], start.buffers[i]) if t.numel()), default=0)
+        of_param = start.params[i].abs().max().item() if start.params[i].numel() else 0
+        of_param += steps * lr * scale * of_momentum
+        for kind, largest in (("params", of_param), ("buffers", of_momentum)):
+            ours, theirs = getattr(made, kind)[i], getattr(expected, kind)[i]
+            rounding = 3 * steps * torch.finfo(ours.dtype).eps
+            torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding * largest)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(made=tensors(), options=options, lr_is_a_tensor=st.booleans(), steps=st.integers(1, 3))
+def check_against_the_plain_loop(step, made, options, lr_is_a_tensor, steps):
+    start, expected = made.copy(), made.copy()
+    lr = options["lr"]
+    if lr_is_a_tensor:
+        options = {**options, "lr": torch.tensor(lr, dtype=torch.float64)}
+    for _ in range(steps):
+        step(*made.lists(), **options)
+        sgd_sai(*expected.lists(), **options, foreach=False)
+    assert_equal_to_rounding(made, expected, start, lr, steps)
+    assert all(map(torch.equal, made.grads, start.grads))
+
+
+def test_every_path_equals_the_plain_loop(step):
+    check_against_the_plain_loop(step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_number_of_threads_changes_no_bit(dtype, monkeypatch):
+    monkeypatch.setattr(numba_kernel, "_MIN_ELEMENTS_FOR_THREADS", 0)
+    torch.manual_seed(0)
+    params, grads, buffers = ([torch.randn(n, dtype=dtype) for n in (1, 1000, 129, 64)] for _ in range(3))
+    results = []
+    for threads in (1, 2, 3, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        mine = [[t.clone() for t in x] for x in (params, grads, buffers)]
+        sgd_sai(*mine, [1.0, 2.0, 3.0, 4.0], lr=0.1, momentum=0.9, weight_decay=0.1, fused=True)
+        results.append(mine[0] + mine[2])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("kind", ["fused", "fused, torch's kernel", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_fused_paths_unscale_gradients_and_skip_on_inf(kind, found_inf, momentum, monkeypatch):
+    if kind == "triton":
+        module = interpreted_triton_kernel(monkeypatch)
+        monkeypatch.setattr(functional, "_imported", lambda name: module)
+    elif kind != "fused":
+        monkeypatch.setattr(functional, "_imported", lambda name: None)
+    p, g, m = (torch.randn(100) for _ in range(3))
+    q, n = p.clone(), m.clone()
+    options = {"lr": 0.1, "momentum": momentum, "weight_decay": 0.1}
+    if found_inf != 1.0:
+        sgd_sai([q], [g], [n], [2.0], **options, foreach=False)
+    amp = {"grad_scale": torch.tensor(1024.0), "found_inf": None if found_inf is None else torch.tensor(found_inf)}
+    sgd_sai([p], [g * 1024], [m], [2.0], **options, **amp, fused=True)
+    torch.testing.assert_close(p, q)
+    torch.testing.assert_close(m, n)
+
+
+def test_paths_that_cannot_unscale_say_so_and_change_nothing():
+    p = torch.ones(3)
+    for choice in ({"foreach": True}, {"foreach": False}):
+        with pytest.raises(ValueError, match="unscale the gradients before"):
+            sgd_sai([p], [p], [p], [1.0], lr=0.1, momentum=0.9, weight_decay=0.0, found_inf=torch.zeros(1), **choice)
+    assert torch.equal(p, torch.ones(3))
+
+
+# --- which path
+
+
+def path_of(p, g=None, m=None, foreach=None, fused=None, is_large=False):
+    return functional._path(p, p if g is None else g, p if m is None else m, False, foreach, fused, is_large)
+
+
+def test_numba_is_used_when_asked_for_or_when_the_tensors_are_large():
+    p = torch.ones(3)
+    assert path_of(p, fused=True) is path_of(p, is_large=True) is numba_kernel.update
+    assert path_of(p) is functional._torch_kernel
+    assert path_of(p.bfloat16(), fused=True) is path_of(p.bfloat16(), is_large=True) is functional._single_tensor
+    assert path_of(p, foreach=True, is_large=True) is functional._multi_tensor
+    assert path_of(p, foreach=False, is_large=True) is path_of(p, fused=False) is functional._single_tensor
+
+
+def test_without_numba_torchs_kernel_takes_over(monkeypatch):
+    monkeypatch.setattr(functional, "_imported", functional._imported.__wrapped__)
+    monkeypatch.setattr(functional, "_ONE_PASS_KERNELS", {"cpu": "hf_sai.no_such_kernel"})
+    assert path_of(torch.ones(3), fused=True) is functional._torch_kernel
+
+
+# --- more elements than 32 bits count
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("sizes", [[2**31 + 7, 5, 2**33, 0, 1], [1, 2, 3], [64] * 9, []], ids=str)
+def test_shares_of_threads_cover_every_element_once(sizes, threads):
+    shares = numba_kernel.shares(sizes, threads)
+    assert len(shares) == threads
+    pieces = [piece for share in shares for piece in share]
+    for index, size in enumerate(sizes):
+        mine = [(start, stop) for number, start, stop in pieces if number == index]
+        assert [start for start, _ in mine] == [0, *(stop for _, stop in mine)][: len(mine)]
+        assert (mine[-1][1] if mine else 0) == size
+    fair = sum(sizes) / threads
+    assert all(abs(sum(stop - start for _, start, stop in share) - fair) <= 64 * threads for share in shares)
+
+
+@needs_triton
+def test_blocks_cover_every_element_once_beyond_32_bits(monkeypatch):
+    module = interpreted_triton_kernel(monkeypatch)
+    sizes = [2**31 + 7, 5, 2**32]
+    tensor_of_block, first_blocks = module.block_table(sizes)
+    assert first_blocks.dtype == torch.int64
+    for index, size in enumerate(sizes):
+        blocks = (tensor_of_block == index).nonzero().flatten()
+        assert blocks[0] == first_blocks[index]
+        assert len(blocks) == blocks[-1] - blocks[0] + 1
+        assert size - module.BLOCK <= (blocks[-1] - blocks[0]) * module.BLOCK < size
+
+
+@needs_triton
+def test_the_triton_kernel_addresses_elements_beyond_32_bits(monkeypatch):
+    module = interpreted_triton_kernel(monkeypatch)
+    p, g, m = torch.ones(10), torch.ones(10), torch.zeros(10)
+    beyond = 2**31  # elements before those that exist: the tensors' addresses are moved down by as many
+    module._step[(1,)](
+        addresses=torch.tensor([t.data_ptr() - beyond * t.element_size() for t in (p, g, m)]),
+        scales=torch.ones(1),
+        sizes=torch.tensor([beyond + 10]),
+        first_blocks=torch.tensor([-beyond // module.BLOCK]),
+        tensor_of_block=torch.zeros(1, dtype=torch.int32),
+        tensors=1,
+        lr=1.0,
+        decay=1.0,
+        weight=0.5,
+        sign=1.0,
+        grad_scale=None,
+        found_inf=None,
+        P=module.tl.float32,
+        G=module.tl.float32,
+        M=module.tl.float32,
+        LR_ON_DEVICE=False,
+        ALIGNED=False,
+        BLOCK=module.BLOCK,
+    )
+    assert torch.equal(m, torch.full((10,), 0.5))
+    assert torch.equal(p, torch.full((10,), 0.5))
