@@ -107,10 +107,12 @@ class SGDSaI(Optimizer):
             them. Draws from torch's random number generator; with several processes the same numbers on all, so that
             replicas stay equal.
         foreach: Use torch's multi-tensor operations, which need temporary memory of the size of the parameters.
-            If ``foreach`` and ``fused`` are both None, CUDA parameters are updated so.
-        fused: Use torch's fused SGD kernel, without temporary memory, for contiguous parameters on CUDA and for
-            float32 and float64 ones on CPU; others are updated one by one. If both are None, CPU parameters are
-            updated so. ``foreach=False`` is the plain loop.
+        fused: Update in one pass over memory and without temporary memory, decay included, with numba's kernel on CPU
+            (extra ``speed``; float32 and float64) and Triton's on CUDA; without them with torch's fused SGD kernel,
+            with the decay as a pass of its own. What no kernel takes, such as a parameter with transposed memory, is
+            updated by itself. If ``foreach`` and ``fused`` are both None, so are CPU parameters (with numba from 2^20
+            elements on) and with Triton CUDA's; without it those take ``foreach``. ``foreach=False`` is the plain
+            loop.
         gradient_release: Update each parameter within ``backward()`` and free its gradient at once; ``step()`` then
             only counts. Excludes gradient accumulation, clipping by the global norm (there is nothing left to clip),
             GradScaler, ``normalize`` and more than one process.
