@@ -85,7 +85,8 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tupl
     grouping = {key: options.pop(key) for key in ("lr_ratios", "freeze") if key in options}
     if options.get("gradient_release"):
         _refuse_what_excludes_gradient_release(args)
-    _warn_of_default_learning_rate(args)
+    if not options.get("normalize_gradient"):
+        _warn_of_default_learning_rate(args)
     kwargs = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **options}
     if model is not None:
         kwargs["params"] = param_groups(model, lr=args.learning_rate, weight_decay=args.weight_decay, **grouping)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from reference import ReferenceSGDSaI, reference_unit
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
-from hf_sai import SGDSaI
+from hf_sai import SGDSaI, registration
+from hf_sai.describe import effective_rates
 from hf_sai.gradient_norm import normalize_gradients_
 
 SHAPES = [(40, 130), (6, 3, 2, 2), (7,), (1, 5), ()]
@@ -164,10 +166,38 @@ def test_gradscaler_unscales_before():
     assert not optimizer._step_supports_amp_scaling
 
 
+def test_the_effective_rate_is_the_learning_rate_times_the_ratio():
+    params = make_params()
+    optimizer = SGDSaI(params[:1], lr=1e-2, normalize_gradient="rows")
+    update(params, optimizer, 0)
+    [row] = optimizer.gsnr_report()
+    [rate] = [value for name, value in effective_rates(optimizer) if name.startswith("sai/lr/")]
+    assert rate == pytest.approx(1e-2 * row.ratio)
+
+
+@pytest.mark.parametrize(("optim_args", "warns"), [(None, True), ("normalize_gradient=rows", False)])
+def test_the_default_learning_rate_is_warned_of_where_it_is_too_small(tmp_path, caplog, optim_args, warns):
+    registration._warn_once.cache_clear()
+    args = TrainingArguments(tmp_path, optim="sgd_sai", optim_args=optim_args, use_cpu=True, report_to="none")
+    trainer = Trainer(model=nn.Linear(2, 2), args=args)
+    with caplog.at_level("WARNING"):
+        trainer.create_optimizer()
+    assert trainer.optimizer.param_groups[0]["normalize_gradient"] == (None if optim_args is None else "rows")
+    assert ("meant for AdamW" in caplog.text) == warns
+
+
 @pytest.mark.parametrize("wrong", ["columns", True, 1])
 def test_other_values_are_refused(wrong):
     with pytest.raises(ValueError, match=r"normalize_gradient must be None or one of \('rows', 'tensor'\), but is"):
         SGDSaI(make_params(), normalize_gradient=wrong)
+
+
+def test_pieces_of_parameters_are_refused_before_the_first_update():
+    """FSDP1 and ZeRO hand the optimizer pieces that do not end where rows do."""
+    optimizer = SGDSaI(make_params(), normalize_gradient="rows")
+    optimizer._engine = object()
+    with pytest.raises(ValueError, match=r"normalize_gradient='rows' does not work under FSDP1 and DeepSpeed ZeRO"):
+        optimizer._check_engine()
 
 
 def test_the_two_normalisations_exclude_each_other():
