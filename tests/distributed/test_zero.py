@@ -25,6 +25,7 @@ BF16 = {
 }
 FP16 = ["zero2_fp16", "zero3_fp16"]
 RESUME = ["resume1", "resume2", "resume3"]
+ACCELERATE = ["accelerate1", "accelerate3"]
 LATE = ["late1", "late2", "late3"]
 FOUR = ["zero1", "zero3"]
 
@@ -32,7 +33,8 @@ FOUR = ["zero1", "zero3"]
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """Each rank's report, all checks in one launch."""
-    checks = [*EXACT, *BF16, *FP16, *RESUME, *LATE, "whole_shapes", "low_bit_refused", "unknown_layout_refused"]
+    others = ["whole_shapes", "low_bit_refused", "unknown_layout_refused"]
+    checks = [*EXACT, *BF16, *FP16, *RESUME, *LATE, *others, *ACCELERATE]  # the last, for it imports transformers
     return run_ranks("zero_worker.py", 2, tmp_path_factory.mktemp("two"), *checks)
 
 
@@ -85,6 +87,16 @@ def test_fp16_overflow_in_the_first_steps_delays_measuring_and_breaks_nothing(tw
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit_and_measures_nothing(two, mode):
     for result in two:
         assert result[mode] == {"same": True, "unmeasured": 0, "collectives": 0}
+
+
+@pytest.mark.parametrize("mode", ACCELERATE)
+def test_accelerates_own_loop_trains_as_one_process_and_load_state_resumes_it(two, mode):
+    for result in two:
+        assert result[mode]["type"] == "DEEPSPEED"
+        assert result[mode]["processes"] == 2
+        assert result[mode]["gsnr"] <= 1e-6
+        assert result[mode]["loss"] <= 1e-5
+        assert result[mode]["same"]
 
 
 @pytest.mark.parametrize("mode", LATE)

@@ -1,6 +1,7 @@
 """Trains the tiny model under DeepSpeed ZeRO: ``zero_worker.py CHECK [CHECK ...]``."""
 
 # ruff: noqa: E402
+import os
 import sys
 import warnings
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 sys.modules["transformers"] = None  # not needed here, and most of a worker's time would be importing it
 from common import (
+    DEVICE,
     FOLDER,
     OPTIONS,
     STEPS,
@@ -124,6 +126,45 @@ def resume(stage):
     return {"same": got == expected, "unmeasured": len(before.unmeasured), "collectives": sum(map(len, per_step))}
 
 
+def through_accelerate(stage):
+    """Accelerate's loop, saved in the middle by ``save_state`` and loaded into the same engine by ``load_state``."""
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # on the CPU DeepSpeed is no engine of accelerate's, but knows the CPU
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as ``accelerate launch`` does
+    sys.modules.pop("transformers", None)  # accelerate reads DeepSpeed's config with it
+    from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    plugin = DeepSpeedPlugin(zero_stage=stage, gradient_clipping=0.05)
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 8 // WORLD
+    # Without it accelerate finds no backend on the CPU, and counts one process.
+    handlers = [InitProcessGroupKwargs(backend="gloo")] if DEVICE == "cpu" else []
+    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
+    model = build()
+    sgd_sai = SGDSaI(groups_of(model), **OPTIONS)
+    model, optimizer = accelerator.prepare(model, sgd_sai)
+
+    def go_on(steps):
+        for step in steps:
+            optimizer.zero_grad()
+            accelerator.backward(loss_of(model, my_batch(step, RANK, WORLD)))
+            optimizer.step()
+        with torch.no_grad():
+            return [mean(loss_of(model, my_batch(step, RANK, WORLD))) for step in range(3)]
+
+    go_on(range(STEPS // 2))
+    folder = str(FOLDER / f"accelerate{stage}")
+    accelerator.save_state(folder)
+    losses = go_on(range(STEPS // 2, STEPS))
+    accelerator.load_state(folder)
+    return {
+        **largest_difference({"gsnr": gsnr_of(sgd_sai), "losses": losses}, reference(clip=0.05)),
+        "type": accelerator.distributed_type.name,
+        "processes": accelerator.num_processes,
+        "same": go_on(range(STEPS // 2, STEPS)) == losses,
+    }
+
+
 def late(stage):
     """A gradient that is zero at first, then non-zero on one rank's part alone."""
     engine, optimizer = engine_of(stage, late=True)
@@ -202,6 +243,7 @@ CHECKS = {
     "resume1": lambda: resume(1),
     "resume2": lambda: resume(2),
     "resume3": lambda: resume(3),
+    **{f"accelerate{stage}": (lambda stage=stage: through_accelerate(stage)) for stage in (1, 3)},
     **{f"late{stage}": (lambda stage=stage: late(stage)) for stage in (1, 2, 3)},
     "whole_shapes": whole_shapes,
     "low_bit_refused": low_bit_refused,
