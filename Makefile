@@ -7,7 +7,7 @@ LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate_configs/cpu.
 GPT2 := recipes/gpt2_pretraining
 DIFFUSERS := recipes/diffusers_text_to_image
 
-.PHONY: demo demo-diffusers test test-main test-oldest test-slow test-gpu lint format clean
+.PHONY: demo demo-diffusers model-cards test test-main test-oldest test-slow test-gpu lint format clean
 
 demo: .venv/.recipes ## Train a tiny GPT-2 with SGD-SaI and with AdamW, then lay the two side by side
 	$(LAUNCH) $(GPT2)/train.py $(GPT2)/demo.yaml
@@ -20,6 +20,9 @@ demo-diffusers: .venv/.installed ## Train a small text-to-image base, then LoRAs
 	$(LAUNCH) $(DIFFUSERS)/train.py $(DIFFUSERS)/demo.yaml
 	$(LAUNCH) $(DIFFUSERS)/train.py $(DIFFUSERS)/demo_adamw.yaml
 	$(BIN)/python $(DIFFUSERS)/compare.py runs/diffusers_flags runs/diffusers_flags_adamw
+
+model-cards: .venv/.installed ## Fill model_cards/ from the demos' runs that are in runs/
+	$(BIN)/python model_cards/collect.py
 
 test: test-main test-oldest ## All tests that need no GPU and less than a minute each
 

@@ -1,0 +1,80 @@
+"""Fill this folder from finished runs: each one's record, pictures, images and samples, and a card; no weights.
+
+    python model_cards/collect.py                    # all runs of the recipes' demos that are in runs/
+    python model_cards/collect.py runs/my_run ...    # these
+
+A folder is written anew when its run is there, and left as it is when not. Cards find their twins in this folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_sai.artifacts import finish_run
+from hf_sai.comparison import markdown_table
+from hf_sai.record import RECORD_FILE, RunRecord
+from hf_sai.units import human_bytes
+
+HERE = Path(__file__).parent
+RUNS = HERE.parent / "runs"
+DEMOS = (
+    *("gpt2_demo", "gpt2_demo_adamw", "llama_lora_demo", "llama_lora_demo_adamw", "vit_demo", "vit_demo_adamw"),
+    *("diffusers_base", "diffusers_flags", "diffusers_flags_adamw"),
+)
+#: What of a run is small and made to be seen; pictures and card are made from the record.
+SHOWN = ("images/*.png", "samples/*.png", "samples/*.txt", "sample.txt")
+MAX_FILE_BYTES = 2**20
+BEGIN, END = "<!-- runs -->\n", "<!-- /runs -->\n"
+
+
+def main(argv: Sequence[str]) -> None:
+    wanted = [Path(name) for name in argv] or [RUNS / name for name in DEMOS]
+    taken = [folder for folder in (copy_run(run) for run in wanted) if folder is not None]
+    for folder in taken:  # after all are copied, so that each finds its twins
+        finish_run(folder)
+        print(folder)
+    readme = HERE / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    readme.write_text(before + BEGIN + table() + END + rest.partition(END)[2], encoding="utf-8")
+
+
+def copy_run(run: Path) -> Path | None:
+    """Copy a finished run's record, images and samples, and return their folder; None where there is no such run."""
+    if not (run / RECORD_FILE).is_file():
+        print(f"{run} holds no run: left as it is", file=sys.stderr)
+        return None
+    record = RunRecord.load(run)
+    if record.run.get("status") != "finished":
+        print(f"{run} is not finished: left as it is", file=sys.stderr)
+        return None
+    folder = HERE / run.resolve().name
+    shutil.rmtree(folder, ignore_errors=True)
+    record.twins = []  # found again in this folder, where their records are
+    record.save(folder)
+    for path in sorted(path for pattern in SHOWN for path in run.glob(pattern)):
+        if path.stat().st_size > MAX_FILE_BYTES:
+            sys.exit(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_FILE_BYTES:,} belong here")
+        copy = folder / path.relative_to(run)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+    return folder
+
+
+def table() -> str:
+    """The cards in this folder with what was measured, as Markdown."""
+    rows = []
+    for file in sorted(HERE.glob(f"*/{RECORD_FILE}")):
+        record = RunRecord.load(file)
+        run, model = record.summary(), record.model.get("base_class") or record.model.get("class", "?")
+        scores = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in run["metrics"].items())
+        link = f"[{file.parent.name}]({file.parent.name}/README.md)"
+        rate, state = f"{run['lr']:.3g}", human_bytes(run["state_bytes"])
+        rows.append([link, model, run["optimizer"], rate, f"{run['steps']:,}", scores, state])
+    return markdown_table(["run", "model", "optimizer", "rate", "steps", "measured", "optimizer state"], rows) + "\n"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
