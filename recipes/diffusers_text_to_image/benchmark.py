@@ -87,6 +87,7 @@ class BenchmarkArguments:
 
     results: str = field(metadata={"help": "JSON file of finished runs; it grows."})
     candidates: list[str] | None = field(default=None, metadata={"help": f"Default: all of {', '.join(CANDIDATES)}."})
+    rates: list[float] | None = field(default=None, metadata={"help": "Learning rates. Default: the candidate's grid."})
     growth: int = field(default=3, metadata={"help": "How often a grid may grow at its ends."})
     seeds: int = field(default=3, metadata={"help": "Seeds at the best learning rate."})
     timing: bool = field(default=False, metadata={"help": "Train nothing: time the steps of the candidates."})
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
             search(
                 name,
                 lambda lr, seed, candidate=candidate: task.train_once(candidate, lr, seed),
-                candidate.grid,
+                options.rates or candidate.grid,
                 results,
                 growth=options.growth,
                 seeds=options.seeds,
