@@ -6,12 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hf_sai import __version__, cli_card, cli_groups, cli_memory, cli_plot, cli_publish, cli_report
+from hf_sai import __version__, cli_card, cli_groups, cli_lr_find, cli_memory, cli_plot, cli_publish, cli_report
 
 __all__ = ["main"]
 
 # Each has add_parser(subparsers), which sets ``run``: a function of the parsed arguments that returns what to print.
-SUBCOMMANDS = (cli_groups, cli_memory, cli_plot, cli_report, cli_card, cli_publish)
+SUBCOMMANDS = (cli_groups, cli_memory, cli_lr_find, cli_plot, cli_report, cli_card, cli_publish)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

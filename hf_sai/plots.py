@@ -24,7 +24,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["THEMES", "draw", "layer_and_kind", "plot_gsnr", "plot_loss", "plot_updates", "save_pictures"]
+__all__ = [
+    "THEMES",
+    "draw",
+    "dress",
+    "layer_and_kind",
+    "new_figure",
+    "plot_gsnr",
+    "plot_loss",
+    "plot_updates",
+    "save_pictures",
+]
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ def plot_loss(records: Sequence[RunRecord], theme: str = "light") -> Figure:
     _check(records, theme)
     if not any(record.curve("loss") or record.curve("eval_loss") for record in records):
         raise ValueError(f"none of the records ({', '.join(r.name for r in records)}) holds a loss to draw")
-    figure = _figure(theme, width=10)
+    figure = new_figure(theme, width=10)
     over_steps, over_bytes = figure.subplots(1, 2, width_ratios=[2, 1])
     for index, record in enumerate(records):
         style = _style(index, theme)
@@ -84,8 +94,8 @@ def plot_loss(records: Sequence[RunRecord], theme: str = "light") -> Figure:
             over_steps.plot([], [], **style, marker=_MARKERS[index], markersize=5, label=label)
         if record.state_bytes is not None and evaluation:
             _draw_column(over_bytes, record.state_bytes, [loss for _, loss in evaluation], index, theme)
-    _dress(over_steps, theme, "optimizer step", "loss (line: training, markers: evaluation)")
-    _dress(over_bytes, theme, "optimizer state (bytes)", "evaluation loss")
+    dress(over_steps, theme, "optimizer step", "loss (line: training, markers: evaluation)")
+    dress(over_bytes, theme, "optimizer state (bytes)", "evaluation loss")
     sizes = [record.state_bytes or 0 for record in records]
     over_bytes.set_xlim(0, 1.3 * max(sizes, default=0) or 1)  # room for the last loss, written beside its marker
     over_bytes.xaxis.set_major_formatter(lambda value, _: human_bytes(value))
@@ -121,7 +131,7 @@ def plot_gsnr(record: RunRecord, theme: str = "light") -> Figure:
     layers = sorted(dict.fromkeys(layer for _, layer in cells), key=_layer_order)[:MAX_LAYERS]
     table = [[_median(cells.get((kind, layer), ())) for layer in layers] for kind in kinds]
 
-    figure = _figure(theme, width=min(16, 4 + 0.38 * len(layers)), height=1.6 + 0.3 * len(kinds))
+    figure = new_figure(theme, width=min(16, 4 + 0.38 * len(layers)), height=1.6 + 0.3 * len(kinds))
     axes = figure.subplots()
     known = [value for line in table for value in line if math.isfinite(value)]
     colors = axes.pcolormesh(
@@ -134,7 +144,7 @@ def plot_gsnr(record: RunRecord, theme: str = "light") -> Figure:
     axes.set_yticks([y + 0.5 for y in range(len(kinds))], [_short(kind, 48) for kind in kinds])
     axes.set_xticks([x + 0.5 for x in range(len(layers))], layers, rotation=90 if max(map(len, layers)) > 5 else 0)
     axes.invert_yaxis()
-    _dress(axes, theme, "layer", "")
+    dress(axes, theme, "layer", "")
     axes.grid(False)
     axes.tick_params(length=0)
     bar = figure.colorbar(colors, ax=axes, pad=0.02)
@@ -165,7 +175,7 @@ def plot_updates(record: RunRecord, theme: str = "light") -> Figure:
     curves = {role: [point for point in points if point[1] > 0] for role, points in curves.items()}
     if not any(curves.values()):
         raise ValueError(f"{record.name} has no update-to-weight ratios: it was trained without RunRecordCallback")
-    figure = _figure(theme, width=8)
+    figure = new_figure(theme, width=8)
     axes = figure.subplots()
     for index, (role, points) in enumerate(curves.items()):
         axes.plot(
@@ -176,7 +186,7 @@ def plot_updates(record: RunRecord, theme: str = "light") -> Figure:
             label=_short(role),
         )
     axes.set_yscale("log")
-    _dress(axes, theme, "optimizer step", "norm of update / norm of weights")
+    dress(axes, theme, "optimizer step", "norm of update / norm of weights")
     _legend(axes, theme)
     return figure
 
@@ -253,7 +263,8 @@ def layer_and_kind(name: str) -> tuple[str, str]:
     ), kind
 
 
-def _figure(theme: str, width: float, height: float = 4.2) -> Figure:
+def new_figure(theme: str, width: float, height: float = 4.2) -> Figure:
+    """An empty figure in a theme's colours, sizes in inches."""
     # The object interface: no global state, and no window system is asked for.
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -266,7 +277,8 @@ def _figure(theme: str, width: float, height: float = 4.2) -> Figure:
     return figure
 
 
-def _dress(axes: Axes, theme: str, x: str, y: str) -> None:
+def dress(axes: Axes, theme: str, x: str, y: str) -> None:
+    """Give axes a theme's colours, a grid and the names ``x`` and ``y``."""
     look = THEMES[theme]
     axes.set_facecolor(look.background)
     axes.set_xlabel(x, color=look.text)

@@ -11,9 +11,10 @@ import argparse
 import os
 import runpy
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 
-__all__ = ["main"]
+__all__ = ["main", "run_target"]
 
 
 def main() -> None:
@@ -33,13 +34,24 @@ def main() -> None:
         parser.error(f"no script {options.target!r} in {os.getcwd()!r}; for a module write -m {options.target}")
 
     sys.excepthook = _without_runner_frames
-    sys.argv = [options.target, *options.arguments]
-    if options.is_module:
-        runpy.run_module(options.target, run_name="__main__", alter_sys=True)
+    run_target(options.target, options.arguments, is_module=options.is_module)
+
+
+def run_target(target: str, arguments: Sequence[str], *, is_module: bool) -> None:
+    """Run a script or module as ``__main__`` in this process; what it raises comes out, ``SystemExit`` too.
+
+    Args:
+        target: Path of a script, or the name of a module.
+        arguments: The target's own command line, without its name.
+        is_module: Which of the two it is.
+    """
+    sys.argv = [target, *arguments]
+    if is_module:
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
     else:
         # ``python -m`` put the working directory first on the import path; a script has its own folder there.
-        sys.path[0] = os.path.dirname(os.path.realpath(options.target))
-        runpy.run_path(options.target, run_name="__main__")
+        sys.path[0] = os.path.dirname(os.path.realpath(target))
+        runpy.run_path(target, run_name="__main__")
 
 
 def _without_runner_frames(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
