@@ -1,36 +1,30 @@
-"""Runs Trainer with --optim sgd_sai under an engine and resumes: ``trainer_worker.py ENGINE [lora]``."""
+"""Runs Trainer with --optim sgd_sai and resumes: ``trainer_worker.py ENGINE WHAT FROM [ENGINE WHAT FROM ...]``.
 
-import json
+ENGINE is ``none`` (one process), ``ddp``, ``fsdp2`` or ``zero1`` to ``zero3``; WHAT is ``full`` or ``lora``;
+FROM is ``-`` for a run of its own and its resume; the folder of another launch, whose run is only resumed; ``dies`` for
+a run that saves every step and is killed from outside, or ``killed:`` and the folder of that run, to go on with it.
+"""
+
 import os
 import sys
 import warnings
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from accelerate.state import PartialState
-from common import FOLDER, join, write_result
+from common import DDP_TYPE, DEVICE, FOLDER, join, write_result
 from on_cpu import use_no_deepspeed_kernels
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import hf_sai
+from hf_sai.recipe_input import find_checkpoint
 
 warnings.filterwarnings("ignore")
-os.environ["DS_ACCELERATOR"] = "cpu"
-ENGINE, LORA = sys.argv[1], "lora" in sys.argv
-ALONE = int(os.environ["WORLD_SIZE"]) == 1
-EXPECTED = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero": "DEEPSPEED"}
-if ALONE:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(name)
-    RANK = 0
-else:
-    os.environ.pop("ACCELERATE_USE_CPU")
-    if not ENGINE.startswith("zero"):
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    RANK, _ = join()
-
-if ENGINE.startswith("zero"):
+_, WORLD = join(alone="-" not in sys.argv or "none" in sys.argv)
+LONG = 40  # steps of a run that is killed
+TYPES = {"none": "NO", "ddp": DDP_TYPE, "fsdp2": "FSDP"}
+if any(word.startswith("zero") for word in sys.argv):
     use_no_deepspeed_kernels()
 
 
@@ -43,44 +37,43 @@ class Tokens(torch.utils.data.Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def trainer(**options):
-    engine = {}
-    if ENGINE == "fsdp2":
+def settings_of(engine):
+    if engine == "fsdp2":
         wrap = {
             "fsdp_version": 2,
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             "state_dict_type": "SHARDED_STATE_DICT",
         }
-        engine = {"fsdp": True, "fsdp_config": wrap}
-    if ENGINE.startswith("zero") and not ALONE:
-        engine = {
-            "deepspeed": {
-                "train_micro_batch_size_per_gpu": "auto",
-                "gradient_clipping": "auto",
-                "zero_optimization": {"stage": int(ENGINE[-1])},
-            }
+        return {"fsdp": True, "fsdp_config": wrap}
+    if engine.startswith("zero"):
+        config = {
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_clipping": "auto",
+            "zero_optimization": {"stage": int(engine[-1])},
         }
+        return {"deepspeed": config}
+    return {}
+
+
+def trainer(engine, what, **options):
     arguments = TrainingArguments(
-        output_dir=str(FOLDER / "run"),
+        output_dir=str(FOLDER / f"{engine}_{what}"),
         optim="sgd_sai",
         learning_rate=3e-2,
         weight_decay=0.1,
-        per_device_train_batch_size=8 if ALONE else 4,
-        max_steps=8,
-        save_steps=4,
+        per_device_train_batch_size=8 // WORLD,
         logging_steps=1,
         report_to=[],
-        use_cpu=True,
+        use_cpu=DEVICE == "cpu",
         disable_tqdm=True,
-        **({} if ALONE else engine),
-        **options,
+        **{"max_steps": 8, "save_steps": 4, **settings_of(engine), **options},
     )
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     )
     model = GPT2LMHeadModel(config)
-    if LORA:
+    if what == "lora":
         model = get_peft_model(model, LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True))
     return Trainer(model=model, args=arguments, train_dataset=Tokens())
 
@@ -92,27 +85,45 @@ def sgd_sai_of(run):
     return optimizer
 
 
-def losses_of(run):
-    return [row["loss"] for row in run.state.log_history if "loss" in row]
+def train(engine, what, checkpoint=None, **options):
+    run = trainer(engine, what, **options)
+    run.train(resume_from_checkpoint=checkpoint)
+    assert run.accelerator.distributed_type.name == TYPES.get(engine, "DEEPSPEED"), run.accelerator.distributed_type
+    assert dist.get_world_size() == run.accelerator.num_processes == WORLD
+    rows = [(row.name.replace("module.", ""), row) for row in sgd_sai_of(run).gsnr_report()]
+    return {
+        "losses": [row["loss"] for row in run.state.log_history if "loss" in row],
+        "gsnr": {name: row.gsnr for name, row in rows},
+        "groups": {name: row.group for name, row in rows},
+    }
 
 
-run = trainer()
-run.train()
-expected_type = EXPECTED[ENGINE.rstrip("0123456789") if ENGINE.startswith("zero") else ENGINE] if not ALONE else "NO"
-assert PartialState().distributed_type.name != "NO" or ALONE
-assert run.accelerator.distributed_type.name == expected_type, run.accelerator.distributed_type
-assert ALONE or dist.get_world_size() == run.accelerator.num_processes == 2
-report = sgd_sai_of(run).gsnr_report()
-result = {
-    "type": run.accelerator.distributed_type.name,
-    "losses": losses_of(run),
-    "gsnr": {row.name.replace("module.", ""): row.gsnr for row in report},
-    "groups": {row.name.replace("module.", ""): row.group for row in report},
-}
-resumed = trainer()
-resumed.train(resume_from_checkpoint=str(FOLDER / "run" / "checkpoint-4"))
-result["resumed_losses"] = losses_of(resumed)
-result["resumed_gsnr"] = {row.name.replace("module.", ""): row.gsnr for row in sgd_sai_of(resumed).gsnr_report()}
-if ALONE:
-    os.environ["RANK"] = "0"
-write_result(json.loads(json.dumps(result)))
+def run_case(engine, what, place):
+    environment = dict(os.environ)
+    if engine == "none":
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]
+    if engine.startswith("zero"):
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+    try:
+        if place == "dies":
+            return train(engine, what, max_steps=LONG, save_steps=1)
+        if place.startswith("killed:"):
+            dead = SimpleNamespace(
+                output_dir=f"{place[len('killed:') :]}/{engine}_{what}", resume_from_checkpoint="true"
+            )
+            checkpoint = find_checkpoint(dead)
+            options = {"max_steps": LONG, "save_strategy": "no"}
+            resumed = train(engine, what, checkpoint, **options)
+            return {"checkpoint": checkpoint, "resumed": resumed, "whole": train(engine, what, **options)}
+        if place != "-":
+            return {"resumed": train(engine, what, f"{place}/{engine}_{what}/checkpoint-4")}
+        whole = train(engine, what)
+        return {"whole": whole, "resumed": train(engine, what, str(FOLDER / f"{engine}_{what}" / "checkpoint-4"))}
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)  # Trainer and accelerate leave their choices there
+
+
+cases = zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3], strict=True)
+write_result({f"{engine} {what} {place}": run_case(engine, what, place) for engine, what, place in cases})
