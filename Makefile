@@ -37,6 +37,7 @@ test-slow: .venv/.installed
 
 test-gpu: .venv/.installed
 	$(BIN)/python -m pytest -m gpu
+	HF_SAI_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/distributed -m "not slow"
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

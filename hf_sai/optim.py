@@ -429,7 +429,8 @@ class SGDSaI(Optimizer):
             normalize_gradients_([p for g in groups if g["normalize_gradient"] == how for p in g["params"]], how)
         for p, group in pending:
             if group["normalize_gradient"] and group["momentum"] != 0 and self.state[p]["gsnr"] != UNMEASURED:
-                set_momentum(self.state[p], p, -p.grad if group["maximize"] else p.grad)
+                gradient = cast(Tensor, p.grad)
+                set_momentum(self.state[p], p, -gradient if group["maximize"] else gradient)
 
     def _largest_gsnr(self) -> dict[Any, float]:
         """The largest measured g-SNR of each ``normalize_over`` (None: all groups without one)."""
