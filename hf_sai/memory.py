@@ -192,10 +192,11 @@ class _Layout:
 _WHOLE = ("none", "ddp")  # every device has every parameter
 
 # Seen with torch 2.13: bitsandbytes' kernels and Adafactor's factors mix DTensors with plain tensors, and fail.
-# Adam-mini needs names and whole tensors, which ZeRO's flat ones do not have.
+# Adam-mini needs names and whole tensors, which ZeRO's flat ones do not have. SGDSaI refuses a quantised momentum of
+# shards, and under ZeRO every momentum_dtype.
 _ELEMENTWISE = ("sgd_sai", "sgd_momentum", "adamw_torch")
 _FLAT = (*_ELEMENTWISE, "adamw_bnb_8bit", "adafactor")
-_RUNS_ON = {"fsdp": _ELEMENTWISE, "zero1": _FLAT, "zero2": _FLAT, "zero3": _FLAT}
+_RUNS_ON = {"fsdp": (*_ELEMENTWISE, "sgd_sai_bf16"), "zero1": _FLAT, "zero2": _FLAT, "zero3": _FLAT}
 
 
 def _weights(model: nn.Module) -> Iterator[Weight]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 __all__ = ["OPTIMIZERS", "Weight"]
 
@@ -36,6 +37,25 @@ class Weight:
 def _sgd(weights: Iterable[Weight]) -> int:
     """One momentum of the weights' shape and dtype: ``hf_sai.SGDSaI`` (its g-SNR is a Python number), torch's SGD."""
     return sum(weight.numel * weight.itemsize for weight in weights)
+
+
+def _sgd_sai_bf16(weights: Iterable[Weight]) -> int:
+    """A momentum of two bytes an element: ``hf_sai.SGDSaI(momentum_dtype=torch.bfloat16)``."""
+    return sum(2 * weight.numel for weight in weights)
+
+
+def _sgd_sai_quantized(bits: int, block: int, weights: Iterable[Weight]) -> int:
+    """A momentum of 8 or 4 bits with a float32 scale per block: ``hf_sai.SGDSaI(momentum_dtype="8bit")``.
+
+    Tensors below 4096 elements and of an odd number of elements keep one of the weights' dtype.
+    """
+    total = 0
+    for weight in weights:
+        if weight.numel < 4096 or weight.numel % 2:
+            total += weight.numel * weight.itemsize
+        else:
+            total += weight.numel * bits // 8 + 4 * math.ceil(weight.numel / block)
+    return total
 
 
 def _adamw(weights: Iterable[Weight]) -> int:
@@ -86,6 +106,9 @@ def _adam_mini(weights: Iterable[Weight]) -> int:
 #: Names, Trainer's where it has the optimizer, and the rule by which each keeps its state.
 OPTIMIZERS: dict[str, Callable[[Iterable[Weight]], int]] = {
     "sgd_sai": _sgd,
+    "sgd_sai_bf16": _sgd_sai_bf16,
+    "sgd_sai_8bit": partial(_sgd_sai_quantized, 8, 256),
+    "sgd_sai_4bit": partial(_sgd_sai_quantized, 4, 128),
     "sgd_momentum": _sgd,
     "adamw_torch": _adamw,
     "adamw_bnb_8bit": _adamw_8bit,

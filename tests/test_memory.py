@@ -90,6 +90,9 @@ def adam_mini(model: nn.Module) -> Any:
 
 REAL = {
     "sgd_sai": lambda model: SGDSaI(model.named_parameters()),
+    "sgd_sai_bf16": lambda model: SGDSaI(model.named_parameters(), momentum_dtype=torch.bfloat16),
+    "sgd_sai_8bit": lambda model: SGDSaI(model.named_parameters(), momentum_dtype="8bit"),
+    "sgd_sai_4bit": lambda model: SGDSaI(model.named_parameters(), momentum_dtype="4bit"),
     "sgd_momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
     "adamw_torch": lambda model: torch.optim.AdamW(model.parameters()),
     "adamw_bnb_8bit": bitsandbytes_adamw,
@@ -197,7 +200,7 @@ def first_of_two_processes() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("first_of_two_processes")
-@pytest.mark.parametrize("name", ["sgd_sai", "sgd_momentum", "adamw_torch"])
+@pytest.mark.parametrize("name", ["sgd_sai", "sgd_sai_bf16", "sgd_momentum", "adamw_torch"])
 def test_fsdp_shards_are_those_of_the_first_device(name: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
@@ -282,8 +285,9 @@ def test_zero_shards_more_with_every_stage() -> None:
 def test_optimizers_that_fail_on_shards_have_no_states_there() -> None:
     rows = {(r.sharding, r.optimizer): r for r in estimate_memory(nn.Linear(70, 70), devices=2)}
     unknown = {key for key, r in rows.items() if r.states is None}
-    assert unknown == {("fsdp", o) for o in ("adamw_bnb_8bit", "adafactor", "adam_mini")} | {
-        (f"zero{stage}", "adam_mini") for stage in (1, 2, 3)
+    quantised = ("sgd_sai_8bit", "sgd_sai_4bit")
+    assert unknown == {("fsdp", o) for o in (*quantised, "adamw_bnb_8bit", "adafactor", "adam_mini")} | {
+        (f"zero{stage}", o) for stage in (1, 2, 3) for o in ("sgd_sai_bf16", *quantised, "adam_mini")
     }
     assert all(rows[key].total is None for key in unknown)
     # A flat tensor has no rows and columns.
