@@ -7,7 +7,11 @@ LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate_configs/cpu.
 GPT2 := recipes/gpt2_pretraining
 DIFFUSERS := recipes/diffusers_text_to_image
 
-.PHONY: demo demo-diffusers model-cards test test-main test-oldest test-slow test-gpu lint format clean
+.PHONY: bench demo demo-diffusers model-cards test test-main test-oldest test-slow test-gpu lint format clean
+
+bench: .venv/.installed ## Time the step beside other optimizers', into docs/step_speed.md and its pictures
+	$(BIN)/python benchmarks/step_speed.py gpt2 gpt2-medium:6 gpt2-xl:2 llama-2-7b:1 vit-h-14:4 split-16 split-1024 \
+		--output docs/step_speed
 
 demo: .venv/.recipes ## Train a tiny GPT-2 with SGD-SaI and with AdamW, then lay the two side by side
 	$(LAUNCH) $(GPT2)/train.py $(GPT2)/demo.yaml
