@@ -50,13 +50,15 @@ def copy_run(run: Path) -> Path | None:
     if record.run.get("status") != "finished":
         print(f"{run} is not finished: left as it is", file=sys.stderr)
         return None
+    files = sorted(path for pattern in SHOWN for path in run.glob(pattern))
+    for path in files:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            sys.exit(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_FILE_BYTES:,} belong here")
     folder = HERE / run.resolve().name
     shutil.rmtree(folder, ignore_errors=True)
     record.twins = []  # found again in this folder, where their records are
     record.save(folder)
-    for path in sorted(path for pattern in SHOWN for path in run.glob(pattern)):
-        if path.stat().st_size > MAX_FILE_BYTES:
-            sys.exit(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_FILE_BYTES:,} belong here")
+    for path in files:
         copy = folder / path.relative_to(run)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
@@ -71,7 +73,8 @@ def table() -> str:
         run, model = record.summary(), record.model.get("base_class") or record.model.get("class", "?")
         scores = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in run["metrics"].items())
         link = f"[{file.parent.name}]({file.parent.name}/README.md)"
-        rate, state = f"{run['lr']:.3g}", human_bytes(run["state_bytes"])
+        rate = "?" if run["lr"] is None else f"{run['lr']:.3g}"
+        state = "?" if run["state_bytes"] is None else human_bytes(run["state_bytes"])
         rows.append([link, model, run["optimizer"], rate, f"{run['steps']:,}", scores, state])
     return markdown_table(["run", "model", "optimizer", "rate", "steps", "measured", "optimizer state"], rows) + "\n"
 

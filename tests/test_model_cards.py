@@ -1,0 +1,112 @@
+"""model_cards/: every card is what its record gives, its metadata is valid, and nothing of the machine is in it."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from hf_sai.card_merge import is_hub_id
+from hf_sai.cards import CARD_FILE, render_card
+from hf_sai.plots import THEMES
+from hf_sai.record import RECORD_FILE, RunRecord
+from hf_sai.redact import redact
+
+HOME = Path(__file__).parents[1] / "model_cards"
+FOLDERS = sorted(file.parent for file in HOME.glob(f"*/{RECORD_FILE}"))
+IDS = [folder.name for folder in FOLDERS]
+SMALL = (".json", ".md", ".png", ".txt")
+
+
+@pytest.fixture(scope="module")
+def collect():
+    spec = importlib.util.spec_from_file_location("collect_model_cards", HOME / "collect.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pictures(folder):
+    return sorted(path.name for path in (folder / "pictures").glob("*.png"))
+
+
+def test_there_are_cards():
+    assert {"gpt2_demo", "gpt2_demo_adamw"} <= set(IDS)
+    assert all(file.parent in FOLDERS for file in HOME.glob(f"*/{CARD_FILE}"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=IDS)
+def test_a_card_is_what_its_record_gives(folder):
+    record = RunRecord.load(folder)
+    assert str(render_card(record, pictures=pictures(folder))) == (folder / CARD_FILE).read_text(encoding="utf-8")
+    for twin in record.twins:
+        assert twin == RunRecord.load(HOME / twin["name"]).summary()
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=IDS)
+def test_the_metadata_holds_the_measured_values(folder):
+    record, data = RunRecord.load(folder), ModelCard.load(folder / CARD_FILE).data
+    assert data.license
+    assert data.library_name in ("transformers", "peft", "diffusers")
+    assert data.pipeline_tag
+    assert "hf-sai" in data.tags
+    assert data.base_model is None or is_hub_id(data.base_model)
+    measured = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert measured == record.metrics() != {}
+    assert eval_results_to_model_index(data.model_name, data.eval_results)[0]["name"] == folder.name
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=IDS)
+def test_a_folder_holds_small_files_and_nothing_of_the_machine(folder):
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        assert path.suffix in SMALL, path
+        assert path.stat().st_size < 2**20, path
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (folder / RECORD_FILE, folder / CARD_FILE))
+    # An absolute path: not part of a URL, of a relative path, of a role such as default/lora_A, or of a tag.
+    paths = re.findall(r"(?<![\w.:/<~*])/(?:home|root|work|tmp|mnt|data|opt|usr|Users|var|private)\b[^\s\"']*", text)
+    assert paths == []
+    assert not re.search(r"(?:\d{1,3}\.){3}\d{1,3}\b(?!\w)", re.sub(r"[\d.]+\.dev\S*", "", text))
+    record = RunRecord.load(folder)
+    assert redact(record.settings) == record.settings
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=IDS)
+def test_every_picture_a_card_shows_is_there(folder):
+    card = (folder / CARD_FILE).read_text(encoding="utf-8")
+    shown = set(re.findall(r"(?:src|srcset)=\"([^\"]+)\"", card) + re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card))
+    assert {f"pictures/loss-{theme}.png" for theme in THEMES} <= shown
+    assert all((folder / name).is_file() for name in shown)
+
+
+def test_the_readme_lists_what_was_measured(collect):
+    assert collect.table() in (HOME / "README.md").read_text(encoding="utf-8")
+
+
+def test_folders_are_filled_from_finished_runs_only(collect, tmp_path, monkeypatch, capsys):
+    from test_plots import make_record
+
+    monkeypatch.setattr(collect, "HERE", tmp_path / "cards")
+    (tmp_path / "cards").mkdir()
+    (tmp_path / "cards" / "README.md").write_text("before\n<!-- runs -->\nold\n<!-- /runs -->\nafter\n")
+    for name, optimizer, status in (("a", "SGDSaI", "finished"), ("b", "AdamW", "finished"), ("c", "SGD", "running")):
+        record = make_record(name, optimizer)
+        record.run["status"] = status
+        record.save(tmp_path / name)
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+        (tmp_path / name / "sample.txt").write_text("written")
+    collect.main([str(tmp_path / name) for name in ("a", "b", "c", "missing")])
+    made = {path.relative_to(tmp_path / "cards").as_posix() for path in (tmp_path / "cards").rglob("*.*")}
+    assert {"a/README.md", "a/run_record.json", "a/sample.txt", "a/pictures/loss-dark.png", "b/README.md"} <= made
+    assert not any("safetensors" in name or name.startswith(("c/", "missing")) for name in made)
+    assert [twin["name"] for twin in RunRecord.load(tmp_path / "cards" / "a").twins] == ["b"]
+    readme = (tmp_path / "cards" / "README.md").read_text()
+    assert "[a](a/README.md)" in readme
+    assert "old" not in readme
+    assert readme.endswith("after\n")
+    assert "c is not finished" in capsys.readouterr().err
+    (tmp_path / "a" / "sample.txt").write_bytes(b"x" * (collect.MAX_FILE_BYTES + 1))
+    with pytest.raises(SystemExit, match="at most 1,048,576 belong here"):
+        collect.main([str(tmp_path / "a")])
+    assert (tmp_path / "cards" / "a" / "sample.txt").read_text() == "written"
