@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from hf_sai import SGDSaI
-from hf_sai.comparison import interleaved_step_times, markdown_table, optimizer_state_bytes, step_time_ratio
+from hf_sai.comparison import interleaved_step_times, markdown_table, step_time_ratio
 from hf_sai.files import atomic_write
 from hf_sai.plots import THEMES, draw, dress, layer_and_kind, new_figure
 from hf_sai.skeletons import build_skeleton
@@ -152,11 +152,29 @@ def measure(model: str, names: list[str], rounds: int, clock: Callable[[], float
             "ratio": step_time_ratio(times, seconds[BASELINE]),
             "median_seconds": statistics.median(times),
             "first_step_seconds": first[name],
-            "state_bytes_per_parameter": optimizer_state_bytes(optimizers[name].state_dict()) / elements,
+            "state_bytes_per_parameter": state_bytes(optimizers[name]) / elements,
         }
         for name, times in seconds.items()
     ]
     return {"model": model, "parameters": elements, "tensors": len(named), "rows": rows, "skipped": skipped}
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors in the state, in whatever it wraps them; those that share memory count once."""
+    sizes: dict[int, int] = {}
+
+    def visit(value: object) -> None:
+        if isinstance(value, dict):
+            for entry in value.values():
+                visit(entry)
+        elif hasattr(value, "__tensor_flatten__"):  # torchao's
+            for name in value.__tensor_flatten__()[0]:
+                visit(getattr(value, name))
+        elif isinstance(value, torch.Tensor):
+            sizes[value.data_ptr()] = value.numel() * value.element_size()
+
+    visit(dict(optimizer.state))
+    return sum(sizes.values())
 
 
 def environment(argv: list[str] | None) -> dict[str, str]:

@@ -132,11 +132,12 @@ def _path(
     """The function below, or the kernel, that updates this tensor."""
     automatic = foreach is None and fused is None
     rounds = stochastic_rounding and p.dtype == torch.bfloat16
-    if not rounds and (fused or (automatic and (is_large or p.is_cuda))):
+    quantized = isinstance(m, QuantizedMomentum)
+    if not (rounds or quantized) and (fused or (automatic and (is_large or p.is_cuda))):
         kernel = _one_pass_kernel(p.device.type)
         if kernel is not None and _is_plain(p) and kernel.can_update(p, g, m):
             return kernel.update
-    if rounds or isinstance(m, QuantizedMomentum) or (m is not None and m.dtype != p.dtype):
+    if rounds or quantized or (m is not None and m.dtype != p.dtype):
         return _widened
     if automatic:
         fused = p.is_cpu and not torch.compiler.is_compiling()

@@ -137,24 +137,48 @@ def _step(  # type: ignore[no-untyped-def]
         sign = sign / tl.load(grad_scale)
     block = tl.program_id(0)
     tensor = tl.load(tensor_of_block + block)
-    offsets = (block - tl.load(first_blocks + tensor)) * BLOCK + tl.arange(0, BLOCK)  # int64, as first_blocks is
-    inside = offsets < tl.load(sizes + tensor)
-    p_start = tl.load(addresses + tensor).to(tl.pointer_type(P))
-    g_start = tl.load(addresses + tensors + tensor).to(tl.pointer_type(G))
+    start = (block - tl.load(first_blocks + tensor)) * BLOCK  # int64, as first_blocks is
+    left = tl.load(sizes + tensor) - start
+    step = lr * tl.load(scales + tensor)
+    p = tl.load(addresses + tensor).to(tl.pointer_type(P))
+    g = tl.load(addresses + tensors + tensor).to(tl.pointer_type(G))
+    m = p  # not used
+    if M is not None:
+        m = tl.load(addresses + 2 * tensors + tensor).to(tl.pointer_type(M))
     if ALIGNED:
-        p_start, g_start = tl.multiple_of(p_start, 16), tl.multiple_of(g_start, 16)
+        p, g, m = tl.multiple_of(p, 16), tl.multiple_of(g, 16), tl.multiple_of(m, 16)
+    p, g, m = p + start, g + start, m + start
+    if left >= BLOCK:  # without a mask, several elements go in one memory access
+        _update_block(p, g, m, left, step, decay, weight, sign, P, M, False, BLOCK)
+    else:
+        _update_block(p, g, m, left, step, decay, weight, sign, P, M, True, BLOCK)
 
+
+@triton.jit
+def _update_block(  # type: ignore[no-untyped-def]
+    p_start,
+    g_start,
+    m_start,
+    left,
+    step,
+    decay,
+    weight,
+    sign,
+    P: tl.constexpr,  # noqa: N803
+    M: tl.constexpr,  # noqa: N803
+    MASKED: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    offsets = tl.arange(0, BLOCK)
+    inside = offsets < left if MASKED else None
     # --- gradient
     direction = sign * tl.load(g_start + offsets, mask=inside).to(tl.float32)
     # --- momentum
     if M is not None:
-        m_start = tl.load(addresses + 2 * tensors + tensor).to(tl.pointer_type(M))
-        if ALIGNED:
-            m_start = tl.multiple_of(m_start, 16)
         m = tl.load(m_start + offsets, mask=inside).to(tl.float32)
         direction = m + weight * (direction - m)
         tl.store(m_start + offsets, direction.to(M), mask=inside)
     # --- decoupled weight decay and scaled step
     p = tl.load(p_start + offsets, mask=inside).to(tl.float32)
-    p = decay * p - lr * tl.load(scales + tensor) * direction
+    p = decay * p - step * direction
     tl.store(p_start + offsets, p.to(P), mask=inside)

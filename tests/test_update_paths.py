@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_sai import functional, numba_kernel, sgd_sai
+from hf_sai.momentum import QuantizedMomentum
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -172,6 +174,13 @@ def test_numba_is_used_when_asked_for_or_when_the_tensors_are_large():
     assert path_of(p, foreach=False, is_large=True) is path_of(p, fused=False) is functional._single_tensor
 
 
+@pytest.mark.parametrize("choice", [{"fused": True}, {"is_large": True}, {}], ids=str)
+def test_a_quantised_momentum_has_a_path_of_its_own(choice):
+    p = torch.zeros(64, 64)
+    m = QuantizedMomentum(torch.zeros(64, 64, dtype=torch.uint8), torch.zeros(16), p.shape)
+    assert path_of(p, m=m, **choice) is functional._widened
+
+
 def test_without_numba_torchs_kernel_takes_over(monkeypatch):
     monkeypatch.setattr(functional, "_imported", functional._imported.__wrapped__)
     monkeypatch.setattr(functional, "_ONE_PASS_KERNELS", {"cpu": "hf_sai.no_such_kernel"})
@@ -235,3 +244,56 @@ def test_the_triton_kernel_addresses_elements_beyond_32_bits(monkeypatch):
     )
     assert torch.equal(m, torch.full((10,), 0.5))
     assert torch.equal(p, torch.full((10,), 0.5))
+
+
+# --- on a GPU
+
+
+@needs_cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize("choice", [{}, {"fused": True}, {"foreach": True}], ids=str)
+@pytest.mark.parametrize("lr_on_device", [False, True])
+def test_paths_on_cuda_equal_the_plain_loop_and_do_not_synchronise(choice, lr_on_device):
+    torch.manual_seed(0)
+    shapes = [(300, 70), (1,), (4099,), *[(64, 64)] * 300]
+    params, grads, buffers = ([torch.randn(shape, device="cuda") for shape in shapes] for _ in range(3))
+    expected = [[t.clone() for t in x] for x in (params, grads, buffers)]
+    lr = torch.tensor(0.1, device="cuda") if lr_on_device else 0.1
+    options = {"lr": lr, "momentum": 0.9, "weight_decay": 0.1}
+    scales = [1.0] * len(shapes)
+    sgd_sai(params, grads, buffers, scales, **options, **choice)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sgd_sai(params, grads, buffers, scales, **options, **choice)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for _ in range(2):
+        sgd_sai(*expected, scales, **options, foreach=False)
+    torch.testing.assert_close(params, expected[0])
+    torch.testing.assert_close(buffers, expected[2])
+
+
+@needs_cuda
+@pytest.mark.gpu
+def test_one_launch_updates_all_tensors_on_cuda():
+    tensors = [[torch.randn(1000, device="cuda") for _ in range(300)] for _ in range(3)]
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "fused": True}
+    sgd_sai(*tensors, [1.0] * 300, **options)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        sgd_sai(*tensors, [1.0] * 300, **options)
+    assert sum(event.count for event in profile.key_averages() if "Memcpy" not in event.key) <= 2
+
+
+@needs_cuda
+@pytest.mark.gpu
+def test_a_step_can_be_captured_in_a_cuda_graph():
+    p, g, m = (torch.randn(1000, device="cuda") for _ in range(3))
+    q, n = p.clone(), m.clone()
+    options = {"lr": torch.tensor(0.1, device="cuda"), "momentum": 0.9, "weight_decay": 0.1}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sgd_sai([p], [g], [m], [2.0], **options)
+    for _ in range(3):
+        graph.replay()
+        sgd_sai([q], [g], [n], [2.0], **options, foreach=False)
+    torch.testing.assert_close(p, q)
