@@ -74,9 +74,9 @@ def sgd_sai(
         foreach: Use torch's multi-tensor operations.
         fused: Use numba's (CPU) or Triton's (CUDA) kernel where it is installed and takes the tensor, else torch's
             fused SGD kernel where that does (:func:`can_fuse`), else the plain loop. With both ``foreach`` and
-            ``fused`` None: on CPU, and on CUDA with Triton; CUDA without it takes ``foreach``, sharded tensors the
-            plain loop. Within ``torch.compile``, which fuses by itself, and while a CUDA graph is captured, no other
-            compiler's kernel is used.
+            ``fused`` None: on CPU; CUDA takes ``foreach`` then, sharded tensors the plain loop. Within
+            ``torch.compile``, which fuses by itself, and while a CUDA graph is captured, no other compiler's kernel
+            is used.
         grad_scale: GradScaler's scale, by which the gradients are still multiplied (``fused`` only).
         found_inf: GradScaler's flag, 1.0 to skip the update (``fused`` only).
 
@@ -133,7 +133,7 @@ def _path(
     automatic = foreach is None and fused is None
     rounds = stochastic_rounding and p.dtype == torch.bfloat16
     quantized = isinstance(m, QuantizedMomentum)
-    if not (rounds or quantized) and (fused or (automatic and (is_large or p.is_cuda))):
+    if not (rounds or quantized) and (fused or (automatic and is_large and p.is_cpu)):
         kernel = _one_pass_kernel(p.device.type)
         if kernel is not None and _is_plain(p) and kernel.can_update(p, g, m):
             return kernel.update
