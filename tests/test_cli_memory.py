@@ -105,7 +105,10 @@ def test_4_bit_weights_are_not_sharded(directory: Path, capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--optim", "adam"], "optimizers names 'adam'; allowed: sgd_sai, sgd_momentum, adamw_torch"),
+        (
+            ["--optim", "adam"],
+            "optimizers names 'adam'; allowed: sgd_sai, sgd_sai_bf16, sgd_sai_8bit, sgd_sai_4bit, sgd_",
+        ),
         (["--optim", ""], "optimizers names ''; allowed:"),
         (["--devices", 0], "devices must be a whole number above 0, but is 0"),
         (["--devices", 2, "--sharding", "zero4"], "shardings names 'zero4'; allowed: none, ddp, fsdp"),

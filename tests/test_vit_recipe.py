@@ -230,7 +230,7 @@ BAD_INPUT = {
     "crop of nothing": (["--crop_scale", "0"], "crop_scale is 0.0; it must be above 0"),
     "nothing held out": (["--validation_fraction", "0"], "validation_fraction is 0.0; it must be between"),
     "too few held out": (["--validation_fraction", "0.001"], "cannot hold out 2 of the 1797 pictures .* 10 classes"),
-    "nothing to resume": (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
+    "nothing to resume": (["--resume_from_checkpoint", "true"], "holds no whole checkpoint"),
     "missing model": (["--model_name_or_path", "./nowhere"], "cannot load the model ./nowhere"),
 }
 

@@ -34,7 +34,7 @@ from hf_sai.recipe_input import InputError
         (["--mixed_precision", "int3"], "mixed_precision is 'int3'; choose one of no, fp16, bf16"),
         (["--train", "full", "--train_text_encoder", "true"], "goes with --train lora only"),
         (["--report_to", "abacus"], "cannot set up Accelerate: Unsupported logging capability: abacus"),
-        (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
+        (["--resume_from_checkpoint", "true"], "holds no whole checkpoint"),
         (["--no_such_option", "1"], "no_such_option"),
     ],
 )

@@ -71,7 +71,7 @@ def test_full_run_loads_as_a_pipeline_and_its_card_says_how(smoke_run):
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("animal: frog", num_inference_steps=1).images[0].size == (32, 32)
     card = (run / "README.md").read_text()
-    assert "StableDiffusionPipeline.from_pretrained" in card
+    assert "DiffusionPipeline.from_pretrained" in card
     assert "cc-by-4.0" in card
 
 
