@@ -379,7 +379,14 @@ def test_the_whole_way_in_a_process_of_its_own_and_trainers_own_push(finished, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "weights"), [("gpt2_pretraining", "model.safetensors")])
+@pytest.mark.parametrize(
+    ("recipe", "weights"),
+    [
+        ("gpt2_pretraining", "model.safetensors"),
+        ("llama_lora", "adapter_model.safetensors"),
+        ("vit_classification", "model.safetensors"),
+    ],
+)
 def test_a_recipe_publishes_its_run(recipe, weights, tmp_path):
     folder = Path(__file__).parents[1] / "recipes" / recipe
     command = [sys.executable, folder / "train.py", folder / "smoke.yaml", "--output_dir", tmp_path / "run"]
@@ -390,7 +397,7 @@ def test_a_recipe_publishes_its_run(recipe, weights, tmp_path):
         done = run_with(server, list(map(str, command)), tmp_path / "hf")
     files = server.hub.files("tester/made", "v1")
     assert {"README.md", RECORD_FILE, "pictures/gsnr-dark.png", weights} <= set(files)
-    assert b"from_pretrained('tester/made', revision='v1')" in files["README.md"]
+    assert b"'tester/made', revision='v1')" in files["README.md"]
     assert server.hub.commits[0][2] == "Training in progress, step 1"
     assert server.hub.repos["tester/made"]["private"] is True
     assert not any(name.endswith((".pt", ".bin")) for name in files)
