@@ -131,13 +131,13 @@ def _path(
 ) -> Callable:
     """The function below, or the kernel, that updates this tensor."""
     automatic = foreach is None and fused is None
-    rounds = stochastic_rounding and p.dtype == torch.bfloat16
-    quantized = isinstance(m, QuantizedMomentum)
-    if not (rounds or quantized) and (fused or (automatic and is_large and p.is_cpu)):
+    if isinstance(m, QuantizedMomentum) or (stochastic_rounding and p.dtype == torch.bfloat16):
+        return _widened
+    if fused or (automatic and is_large and p.is_cpu):
         kernel = _one_pass_kernel(p.device.type)
         if kernel is not None and _is_plain(p) and kernel.can_update(p, g, m):
             return kernel.update
-    if rounds or quantized or (m is not None and m.dtype != p.dtype):
+    if m is not None and m.dtype != p.dtype:
         return _widened
     if automatic:
         fused = p.is_cpu and not torch.compiler.is_compiling()
