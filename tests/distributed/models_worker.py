@@ -31,14 +31,17 @@ RANK, WORLD = join()
 
 
 def pretrained(**options):
-    """A Llama of two layers with the same weights on all ranks."""
+    """A Llama of two layers with the same weights on all ranks, in training mode.
+
+    In evaluation mode bitsandbytes takes a bfloat16 kernel for weights of 4 bits on processors that have one.
+    """
     folder = FOLDER / "llama"
     if RANK == 0 and not folder.exists():
         torch.manual_seed(0)
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
         LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, **sizes)).save_pretrained(folder)
     dist.barrier()
-    return LlamaForCausalLM.from_pretrained(folder, **options).to(DEVICE)
+    return LlamaForCausalLM.from_pretrained(folder, **options).to(DEVICE).train()
 
 
 def with_lora(model):
