@@ -95,21 +95,22 @@ class Rule:
     ``sai``: momentum times g-SNR, the published algorithm. ``adam``: AdamW. ``rows``, ``columns``, ``tensor``: momentum
     with every row, every column or the whole at root-mean-square 1. ``g_rows``, ``g_columns``, ``g_tensor``: the same
     done to the gradient, before the momentum. ``v_rows``, ``v_tensor``: momentum divided by a running root-mean-square
-    of every row or the whole (Adam-mini, arXiv 2406.16793, with a row or a tensor as block). ``frozen``,
-    ``frozen_rows``: momentum divided by the first gradient's root-mean-square. ``sign``: its sign. Modifiers: ``mu0.8``
-    (momentum), ``nesterov``, ``snr`` (times g-SNR / sqrt(elements)).
+    of every row or the whole (Adam-mini, arXiv 2406.16793, with a row or a tensor as block). ``r_rows``: the gradient
+    divided by it, before the momentum. ``frozen``, ``frozen_rows``: momentum divided by the first gradient's root-mean-square. ``sign``: its sign. Modifiers: ``mu0.8``
+    (momentum), ``beta0.99`` (of the running averages), ``nesterov``, ``snr`` (times g-SNR / sqrt(elements)).
     """
 
     def __init__(self, text: str, gradient: Tensor) -> None:
         self.name, *modifiers = text.split(":")
         self.mu = next((float(m[2:]) for m in modifiers if m.startswith("mu")), 0.9)
+        self.beta = next((float(m[4:]) for m in modifiers if m.startswith("beta")), 0.999)
         self.nesterov = "nesterov" in modifiers
         gsnr = measure_gsnr([gradient])[0]
         ratio = gsnr / math.sqrt(gradient.numel())
         self.scale = gsnr if self.name == "sai" else ratio if "snr" in modifiers else 1.0
         self.steps = 0
-        self.m = self._incoming(gradient).clone()
         self.v = torch.zeros_like(gradient)
+        self.m = torch.zeros_like(gradient)
         self.first_rms = _rms(gradient, "rows" if self.name == "frozen_rows" else "tensor")
 
     def update(self, gradient: Tensor) -> Tensor:
@@ -117,26 +118,30 @@ class Rule:
         self.steps += 1
         if self.name == "adam":
             return self._adam(gradient)
-        gradient = self._incoming(gradient)
-        self.m.lerp_(gradient, 1 - self.mu)
+        if self.name[:2] in ("v_", "r_"):
+            self.v.lerp_(_mean_square(gradient, self.name[2:]).expand_as(gradient), 1 - self.beta)
+        mean_square = self.v / (1 - self.beta**self.steps)
+        if self.name == "r_factored" and mean_square.ndim > 1:
+            mean_square = _factored(mean_square)
+        gradient = self._incoming(gradient, mean_square)
+        self.m.lerp_(gradient, 1 - self.mu if self.steps > 1 else 1.0)
         step = self.m.lerp(gradient, 1 - self.mu) if self.nesterov else self.m
         if self.name in ("rows", "columns", "tensor"):
             step = step / _rms(step, self.name)
         elif self.name.startswith("v_"):
-            self.v.lerp_(_rms(gradient, self.name[2:]).square().expand_as(gradient), 0.001)
-            step = step / (self.v / (1 - 0.999**self.steps)).sqrt()
+            step = step / mean_square.sqrt()
         elif self.name.startswith("frozen"):
             step = step / self.first_rms
         elif self.name == "sign":
             step = step.sign()
         return step * self.scale
 
-    def _incoming(self, gradient: Tensor) -> Tensor:
+    def _incoming(self, gradient: Tensor, mean_square: Tensor) -> Tensor:
+        if self.name.startswith("r_"):
+            return gradient / (mean_square.sqrt() + 1e-12)
         return gradient / _rms(gradient, self.name[2:]) if self.name.startswith("g_") else gradient
 
     def _adam(self, gradient: Tensor) -> Tensor:
-        if self.steps == 1:
-            self.m.zero_()
         self.m.lerp_(gradient, 0.1)
         self.v.lerp_(gradient.square(), 0.001)
         mean, square = self.m / (1 - 0.9**self.steps), self.v / (1 - 0.999**self.steps)
@@ -144,9 +149,20 @@ class Rule:
 
 
 def _rms(x: Tensor, how: str) -> Tensor:
-    """Root-mean-square of every row, every column or, for vectors always, the whole."""
+    return _mean_square(x, how).sqrt() + 1e-12
+
+
+def _mean_square(x: Tensor, how: str) -> Tensor:
+    """Of every row, every column or, for vectors always, the whole; ``factored`` leaves every element."""
+    if how == "factored":
+        return x.square()
     dims = {"rows": (-1,), "columns": (0,)}.get(how, ()) if x.ndim > 1 else ()
-    return x.square().mean(dims or None, keepdim=True).sqrt() + 1e-12
+    return x.square().mean(dims or None, keepdim=True)
+
+
+def _factored(v: Tensor) -> Tensor:
+    """What Adafactor (arXiv 1804.04235) keeps of a matrix: the product of its rows' and columns' means, by its mean."""
+    return v.mean(1, keepdim=True) * v.mean(0, keepdim=True) / v.mean()
 
 
 def initial(seed: int) -> dict[str, Tensor]:

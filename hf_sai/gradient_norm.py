@@ -1,44 +1,60 @@
-"""Gradients of unit size: every row, or every tensor as a whole, divided by its root-mean-square before the momentum.
+"""Gradients of unit size: divided by root-mean-squares of rows, of the whole or running ones, before the momentum.
 
-Reference: the column-wise normalised gradients of SCALE, "A Minimalist Optimizer Design for LLM Pretraining",
-arXiv 2506.16659 (the columns there are the rows of ``nn.Linear.weight`` here: the weights of one output).
+References: the column-wise normalised gradients of SCALE, "A Minimalist Optimizer Design for LLM Pretraining",
+arXiv 2506.16659 (the columns there are the rows of ``nn.Linear.weight`` here: the weights of one output); the factored
+second moment of Adafactor, arXiv 1804.04235, equation 6.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_sai.sharding import is_dtensor, local_shard, summing_groups, table_device
+from hf_sai.sharding import is_dtensor, local_shard, shards_one_of, summing_groups, table_device
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["NORMALIZED", "normalize_gradients_"]
+__all__ = ["MEAN_SQUARES", "NORMALIZED", "allocate_mean_squares", "normalize_gradients_"]
 
 #: What ``normalize_gradient`` can be, beside None.
-NORMALIZED = ("rows", "tensor")
+NORMALIZED = ("rows", "tensor", "factored")
+
+#: State of ``"factored"``, each float32 whatever the parameter's dtype; a vector has the first only.
+MEAN_SQUARES = ("mean_square", "row_mean_square", "column_mean_square")
+
+#: How much a running mean keeps from step to step: AdamW's beta2.
+_KEPT = 0.999
 
 
 @torch.no_grad()
-def normalize_gradients_(params: Iterable[Tensor], how: str) -> None:
-    """Divide the gradients by their root-mean-squares, in place; zeros stay zeros.
+def normalize_gradients_(
+    params: Iterable[Tensor], how: str, state: Mapping[Tensor, dict[str, Any]] | None = None
+) -> None:
+    """Divide the gradients by root-mean-squares, in place; zeros stay zeros.
 
-    A row is all that belongs to one index of the first dimension: the weights of one output of a linear layer or a
-    convolution, the vector of one token. A tensor of one dimension or none is normalised as a whole.
+    ``"rows"`` gives every row root-mean-square 1, ``"tensor"`` the whole. A row is all that belongs to one index of the
+    first dimension: the weights of one output of a linear layer or a convolution, the vector of one token. A tensor of
+    one dimension or none is normalised as a whole.
 
-    Rows of sharded parameters (DTensor) are whole on their rank wherever the first dimension is the sharded one, as
-    under FSDP2. What is not whole there, vectors above all, costs one all_reduce per process group for all gradients
-    together, so that all ranks must call this with the same parameters in the same order.
+    ``"factored"`` divides element ij by the root of ``r_i c_j / w``, where r, c and w are running mean squares (the
+    last thousand steps count most) of the rows, of the columns (all that belongs to one index of the other dimensions)
+    and of the whole: Adafactor's estimate of AdamW's second moment. A tensor of one dimension or none has a running
+    mean square of each element, as in AdamW.
+
+    Means of sharded parameters (DTensor) that are not whole on their rank cost one all_reduce per process group for
+    all gradients together: under FSDP2 the columns', the vectors' and the whole's. All ranks must call this with the
+    same parameters in the same order.
 
     Args:
         params: Parameters of which those with a gradient count.
-        how: ``"rows"`` or ``"tensor"``.
+        how: One of ``NORMALIZED``.
+        state: Parameter -> its state, with what :func:`allocate_mean_squares` wrote; only ``"factored"`` uses it.
 
     Example:
         >>> import torch
@@ -50,17 +66,62 @@ def normalize_gradients_(params: Iterable[Tensor], how: str) -> None:
                 [ 0.,  0.]])
     """
     params = [p for p in params if p.grad is not None and p.numel() > 0]
-    by_row = [how == "rows" and p.ndim > 1 for p in params]
     gradients = [_as_placed(p) for p in params]
-    sums = [_sums_of_squares(g, rows) for g, rows in zip(gradients, by_row, strict=True)]
-    groups = [
-        () if rows and _keeps_rows_whole(p) else summing_groups(p) for p, rows in zip(params, by_row, strict=True)
+    means = [
+        [_sum_of_squares(g, kept) for kept in _kept_dimensions(p, how)] for p, g in zip(params, gradients, strict=True)
     ]
-    _all_reduce(sums, groups, params)
-    for p, gradient, total, rows in zip(params, gradients, sums, by_row, strict=True):
-        length = p.numel() / p.shape[0] if rows else p.numel()
-        factor = torch.where(total > 0, total.rsqrt() * math.sqrt(length), total)
-        gradient.mul_(factor.view(-1, *[1] * (gradient.ndim - 1)) if rows else factor)
+    _all_reduce(
+        (mean, summing_groups(p, kept), table_device(p))
+        for p, of_p in zip(params, means, strict=True)
+        for mean, kept in zip(of_p, _kept_dimensions(p, how), strict=True)
+    )
+    for p, gradient, of_p in zip(params, gradients, means, strict=True):
+        for mean, kept in zip(of_p, _kept_dimensions(p, how), strict=True):
+            mean.mul_(math.prod(p.shape[d] for d in kept) / p.numel())
+        if how == "factored":
+            assert state is not None
+            of_p = _running_means(state[p], of_p)
+        first, *factors = of_p
+        if factors:
+            rows, columns = map(_inverse_root, factors)
+            gradient.mul_(rows.mul_(first.sqrt())).mul_(columns)
+        else:
+            gradient.mul_(_inverse_root(first))
+
+
+def allocate_mean_squares(state: dict[str, Any], p: Tensor, how: str | None) -> None:
+    """Give a parameter's state the running means of ``"factored"``, all 0, if it needs them and has none.
+
+    Args:
+        state: ``MEAN_SQUARES`` are written, with as many dimensions as the parameter and of length 1 in those over
+            which is averaged, and ``averaged_steps``, an int. Of a sharded parameter they are DTensors, sharded as it
+            is in the dimensions that are left.
+        p: The parameter.
+        how: ``normalize_gradient`` of its group.
+    """
+    if how != "factored" or "averaged_steps" in state:
+        return
+    state["averaged_steps"] = 0
+    for name, kept in zip(MEAN_SQUARES, _kept_dimensions(p, how), strict=False):
+        shapes = [[t.shape[d] if d in kept else 1 for d in range(p.ndim)] for t in (p, local_shard(p))]
+        mean: Tensor = torch.zeros(shapes[1], dtype=torch.float32, device=p.device)
+        if is_dtensor(p):
+            from torch.distributed.tensor import DTensor, Replicate
+
+            dtensor: Any = p
+            placements = [pl if shards_one_of(pl, kept) else Replicate() for pl in dtensor.placements]
+            whole = torch.empty(shapes[0], device="meta")
+            layout: dict[str, Any] = {"run_check": False, "shape": whole.shape, "stride": whole.stride()}
+            mean = DTensor.from_local(mean, dtensor.device_mesh, placements, **layout)
+        state[name] = mean
+
+
+def _kept_dimensions(p: Tensor, how: str) -> tuple[tuple[int, ...], ...]:
+    """For each mean square the dimensions over which is not averaged; those of ``MEAN_SQUARES`` in their order."""
+    dims = tuple(range(p.ndim))
+    if p.ndim < 2:
+        return (dims,) if how == "factored" else ((),)
+    return {"rows": (dims[:1],), "tensor": ((),), "factored": ((), dims[:1], dims[1:])}[how]
 
 
 def _as_placed(p: Tensor) -> Tensor:
@@ -71,26 +132,34 @@ def _as_placed(p: Tensor) -> Tensor:
     return local_shard(p.grad)
 
 
-def _sums_of_squares(gradient: Tensor, rows: bool) -> Tensor:
-    """float32 or better: one per row, or one of the whole tensor."""
-    dims = list(range(1, gradient.ndim)) if rows else None
+def _sum_of_squares(gradient: Tensor, kept: tuple[int, ...]) -> Tensor:
+    """float32 or better, over all dimensions but those that are kept, which stay with length 1."""
+    dims = [d for d in range(gradient.ndim) if d not in kept]
     dtype = torch.promote_types(gradient.dtype, torch.float32)
-    return torch.linalg.vector_norm(gradient, dim=dims, dtype=dtype).square()
+    if not dims:
+        return gradient.to(dtype).square()
+    return torch.linalg.vector_norm(gradient, dim=dims, keepdim=True, dtype=dtype).square()
 
 
-def _keeps_rows_whole(p: Any) -> bool:
-    """Whether each row lies on one rank."""
-    return not is_dtensor(p) or all(
-        placement.dim == 0 for placement in p.placements if not (placement.is_replicate() or placement.is_partial())
-    )
+def _running_means(state: dict[str, Any], means: Sequence[Tensor]) -> list[Tensor]:
+    """Add to the running means; returns them without the share that their start at 0 has in them."""
+    state["averaged_steps"] += 1
+    running = [local_shard(state[name]) for name in MEAN_SQUARES[: len(means)]]
+    for average, mean in zip(running, means, strict=True):
+        average.lerp_(mean.to(average.dtype), 1 - _KEPT)
+    return [average / (1 - _KEPT ** state["averaged_steps"]) for average in running]
 
 
-def _all_reduce(sums: Sequence[Tensor], groups: Sequence[Sequence[ProcessGroup]], params: Sequence[Tensor]) -> None:
-    """Add up each parameter's sums over its process groups, in place, with one all_reduce per group."""
+def _inverse_root(mean: Tensor) -> Tensor:
+    return torch.where(mean > 0, mean.rsqrt(), mean)
+
+
+def _all_reduce(sums: Iterable[tuple[Tensor, Sequence[ProcessGroup], torch.device]]) -> None:
+    """Add up each sum over its process groups, in place, with one all_reduce per group (on the device it wants)."""
     shared: dict[str, tuple[ProcessGroup, torch.device, list[Tensor]]] = {}
-    for total, tensor_groups, p in zip(sums, groups, params, strict=True):
-        for group in tensor_groups:
-            shared.setdefault(group.group_name, (group, table_device(p), []))[2].append(total)
+    for total, groups, device in sums:
+        for group in groups:
+            shared.setdefault(group.group_name, (group, device, []))[2].append(total)
     for group, device, totals in shared.values():
         flat = torch.cat([total.flatten() for total in totals]).to(device)
         dist.all_reduce(flat, group=group)

@@ -20,7 +20,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from hf_sai.checks import check_options, check_params, with_float_gsnr
 from hf_sai.fsdp1 import FlatSlices, is_slice, refuse_flat_parameter
 from hf_sai.functional import can_fuse, sgd_sai
-from hf_sai.gradient_norm import NORMALIZED, normalize_gradients_
+from hf_sai.gradient_norm import MEAN_SQUARES, NORMALIZED, allocate_mean_squares, normalize_gradients_
 from hf_sai.gradient_release import refuse_normalize, release_gradients
 from hf_sai.gsnr import UNMEASURED, GSNRReport, GSNRRow, measure_gsnr
 from hf_sai.momentum import QUANTIZED, allocate_momentum, convert_momentum, momentum_of, set_momentum
@@ -92,12 +92,15 @@ class SGDSaI(Optimizer):
             ``normalize_over``. Since the largest is about ``sqrt(n)`` of the largest tensor, the same training needs
             a learning rate higher by that factor: thousands for a language model. A larger g-SNR that is measured
             later lowers the scale of all others from then on.
-        normalize_gradient: ``"rows"`` or ``"tensor"`` divides, after measuring, every row (first dimension) of each
-            gradient, or each gradient as a whole, by its root-mean-square, as SCALE does (arXiv 2506.16659); vectors
-            always as a whole. The update is :math:`\gamma\, (G / \sqrt{n})\, m` then, with :math:`m` the momentum of
-            these gradients: no larger than :math:`\gamma` in most elements, so that learning rates are those of AdamW
-            and not of SGD-SaI. Done in place in ``p.grad``, as clipping is, which has no effect any more. Not together
-            with ``normalize``; refused under FSDP1 and DeepSpeed ZeRO. None, the published algorithm, by default.
+        normalize_gradient: Divide each gradient, after measuring, by root-mean-squares, so that the update is
+            :math:`\gamma\, (G / \sqrt{n})\, m` with :math:`m` the momentum of these gradients: about :math:`\gamma` in
+            most elements, so that learning rates are those of AdamW and not of SGD-SaI. ``"rows"``: every row (first
+            dimension) by its own, as SCALE does (arXiv 2506.16659), vectors as a whole. ``"tensor"``: each gradient by
+            the whole's. ``"factored"``: each element by a running one that is estimated from its row's and its
+            column's, as Adafactor does (arXiv 1804.04235), which keeps one float32 more per row and column (per
+            element of a vector) and comes close to AdamW. Done in place in ``p.grad``, as clipping is, which has no
+            effect any more on ``"rows"`` and ``"tensor"``. Not together with ``normalize``; refused under FSDP1 and
+            DeepSpeed ZeRO. None, the published algorithm, by default.
         maximize: Ascend instead of descend.
         momentum_dtype: What the momentum is kept in: None for the parameter's dtype, another float dtype such as
             ``torch.bfloat16``, or ``"8bit"`` or ``"4bit"`` for bitsandbytes' blocks of 256 or 128 elements with a
@@ -217,12 +220,14 @@ class SGDSaI(Optimizer):
             mine = [{key: group[key] for key in _LATER_OPTIONS} for group in self.param_groups]
             groups = [{**options, **group} for options, group in zip(mine, groups, strict=True)]
         super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
-        self._restore_momentum([index for group in groups for index in group["params"]], state)
+        self._restore_dtypes([index for group in groups for index in group["params"]], state)
 
-    def _restore_momentum(self, indices: list[Any], saved: dict[Any, Any]) -> None:
-        """Put every momentum back whose dtype torch has changed in loading to its parameter's."""
+    def _restore_dtypes(self, indices: list[Any], saved: dict[Any, Any]) -> None:
+        """Put everything back whose dtype torch has changed in loading to its parameter's."""
         params = [(p, group["momentum_dtype"]) for group in self.param_groups for p in group["params"]]
         for index, (p, momentum_dtype) in zip(indices, params, strict=True):
+            for key in saved.get(index, {}).keys() & MEAN_SQUARES:
+                self.state[p][key] = saved[index][key].to(p.device, copy=True)
             momentum = {key: value for key, value in saved.get(index, {}).items() if key.startswith("momentum_")}
             if momentum and (momentum_dtype is not None or momentum["momentum_buffer"].dtype != p.dtype):
                 for key in momentum:
@@ -417,6 +422,7 @@ class SGDSaI(Optimizer):
         for (p, group), gradient, gsnr in zip(pending, gradients, measure_gsnr(gradients, eps=eps), strict=True):
             state = self.state[p]
             state["gsnr"] = gsnr
+            allocate_mean_squares(state, p, group["normalize_gradient"])
             if group["momentum"] != 0:
                 allocate_momentum(state, p, group["momentum_dtype"])
                 if gsnr != UNMEASURED:
@@ -425,7 +431,16 @@ class SGDSaI(Optimizer):
     def _normalize_gradients(self, groups: list[dict[str, Any]], pending: list[tuple[Tensor, dict[str, Any]]]) -> None:
         """Carry out ``normalize_gradient``; the momentum of what has just been measured starts at the result."""
         for how in NORMALIZED:
-            normalize_gradients_([p for g in groups if g["normalize_gradient"] == how for p in g["params"]], how)
+            params = [
+                p
+                for group in groups
+                if group["normalize_gradient"] == how
+                for p in group["params"]
+                if self.state[p].get("gsnr", UNMEASURED) != UNMEASURED
+            ]
+            for p in params:  # measured before the option was switched on
+                allocate_mean_squares(self.state[p], p, how)
+            normalize_gradients_(params, how, self.state)
         for p, group in pending:
             if group["normalize_gradient"] and group["momentum"] != 0 and self.state[p]["gsnr"] != UNMEASURED:
                 gradient = cast(Tensor, p.grad)

@@ -18,9 +18,9 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
     Args:
         optim_args: ``"key=value,key=value"`` as on the command line, a mapping as in a YAML file, or None.
             Keys: ``momentum``, ``eps`` (numbers), ``normalize``, ``stochastic_rounding``, ``gradient_release`` (true or
-            false), ``normalize_gradient`` (rows, tensor or none), ``momentum_dtype`` (float32, bfloat16, 8bit, 4bit or
-            none), ``foreach``, ``fused`` (true, false or none), ``lr_ratios`` (``role:factor``, several joined by
-            ``;``), ``freeze`` (roles, likewise).
+            false), ``normalize_gradient`` (rows, tensor, factored or none), ``momentum_dtype`` (float32, bfloat16,
+            8bit, 4bit or none), ``foreach``, ``fused`` (true, false or none), ``lr_ratios`` (``role:factor``, several
+            joined by ``;``), ``freeze`` (roles, likewise).
 
     Returns:
         The options given, each of its own type.
@@ -95,7 +95,10 @@ _PARSERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "momentum": (_number, "a number in [0, 1)"),
     "eps": (_number, "a number >= 0"),
     "normalize": (_choice(true=True, false=False), "true or false"),
-    "normalize_gradient": (_choice(rows="rows", tensor="tensor", none=None), "rows, tensor or none"),
+    "normalize_gradient": (
+        _choice(rows="rows", tensor="tensor", factored="factored", none=None),
+        "rows, tensor, factored or none",
+    ),
     "momentum_dtype": (
         _choice(none=None, float32=torch.float32, bfloat16=torch.bfloat16, **{"8bit": "8bit", "4bit": "4bit"}),
         "float32, bfloat16, 8bit, 4bit or none",

@@ -21,6 +21,7 @@ __all__ = [
     "in_many_processes",
     "is_dtensor",
     "local_shard",
+    "shards_one_of",
     "summing_groups",
     "table_device",
     "without_partial",
@@ -67,11 +68,20 @@ def without_partial(tensor: Tensor) -> Tensor:
     return dtensor.redistribute(dtensor.device_mesh, placements)
 
 
-def summing_groups(tensor: Tensor) -> tuple[ProcessGroup, ...]:
+def shards_one_of(placement: Any, dims: Sequence[int]) -> bool:
+    """Whether a DTensor's placement divides one of these dimensions of the tensor."""
+    return not (placement.is_replicate() or placement.is_partial()) and placement.dim in dims
+
+
+def summing_groups(tensor: Tensor, kept: Sequence[int] = ()) -> tuple[ProcessGroup, ...]:
     """The process groups over which sums of the local shard add up to sums of the whole tensor.
 
     One per mesh dimension over which the tensor is sharded; none for an ordinary tensor. A tensor that is sharded
     over two dimensions is summed over one, then over the other.
+
+    Args:
+        tensor: Any tensor.
+        kept: Dimensions of the tensor over which is not summed: each of their indices has a sum of its own.
     """
     if not is_dtensor(tensor):
         return ()
@@ -80,7 +90,9 @@ def summing_groups(tensor: Tensor) -> tuple[ProcessGroup, ...]:
     return tuple(
         mesh.get_group(dim)
         for dim, placement in enumerate(dtensor.placements)
-        if not (placement.is_replicate() or placement.is_partial()) and mesh.size(dim) > 1
+        if not (placement.is_replicate() or placement.is_partial())
+        and mesh.size(dim) > 1
+        and not shards_one_of(placement, kept)
     )
 
 

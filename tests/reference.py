@@ -16,6 +16,26 @@ def reference_unit(gradient, how):
     return torch.stack(unit).view_as(gradient)
 
 
+class ReferenceFactored:
+    """A gradient over Adafactor's estimate of its root-mean-square (arXiv 1804.04235, equation 6), float64.
+
+    The plain elements' means are kept, and their rows' and columns' means taken from them, which is the same.
+    """
+
+    def __init__(self):
+        self.squares, self.steps = 0.0, 0
+
+    def __call__(self, gradient):
+        self.steps += 1
+        self.squares = 0.999 * self.squares + 0.001 * gradient.square()
+        v = self.squares / (1 - 0.999**self.steps)
+        if gradient.ndim > 1:
+            v = v.flatten(1)
+            v = v.mean(1, keepdim=True) * v.mean(0, keepdim=True) / v.mean().clamp(min=1e-300)
+        root = v.sqrt().view_as(gradient)
+        return torch.where(root > 0, gradient / root, 0.0)
+
+
 class ReferenceSGDSaI:
     """Algorithm 1 of arXiv 2412.11768 (without normalisation), a copy of each parameter in float64."""
 
@@ -24,6 +44,7 @@ class ReferenceSGDSaI:
         self.lr, self.momentum, self.weight_decay, self.eps = lr, momentum, weight_decay, eps
         self.maximize = maximize
         self.normalize_gradient = normalize_gradient
+        self.factored = [ReferenceFactored() for _ in params]
         self.gsnr = None
         self.buffers = None
 
@@ -32,7 +53,9 @@ class ReferenceSGDSaI:
         gradients = [sign * g.detach().to(torch.float64) for g in gradients]
         if self.gsnr is None:
             self.gsnr = [reference_gsnr(g, self.eps) for g in gradients]
-        if self.normalize_gradient is not None:
+        if self.normalize_gradient == "factored":
+            gradients = [unit(g) for unit, g in zip(self.factored, gradients, strict=True)]
+        elif self.normalize_gradient is not None:
             gradients = [reference_unit(g, self.normalize_gradient) for g in gradients]
         if self.buffers is None:
             self.buffers = [g.clone() for g in gradients]

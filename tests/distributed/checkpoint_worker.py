@@ -1,8 +1,9 @@
 """Saves and resumes: ``checkpoint_worker.py ACTION ENGINE FOLDER [ACTION ENGINE FOLDER ...]``.
 
 ACTION ``save`` trains half the steps, saves, trains on; ``resume`` loads and trains the other half; ``die`` saves every
-step and is killed from outside; ``survive`` resumes from the last whole checkpoint of that run. ENGINE ``fsdp2`` and
-``fsdp1`` save with torch.distributed.checkpoint, sharded and full; ``accelerate_*`` with accelerate's ``save_state``.
+step and is killed from outside; ``survive`` resumes from the last whole checkpoint of that run. ENGINE ``fsdp2`` (with
+``_factored`` also the running means of that option) and ``fsdp1`` save with torch.distributed.checkpoint, sharded and
+full; ``accelerate_*`` with accelerate's ``save_state``.
 """
 
 # ruff: noqa: E402
@@ -38,7 +39,8 @@ class TorchRun:
             for block in self.model.blocks:
                 fully_shard(block)
             fully_shard(self.model)
-        self.optimizer = self.sgd_sai = SGDSaI(groups_of(self.model), **OPTIONS)
+        how = "factored" if engine.endswith("factored") else None
+        self.optimizer = self.sgd_sai = SGDSaI(groups_of(self.model), **OPTIONS, normalize_gradient=how)
         # FSDP1 gives nested optimizer states whose groups only some ranks have, which dcp.load cannot match; and with
         # cpu_offload its full state crashes on the CPU (SIGSEGV in torch 2.13, with AdamW too).
         self.sharded = StateDictOptions(flatten_optimizer_state_dict=engine == "fsdp1")

@@ -11,10 +11,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from hf_sai.gradient_norm import normalize_gradients_
+from hf_sai.gradient_norm import MEAN_SQUARES, NORMALIZED, allocate_mean_squares, normalize_gradients_
 
 RANK, WORLD = join()
-MESH = init_device_mesh("cpu", (WORLD,))
+MESH = init_device_mesh("cpu", (WORLD,) if WORLD == 2 else (2, 2))
 SHAPES = [(5, 4), (1, 9), (4, 3, 2, 2), (7,), (1,)]  # some shard unevenly, some leave ranks empty
 
 
@@ -23,39 +23,52 @@ def whole_gradients():
     return [torch.randn(shape, generator=generator) + 0.2 for shape in SHAPES]
 
 
-def largest_error(placement, gradient_placement, how):
-    """(largest difference from whole gradients, all_reduces) of parameters placed so, with gradients placed so."""
+def largest_error(placements, gradient_placements, how):
+    """(largest difference from whole gradients in three steps, all_reduces in the last) of parameters placed so."""
     params, expected = [], []
     for gradient in whole_gradients():
-        if placement.is_shard() and placement.dim >= gradient.ndim:
+        if any(placement.is_shard() and placement.dim >= gradient.ndim for placement in placements):
             continue
         whole = nn.Parameter(torch.zeros_like(gradient))
         whole.grad = gradient.clone()
         expected.append(whole)
-        p = nn.Parameter(distribute_tensor(torch.zeros_like(gradient), MESH, [placement]))
-        if gradient_placement.is_partial():  # each rank holds a summand
-            p.grad = DTensor.from_local(gradient / WORLD, MESH, [Partial()])
+        p = nn.Parameter(distribute_tensor(torch.zeros_like(gradient), MESH, placements))
+        if any(placement.is_partial() for placement in gradient_placements):  # each rank holds a summand
+            p.grad = DTensor.from_local(gradient / WORLD, MESH, gradient_placements)
         else:
-            p.grad = distribute_tensor(gradient, MESH, [gradient_placement])
+            p.grad = distribute_tensor(gradient, MESH, gradient_placements)
         params.append(p)
-    normalize_gradients_(expected, how)
-    with CollectiveCounter() as collectives:
-        normalize_gradients_(params, how)
-    errors = [(p.grad.full_tensor() - whole.grad).abs().max().item() for p, whole in zip(params, expected, strict=True)]
+    state = {p: {} for p in [*params, *expected]}
+    for p in state:
+        allocate_mean_squares(state[p], p, how)
+    for _ in range(3):  # of the step before, which a running mean divides by something else each time
+        normalize_gradients_(expected, how, state)
+        with CollectiveCounter() as collectives:
+            normalize_gradients_(params, how, state)
+    pairs = [(p.grad, whole.grad) for p, whole in zip(params, expected, strict=True)]
+    for p, whole in zip(params, expected, strict=True):
+        pairs += [(state[p][name], state[whole][name]) for name in MEAN_SQUARES if name in state[p]]
+    errors = [(sharded.full_tensor() - whole).abs().max().item() for sharded, whole in pairs]
     return max(errors), len(collectives.counts.get("allreduce_", []))
 
 
 CASES = {
-    "rows": (Shard(0), Shard(0)),
-    "columns": (Shard(1), Shard(1)),
-    "replicated": (Replicate(), Replicate()),
-    "replicated gradient": (Shard(0), Replicate()),
-    "partial gradient": (Shard(0), Partial()),
+    "rows": ([Shard(0)], [Shard(0)]),
+    "columns": ([Shard(1)], [Shard(1)]),
+    "replicated": ([Replicate()], [Replicate()]),
+    "replicated gradient": ([Shard(0)], [Replicate()]),
+    "partial gradient": ([Shard(0)], [Partial()]),
 }
+if WORLD == 4:  # FSDP2 over tensor parallelism of a layer's inputs, and of its outputs; HSDP
+    CASES = {
+        "rows and columns": ([Shard(0), Shard(1)], [Shard(0), Shard(1)]),
+        "rows twice": ([Shard(0), Shard(0)], [Shard(0), Shard(0)]),
+        "replicated rows": ([Replicate(), Shard(0)], [Replicate(), Shard(0)]),
+    }
 
 result = {}
-for case, (placement, gradient_placement) in CASES.items():
-    for how in ("rows", "tensor"):
-        error, count = largest_error(placement, gradient_placement, how)
+for case, placements in CASES.items():
+    for how in NORMALIZED:
+        error, count = largest_error(*placements, how)
         result[f"{case}, {how}"] = {"error": error, "all_reduces": count}
 write_result(result)

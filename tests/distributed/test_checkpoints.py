@@ -5,10 +5,11 @@ import time
 import pytest
 from launch import LIMIT, finish, kill, run_ranks, start_ranks
 
-DCP, ACCELERATE = ["fsdp2", "fsdp1"], ["accelerate_ddp", "accelerate_fsdp2_sharded", "accelerate_fsdp2_full"]
+DCP = ["fsdp2", "fsdp2_factored", "fsdp1"]
+ACCELERATE = ["accelerate_ddp", "accelerate_fsdp2_sharded", "accelerate_fsdp2_full"]
 ENGINES = [*DCP, *ACCELERATE]
 #: FSDP1's states resume on as many ranks only.
-ELASTIC = ["fsdp2", *ACCELERATE]
+ELASTIC = ["fsdp2", "fsdp2_factored", *ACCELERATE]
 
 
 def tasks(action, engines, place):
@@ -54,7 +55,8 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(runs, engine, before, af
         assert results.keys() == ({"sharded", "full.pt"} if engine in DCP else {"sharded"})
         for resumed in results.values():
             assert resumed["after"] == uninterrupted["after"]  # never measured again
-            assert resumed["collectives"] == 0
+            if engine != "fsdp2_factored":  # which averages over columns in every step
+                assert resumed["collectives"] == 0
             if before == after:
                 assert resumed["losses"] == uninterrupted["losses"]
             assert resumed["losses"] == pytest.approx(uninterrupted["losses"], rel=1e-5)
