@@ -45,6 +45,13 @@ EXPERIMENTS = {
         "v_rows@4e-3",
         "v_tensor@4e-3",
     ],
+    "running": [
+        "r_rows@4e-3",
+        "r_factored@4e-3",
+        "r_factored:snr@4e-3",
+        "g_rows@4e-3 embedding=r_rows@4e-3",
+        "g_columns@4e-3 embedding=r_rows@4e-3",
+    ],
     "rates": ["sai@2e-2", "sai@4e-2", "adam@8e-3"],
     "classes": [f"sai@1e-2 {name}=adam@4e-3" for name in CLASSES],
     "settings": [
@@ -95,9 +102,11 @@ class Rule:
     ``sai``: momentum times g-SNR, the published algorithm. ``adam``: AdamW. ``rows``, ``columns``, ``tensor``: momentum
     with every row, every column or the whole at root-mean-square 1. ``g_rows``, ``g_columns``, ``g_tensor``: the same
     done to the gradient, before the momentum. ``v_rows``, ``v_tensor``: momentum divided by a running root-mean-square
-    of every row or the whole (Adam-mini, arXiv 2406.16793, with a row or a tensor as block). ``r_rows``: the gradient
-    divided by it, before the momentum. ``frozen``, ``frozen_rows``: momentum divided by the first gradient's root-mean-square. ``sign``: its sign. Modifiers: ``mu0.8``
-    (momentum), ``beta0.99`` (of the running averages), ``nesterov``, ``snr`` (times g-SNR / sqrt(elements)).
+    of every row or the whole (Adam-mini, arXiv 2406.16793, with a row or a tensor as block). ``r_rows``, ``r_columns``,
+    ``r_factored``: the gradient divided by a running one, before the momentum; factored as in Adafactor, with one of
+    every element for vectors. ``frozen``, ``frozen_rows``: momentum divided by the first gradient's root-mean-square.
+    ``sign``: its sign. Modifiers: ``mu0.8`` (momentum), ``beta0.99`` (of the running averages), ``nesterov``, ``snr``
+    (times g-SNR / sqrt(elements)).
     """
 
     def __init__(self, text: str, gradient: Tensor) -> None:
