@@ -63,6 +63,8 @@ CANDIDATES = {
     "sgd_sai, momentum 0.95": Candidate(sai(momentum=0.95), (1e-2, 2e-2)),
     "sgd_sai, momentum 0.8": Candidate(sai(momentum=0.8), (2e-2, 4e-2)),
     "sgd_sai, cosine": Candidate(sai(), (2e-2, 4e-2), {"lr_scheduler_type": "cosine"}),
+    "sgd_sai, factored gradient": Candidate(sai(normalize_gradient="factored"), (2.5e-3, 5e-3, 1e-2)),
+    "sgd_sai, unit rows": Candidate(sai(normalize_gradient="rows"), (2.5e-3, 5e-3, 1e-2)),
     "sgd_sai, pooled per layer": Candidate(
         lambda model, lr: PooledSGDSaI(model, by_module, lr=lr, weight_decay=0.0), (1e-2, 2e-2)
     ),
