@@ -61,7 +61,7 @@ def start_ranks(script: str, world_size: int, folder: Path, *arguments: str) -> 
             "LOCAL_WORLD_SIZE": str(world_size),
             "HF_SAI_TEST_FOLDER": str(folder),
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(HERE),
+            "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
             "HF_HUB_OFFLINE": "1",
             **ON_DEVICE,
             # One process that sees several GPUs would be given nn.DataParallel by Trainer.
