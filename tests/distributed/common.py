@@ -141,9 +141,11 @@ def mean(value: Tensor) -> float:
     return value.item()
 
 
-def reference(steps: int = STEPS, clip: float = 0.0, **options: Any) -> dict[str, Any]:
+def reference(
+    steps: int = STEPS, clip: float = 0.0, dtype: torch.dtype = torch.float32, **options: Any
+) -> dict[str, Any]:
     """g-SNR and losses of the same training in one process."""
-    model = build()
+    model = build(dtype)
     optimizer = SGDSaI(groups_of(model), **{**OPTIONS, **options})
     losses = train(model, optimizer, range(steps), clip=clip)
     return {"gsnr": gsnr_of(optimizer), "losses": losses}
