@@ -12,7 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_sai import SGDSaI
@@ -79,6 +82,21 @@ def build(dtype: torch.dtype = torch.float32) -> Tiny:
     """The same model on every rank."""
     torch.manual_seed(0)
     return Tiny().to(DEVICE, dtype)
+
+
+def tensor_parallel(model: Tiny, mesh: DeviceMesh) -> nn.Module:
+    """Column and row parallel layers, and an embedding whose 23 rows two ranks cannot share evenly."""
+    plan = {"embed": RowwiseParallel(input_layouts=Replicate())}
+    for index in range(len(model.blocks)):
+        plan |= {f"blocks.{index}.up": ColwiseParallel(), f"blocks.{index}.down": RowwiseParallel()}
+    return parallelize_module(model, mesh, plan)
+
+
+def shard(model: Any, mesh: DeviceMesh | None = None, **options: Any) -> nn.Module:
+    """FSDP2; with a mesh of two dimensions HSDP."""
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
 
 
 def batch(step: int) -> Tensor:

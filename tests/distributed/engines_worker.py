@@ -28,6 +28,8 @@ from common import (
     params_of,
     reference,
     same_placements,
+    shard,
+    tensor_parallel,
     train,
     train_late,
     write_result,
@@ -42,8 +44,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor
 
 from hf_sai import SGDSaI
 from hf_sai.groups import no_decay_names
@@ -52,20 +53,6 @@ from hf_sai.sharding import full_shapes
 warnings.filterwarnings("ignore")
 RANK, WORLD = join()
 MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-
-
-def tensor_parallel(model, mesh):
-    """Column and row parallel layers, and an embedding whose 23 rows two ranks cannot share evenly."""
-    plan = {"embed": RowwiseParallel(input_layouts=Replicate())}
-    for index in range(len(model.blocks)):
-        plan |= {f"blocks.{index}.up": ColwiseParallel(), f"blocks.{index}.down": RowwiseParallel()}
-    return parallelize_module(model, mesh, plan)
-
-
-def shard(model, mesh=None, **options):
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
 
 
 def make(mode, **options):
