@@ -43,3 +43,4 @@ Path(arguments.output_dir, f"rank_{os.environ.get('RANK', '0')}.json").write_tex
 if distributed:
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort the interpreter at its end: see common.write_result
