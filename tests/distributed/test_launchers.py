@@ -18,6 +18,8 @@ SCRIPT = [
 ]  # fmt: skip
 #: Config -> distributed type, mesh; what the launch line must say on a machine without 8 GPUs.
 ONE_MACHINE = {
+    "cpu": ("NO", None, ["--num_processes", "1"]),
+    "one_gpu": ("NO", None, ["--num_processes", "1"]),
     "ddp": ("MULTI_CPU", None, ["--num_processes", "2"]),
     "fsdp2": ("FSDP", [2], ["--num_processes", "2"]),
     "hsdp": (
