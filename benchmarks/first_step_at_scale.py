@@ -3,7 +3,7 @@
     python benchmarks/first_step_at_scale.py --size 70b --world_size 1024
 
 Builds the rank's shards of every parameter of a Llama model (shapes from the meta device), random gradients, and a fake
-process group that answers at once. It runs two optimizer steps and reports collectives and their bytes, the largest
+process group that answers at once. It runs three optimizer steps and reports collectives and their bytes, the largest
 tensor that the step made, the times, and the memory.
 """
 

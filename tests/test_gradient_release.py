@@ -108,3 +108,15 @@ def test_the_optimizer_is_not_kept_alive_by_its_hooks():
     assert reference() is None
     model(torch.randn(2, 16)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_many_processes_are_refused_before_the_first_update(monkeypatch):
+    model = make_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = SGDSaI(model.parameters(), gradient_release=True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="the 2 processes have been averaged"):
+        model(torch.randn(2, 16)).sum().backward()
+    assert optimizer.gsnr_report().unmeasured
+    assert all(torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))

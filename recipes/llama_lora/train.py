@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> dict:
         before, written_before = {}, []
     else:
         before, written_before = assess(trainer, validation, args, "before")
+        prepare_again(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     after, written_after = assess(trainer, validation, args, "after")
     results = {"before": before, "after": after}
@@ -184,6 +185,16 @@ def assess(
         )
         scores |= score(texts, references(rows), docstrings=args.dataset_name is None)
     return scores, texts
+
+
+def prepare_again(trainer: SFTTrainer) -> None:
+    """Let `train` prepare the model, although `evaluate` has done so for evaluation alone.
+
+    accelerate (1.15) leaves a model as it is that it has marked as prepared. Under DDP nothing would average the
+    gradients then, and every process would silently train a model of its own.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    vars(model).pop("_is_accelerate_prepared", None)
 
 
 def save_results(trainer: SFTTrainer, record: RunRecordCallback, results: dict, texts: str) -> None:

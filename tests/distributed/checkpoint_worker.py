@@ -2,8 +2,8 @@
 
 ACTION ``save`` trains half the steps, saves, trains on; ``resume`` loads and trains the other half; ``die`` saves every
 step and is killed from outside; ``survive`` resumes from the last whole checkpoint of that run. ENGINE ``fsdp2`` (with
-``_factored`` also the running means of that option) and ``fsdp1`` save with torch.distributed.checkpoint, sharded and
-full; ``accelerate_*`` with accelerate's ``save_state``.
+``_factored`` also the running means of that option), ``hsdp``, ``fsdp2_tp`` and ``fsdp1`` save with
+torch.distributed.checkpoint, sharded and full; ``accelerate_*`` with accelerate's ``save_state``.
 """
 
 # ruff: noqa: E402
@@ -18,9 +18,24 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 sys.modules["transformers"] = None  # not needed here, and most of a worker's time would be importing it
-from common import DDP_TYPE, DEVICE, OPTIONS, STEPS, build, counting, groups_of, gsnr_of, join, train, write_result
+from common import (
+    DDP_TYPE,
+    DEVICE,
+    OPTIONS,
+    STEPS,
+    build,
+    counting,
+    groups_of,
+    gsnr_of,
+    join,
+    shard,
+    tensor_parallel,
+    train,
+    write_result,
+)
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from hf_sai import SGDSaI
 
@@ -33,12 +48,17 @@ class TorchRun:
 
     def __init__(self, engine):
         self.model = build()
+        self.data = (RANK, WORLD)
         if engine == "fsdp1":
             self.model = FullyShardedDataParallel(self.model, use_orig_params=True, device_id=torch.device(DEVICE))
+        elif engine == "hsdp":
+            shard(self.model, init_device_mesh(DEVICE, (2, WORLD // 2), mesh_dim_names=("dp", "shard")))
+        elif engine == "fsdp2_tp":
+            mesh = init_device_mesh(DEVICE, (2, WORLD // 2), mesh_dim_names=("dp", "tp"))
+            shard(tensor_parallel(self.model, mesh["tp"]), mesh["dp"])
+            self.data = (mesh.get_local_rank("dp"), 2)
         elif WORLD > 1:
-            for block in self.model.blocks:
-                fully_shard(block)
-            fully_shard(self.model)
+            shard(self.model)
         how = "factored" if engine.endswith("factored") else None
         self.optimizer = self.sgd_sai = SGDSaI(groups_of(self.model), **OPTIONS, normalize_gradient=how)
         # FSDP1 gives nested optimizer states whose groups only some ranks have, which dcp.load cannot match; and with
@@ -96,6 +116,7 @@ class AccelerateRun:
         assert self.accelerator.distributed_type.name == expected, self.accelerator.distributed_type
         assert self.accelerator.num_processes == WORLD
         model = build()
+        self.data = (RANK, WORLD)
         self.model, self.optimizer = self.accelerator.prepare(model, SGDSaI(groups_of(model), **OPTIONS))
         self.sgd_sai = self.optimizer.optimizer
 
@@ -115,16 +136,16 @@ def goes_on(run):
     per_step = []
     before = gsnr_of(run.sgd_sai)
     with counting(run.sgd_sai, per_step):
-        losses = train(run.model, run.optimizer, range(STEPS // 2, STEPS), RANK, WORLD)
+        losses = train(run.model, run.optimizer, range(STEPS // 2, STEPS), *run.data)
     collectives = sum(map(len, per_step[1:]))
     return {"losses": losses, "before": before, "after": gsnr_of(run.sgd_sai), "collectives": collectives}
 
 
 def save(engine, place):
     run = make(engine)
-    train(run.model, run.optimizer, range(STEPS // 2), RANK, WORLD)
+    train(run.model, run.optimizer, range(STEPS // 2), *run.data)
     run.save(place / f"{engine}_sharded")
-    if isinstance(run, TorchRun):
+    if isinstance(run, TorchRun) and engine != "fsdp2_tp":  # torch 2.13 fails to distribute its full state again
         run.save_full(place / f"{engine}_full.pt")
     return goes_on(run)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_sai import SGDSaI
@@ -81,6 +85,21 @@ def build(dtype: torch.dtype = torch.float32) -> Tiny:
     return Tiny().to(DEVICE, dtype)
 
 
+def tensor_parallel(model: Tiny, mesh: DeviceMesh) -> nn.Module:
+    """Column and row parallel layers, and an embedding whose 23 rows two ranks cannot share evenly."""
+    plan = {"embed": RowwiseParallel(input_layouts=Replicate())}
+    for index in range(len(model.blocks)):
+        plan |= {f"blocks.{index}.up": ColwiseParallel(), f"blocks.{index}.down": RowwiseParallel()}
+    return parallelize_module(model, mesh, plan)
+
+
+def shard(model: Any, mesh: DeviceMesh | None = None, **options: Any) -> nn.Module:
+    """FSDP2; with a mesh of two dimensions HSDP."""
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
 def batch(step: int) -> Tensor:
     """The global batch of a step, int64[BATCH, 10]."""
     generator = torch.Generator().manual_seed(1000 + step)
@@ -141,9 +160,11 @@ def mean(value: Tensor) -> float:
     return value.item()
 
 
-def reference(steps: int = STEPS, clip: float = 0.0, **options: Any) -> dict[str, Any]:
+def reference(
+    steps: int = STEPS, clip: float = 0.0, dtype: torch.dtype = torch.float32, **options: Any
+) -> dict[str, Any]:
     """g-SNR and losses of the same training in one process."""
-    model = build()
+    model = build(dtype)
     optimizer = SGDSaI(groups_of(model), **{**OPTIONS, **options})
     losses = train(model, optimizer, range(steps), clip=clip)
     return {"gsnr": gsnr_of(optimizer), "losses": losses}
@@ -303,8 +324,15 @@ def join(alone: bool = False) -> tuple[int, int]:
 
 
 def write_result(result: dict[str, Any]) -> None:
-    """Leave this rank's result for the test, and the process group: a worker's last act."""
+    """Leave this rank's result for the test, then the process group, and end the process: a worker's last act.
+
+    The interpreter is not let end by itself: after its last line gloo's threads abort one process in forty under DDP on
+    busy cores ("terminate called without an active exception", torch 2.13), although the group has been destroyed.
+    """
     (FOLDER / f"result_{os.environ['RANK']}.json").write_text(json.dumps(result))
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()  # or gloo's threads may abort the process at its end
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

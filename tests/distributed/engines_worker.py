@@ -28,16 +28,23 @@ from common import (
     params_of,
     reference,
     same_placements,
+    shard,
+    tensor_parallel,
     train,
     train_late,
     write_result,
 )
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor
 
 from hf_sai import SGDSaI
 from hf_sai.groups import no_decay_names
@@ -45,20 +52,7 @@ from hf_sai.sharding import full_shapes
 
 warnings.filterwarnings("ignore")
 RANK, WORLD = join()
-
-
-def tensor_parallel(model, mesh):
-    """Column and row parallel layers, and an embedding whose 23 rows two ranks cannot share evenly."""
-    plan = {"embed": RowwiseParallel(input_layouts=Replicate())}
-    for index in range(len(model.blocks)):
-        plan |= {f"blocks.{index}.up": ColwiseParallel(), f"blocks.{index}.down": RowwiseParallel()}
-    return parallelize_module(model, mesh, plan)
-
-
-def shard(model, mesh=None, **options):
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
+MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def make(mode, **options):
@@ -75,13 +69,18 @@ def make(mode, **options):
     if mode == "fsdp2_tp":
         mesh = init_device_mesh(DEVICE, (2, WORLD // 2), mesh_dim_names=("dp", "tp"))
         return shard(tensor_parallel(model, mesh["tp"]), mesh["dp"]), mesh.get_local_rank("dp"), 2
-    if mode == "fsdp1":
+    if mode in ("fsdp1", "fsdp1_hybrid"):
         wrap = {nn.Linear} if options.get("leaves") else {type(model.blocks[0])}
+        hybrid = {
+            "sharding_strategy": ShardingStrategy.HYBRID_SHARD,
+            "device_mesh": init_device_mesh(DEVICE, (2, WORLD // 2)),
+        }
         model = FullyShardedDataParallel(
             model,
             use_orig_params=True,
             device_id=torch.device(DEVICE),
             auto_wrap_policy=ModuleWrapPolicy(wrap),
+            **(hybrid if mode == "fsdp1_hybrid" else {}),
         )
         return model, RANK, WORLD
     raise ValueError(mode)
@@ -105,9 +104,9 @@ def train_and_compare(mode, **options):
     }
 
 
-def bf16(mode):
+def bf16(mode, dtype=torch.bfloat16, **options):
     """In bf16 the g-SNR must be that of the bf16 gradient, measured exactly, on every rank alike."""
-    model, rank, size = make(mode, dtype=torch.bfloat16)
+    model, rank, size = make(mode, dtype=dtype, **options)
     optimizer = SGDSaI(groups_of(model), **OPTIONS)
     loss_of(model, my_batch(0, rank, size)).backward()
     whole = whole_gradients(model)
@@ -117,7 +116,10 @@ def bf16(mode):
         gradient = whole[name]
         if gsnr is not None and gradient.numel() > 1:
             errors.append(abs(gsnr * (gradient.std().item() + 1e-8) / gradient.norm().item() - 1))
-    return {"gsnr": max(errors), "measured": len(errors)}
+    losses = train(model, optimizer, range(1, STEPS), rank, size)
+    expected = reference(dtype=torch.bfloat16)["losses"]
+    worst = max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True))
+    return {"gsnr": max(errors), "measured": len(errors), "loss": worst}
 
 
 def whole_gradients(model):
@@ -155,10 +157,7 @@ def rounding(mode):
     train(model, optimizer, range(3), rank, size)
     drawn, replicas = torch.rand(1).item(), []
     for p in params_of(optimizer):
-        whole = p.full_tensor() if isinstance(p, DTensor) else p.detach()
-        gathered = [torch.empty_like(whole) for _ in range(WORLD)]
-        dist.all_gather(gathered, whole)
-        replicas.append(all(torch.equal(gathered[0], other) for other in gathered))
+        replicas.append(same_on_all_ranks(p.full_tensor() if isinstance(p, DTensor) else p.detach()))
     return {"same": all(replicas), "drawn": drawn}
 
 
@@ -186,6 +185,28 @@ def whole_shapes(mode):
         "shapes": full_shapes(model.parameters()) == [p.shape for p in plain.parameters()],
         "cut": sum(p.shape != q.shape for p, q in zip(model.parameters(), plain.parameters(), strict=True)),
     }
+
+
+def low_bit_ddp():
+    """Momentum in 8 and 4 bits, which needs a tensor of 4096 elements: replicas stay equal, and near one process."""
+    differences = {}
+    for kind in ("8bit", "4bit"):
+        losses = []
+        for rank, size in ((0, 1), (RANK, WORLD)):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Embedding(23, 128), nn.Linear(128, 64)).to(DEVICE)
+            optimizer = SGDSaI(model.parameters(), **OPTIONS, momentum_dtype=kind)
+            trained = nn.parallel.DistributedDataParallel(model) if size > 1 else model
+            losses.append(train(trained, optimizer, range(STEPS), rank, size))
+        differences[kind] = max(abs(a / b - 1) for a, b in zip(*losses, strict=True))
+        differences[f"{kind} replicas"] = all(same_on_all_ranks(p.detach()) for p in model.parameters())
+    return differences
+
+
+def same_on_all_ranks(whole):
+    gathered = [torch.empty_like(whole) for _ in range(WORLD)]
+    dist.all_gather(gathered, whole)
+    return all(torch.equal(gathered[0], other) for other in gathered)
 
 
 def low_bit_refused(mode):
@@ -277,6 +298,8 @@ CHECKS = {
     **{f"bf16_{mode}": (lambda mode=mode: bf16(mode)) for mode in ("ddp", "fsdp2", "tp", "fsdp1", "hsdp", "fsdp2_tp")},
     **{f"bf16_momentum_{mode}": (lambda mode=mode: bf16_momentum(mode)) for mode in ("fsdp2", "tp", "hsdp")},
     **{f"rounding_{mode}": (lambda mode=mode: rounding(mode)) for mode in ("ddp", "tp", "hsdp")},
+    "bf16_mixed": lambda: bf16("fsdp2", dtype=torch.float32, mp_policy=MIXED),
+    "low_bit_ddp": low_bit_ddp,
     "late_and_broken": late_and_broken,
     "late_ddp": lambda: late("ddp"),
     "late_fsdp2": lambda: late("fsdp2"),
@@ -291,6 +314,8 @@ CHECKS = {
     "scaler_fsdp2": lambda: scaler("fsdp2"),
     "scaler_fsdp1": lambda: scaler("fsdp1"),
     "fsdp2_fused": lambda: train_and_compare("fsdp2", fused=True),
+    "tp_fused": lambda: train_and_compare("tp", fused=True),
+    "hsdp_fused": lambda: train_and_compare("hsdp", fused=True),
     "fsdp2_foreach": lambda: train_and_compare("fsdp2", foreach=True),
     "fsdp2_normalize": lambda: train_and_compare("fsdp2", normalize=True),
     "fsdp1_leaves": lambda: train_and_compare("fsdp1", leaves=True),

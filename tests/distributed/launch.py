@@ -6,9 +6,11 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,14 @@ LIMIT = 900
 
 
 def run_ranks(
-    script: str, world_size: int, folder: Path, *arguments: str, timeout: float = LIMIT
+    script: str | Path, world_size: int, folder: Path, *arguments: str, timeout: float = LIMIT
 ) -> list[dict[str, Any]]:
     """Run ``script`` in ``world_size`` processes and return what each wrote to ``folder/result_<rank>.json``.
 
     The ranks meet through a file, so that no port is fixed. All are killed when one fails or time runs out.
 
     Args:
-        script: File name in this folder.
+        script: File name in this folder, or a whole path.
         world_size: Number of processes.
         folder: Where to meet and to leave results; empty.
         *arguments: For the script.
@@ -45,7 +47,7 @@ def run_ranks(
     return [json.loads((folder / f"result_{rank}.json").read_text()) for rank in range(world_size)]
 
 
-def start_ranks(script: str, world_size: int, folder: Path, *arguments: str) -> list[subprocess.Popen]:
+def start_ranks(script: str | Path, world_size: int, folder: Path, *arguments: str) -> list[subprocess.Popen]:
     """Start the processes of :func:`run_ranks`, each the leader of its own process group."""
     if DEVICE == "cuda" and torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} GPUs")
@@ -54,30 +56,41 @@ def start_ranks(script: str, world_size: int, folder: Path, *arguments: str) -> 
     processes = []
     for rank in range(world_size):
         environment = {
-            **os.environ,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world_size),
             "LOCAL_WORLD_SIZE": str(world_size),
             "HF_SAI_TEST_FOLDER": str(folder),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(HERE),
-            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
             **ON_DEVICE,
             # One process that sees several GPUs would be given nn.DataParallel by Trainer.
             **({"CUDA_VISIBLE_DEVICES": "0"} if DEVICE == "cuda" and world_size == 1 else {}),
         }
-        with (folder / f"log_{rank}.txt").open("w") as out:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-u", str(HERE / script), *arguments],
-                    env=environment,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
+        words = ["-u", HERE / script, *arguments]
+        processes.append(start_python(words, folder / f"log_{rank}.txt", **environment))
     return processes
+
+
+def start_python(
+    words: Sequence[str | Path | int], log_file: Path, folder: Path | None = None, **environment: str
+) -> subprocess.Popen:
+    """Start Python, the leader of its own process group.
+
+    Args:
+        words: Its command line.
+        log_file: For all that it prints.
+        folder: Where it works; default: here.
+        **environment: What differs from this process's.
+    """
+    with log_file.open("w") as out:
+        return subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def finish(processes: list[subprocess.Popen], timeout: float = LIMIT) -> list[int]:
@@ -108,6 +121,13 @@ def kill(processes: list[subprocess.Popen]) -> None:
             process.wait(15)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A port that nobody listens on, for launchers that cannot be told to choose one: two that are to meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def living(mark: str, patience: float = 60) -> list[psutil.Process]:

@@ -9,6 +9,7 @@ from common import (
     DEVICE,
     FOLDER,
     STEPS,
+    counting,
     gsnr_of,
     join,
     largest_difference,
@@ -18,6 +19,7 @@ from common import (
     write_result,
 )
 from peft import LoraConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
@@ -49,26 +51,27 @@ def with_lora(model):
     return get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
 
 
-def shard(model):
+def shard(model, **options):
     for layer in model.base_model.model.model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
 
 
 def train(model, rank=0, world_size=1, **options):
     """g-SNR, losses and groups of a run on this rank's part of each global batch."""
     optimizer = create_sgd_sai_optimizer(model, **options)
-    losses = []
+    losses, per_step = [], []
     for step in range(STEPS):
         tokens = torch.randint(64, (8, 9), generator=torch.Generator().manual_seed(step)).chunk(world_size)[rank]
         tokens = tokens.to(DEVICE)
         loss = model(input_ids=tokens, labels=tokens).loss
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        with counting(optimizer, per_step):
+            optimizer.step()
         losses.append(mean(loss))
     groups = {row.name.replace("_fsdp_wrapped_module.", ""): row.group for row in optimizer.gsnr_report()}
-    return optimizer, {"gsnr": gsnr_of(optimizer), "losses": losses, "groups": groups}
+    return optimizer, {"gsnr": gsnr_of(optimizer), "losses": losses, "groups": groups, "collectives": per_step}
 
 
 def compare(alone, model, rank, world_size, **options):
@@ -76,6 +79,7 @@ def compare(alone, model, rank, world_size, **options):
     optimizer, got = train(model, rank, world_size, **options)
     return {
         **largest_difference(got, expected),
+        "collectives": got["collectives"],
         "same_groups": got["groups"] == expected["groups"],
         "same_placements": same_placements(optimizer),
         "sharded": sum(isinstance(p, DTensor) for p in params_of(optimizer)),
@@ -85,6 +89,23 @@ def compare(alone, model, rank, world_size, **options):
 def tensor_parallel():
     """transformers' own, where the embedding is sharded and its gradient replicated."""
     return compare(pretrained(), pretrained(tp_plan="auto"), 0, 1, lr=1e-2)
+
+
+def tensor_parallel_lora():
+    """PEFT's LoRA on layers that transformers has sharded: B is, too, and A, of which PEFT draws another, is whole."""
+    alone, sharded = with_lora(pretrained()), with_lora(pretrained(tp_plan="auto"))
+    weights = dict(alone.named_parameters())
+    for name, p in sharded.named_parameters():
+        if "lora_A" in name:
+            p.data.copy_(weights[name])
+    return compare(alone, sharded, 0, 1, lr=3e-2, weight_decay=0.1)
+
+
+def hsdp_lora():
+    """LoRA, sharded over two ranks and replicated over two."""
+    mesh = init_device_mesh(DEVICE, (2, WORLD // 2), mesh_dim_names=("dp", "shard"))
+    sharded = shard(with_lora(pretrained()), mesh=mesh)
+    return compare(with_lora(pretrained()), sharded, RANK, WORLD, lr=3e-2, weight_decay=0.1)
 
 
 def fsdp1_lora():
@@ -109,5 +130,11 @@ def fsdp2_qlora():
     return {**result, "quantized_shards": halves}
 
 
-CHECKS = {"tensor_parallel": tensor_parallel, "fsdp1_lora": fsdp1_lora, "fsdp2_qlora": fsdp2_qlora}
+CHECKS = {
+    "tensor_parallel": tensor_parallel,
+    "tensor_parallel_lora": tensor_parallel_lora,
+    "hsdp_lora": hsdp_lora,
+    "fsdp1_lora": fsdp1_lora,
+    "fsdp2_qlora": fsdp2_qlora,
+}
 write_result({"world_size": dist.get_world_size(), **{name: CHECKS[name]() for name in sys.argv[1:]}})

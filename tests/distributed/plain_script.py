@@ -28,16 +28,19 @@ trainer.train()
 optimizer = trainer.optimizer
 while hasattr(optimizer, "optimizer"):
     optimizer = optimizer.optimizer
+distributed = torch.distributed.is_initialized()
 mesh = getattr(next(trainer.model_wrapped.parameters()), "device_mesh", None)
 seen = {
     "type": trainer.accelerator.distributed_type.name,
     "processes": trainer.accelerator.num_processes,
-    "world_size": torch.distributed.get_world_size(),
-    "local_world_size": int(os.environ["LOCAL_WORLD_SIZE"]),
+    "world_size": torch.distributed.get_world_size() if distributed else 1,
+    "local_world_size": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     "optimizer": type(optimizer).__name__,
     "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
     "mesh": None if mesh is None else list(mesh.shape),
 }
-Path(arguments.output_dir, f"rank_{os.environ['RANK']}.json").write_text(json.dumps(seen))
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
+Path(arguments.output_dir, f"rank_{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
+if distributed:
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort the interpreter at its end: see common.write_result

@@ -10,6 +10,10 @@ ACCELERATE = ["accelerate_ddp", "accelerate_fsdp2_sharded", "accelerate_fsdp2_fu
 ENGINES = [*DCP, *ACCELERATE]
 #: FSDP1's states resume on as many ranks only.
 ELASTIC = ["fsdp2", "fsdp2_factored", *ACCELERATE]
+#: Meshes of 2 x 2.
+MESHES = ["hsdp", "fsdp2_tp"]
+#: Saved whole, too, by torch.distributed.checkpoint.
+FULL = [*DCP, "hsdp"]
 
 
 def tasks(action, engines, place):
@@ -30,7 +34,8 @@ def runs(tmp_path_factory):
         return results
 
     saved_2 = launch(2, *tasks("save", ENGINES, two))
-    at_4 = launch(4, *tasks("save", ELASTIC, four), *tasks("resume", ELASTIC, two))
+    meshes = [*tasks("save", MESHES, four), *tasks("resume", MESHES, four)]
+    at_4 = launch(4, *meshes, *tasks("save", ELASTIC, four), *tasks("resume", ELASTIC, two))
     at_2 = launch(2, *tasks("resume", ENGINES, two), *tasks("resume", ELASTIC, four))
     at_1 = launch(1, *tasks("resume", ELASTIC, two))
     return {
@@ -38,12 +43,14 @@ def runs(tmp_path_factory):
         (2, 1): (at_1, saved_2, two),
         (2, 4): (at_4, saved_2, two),
         (4, 2): (at_2, at_4, four),
+        (4, 4): (at_4, at_4, four),
     }
 
 
 @pytest.mark.parametrize(
     ("engine", "before", "after"),
     [(engine, 2, 2) for engine in ENGINES]
+    + [(engine, 4, 4) for engine in MESHES]
     + [(engine, *sizes) for engine in ELASTIC for sizes in ((2, 1), (2, 4), (4, 2))],
 )
 def test_a_resumed_run_goes_on_as_the_uninterrupted_one(runs, engine, before, after):
@@ -52,7 +59,7 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(runs, engine, before, af
     assert None not in uninterrupted["after"].values()
     for report in reports:
         results = report[f"resume {engine} {place}"]
-        assert results.keys() == ({"sharded", "full.pt"} if engine in DCP else {"sharded"})
+        assert results.keys() == ({"sharded", "full.pt"} if engine in FULL else {"sharded"})
         for resumed in results.values():
             assert resumed["after"] == uninterrupted["after"]  # never measured again
             if engine != "fsdp2_factored":  # which averages over columns in every step

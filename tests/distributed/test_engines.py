@@ -4,21 +4,29 @@ import pytest
 import torch
 from launch import run_ranks
 
-BF16 = {2: ["bf16_ddp", "bf16_fsdp2", "bf16_tp", "bf16_fsdp1"], 4: ["bf16_hsdp", "bf16_fsdp2_tp"]}
+BF16 = {2: ["bf16_ddp", "bf16_fsdp2", "bf16_mixed", "bf16_tp", "bf16_fsdp1"], 4: ["bf16_hsdp", "bf16_fsdp2_tp"]}
 BF16_MOMENTUM = {2: ["bf16_momentum_fsdp2", "bf16_momentum_tp"], 4: ["bf16_momentum_hsdp"]}
+#: Compared with one process in float32.
+EXACT = {
+    2: [
+        "ddp",
+        "fsdp2",
+        "tp",
+        "fsdp1",
+        "fsdp2_fused",
+        "fsdp2_foreach",
+        "fsdp2_normalize",
+        "tp_fused",
+        "fsdp1_leaves",
+        "fsdp1_fused",
+        "fsdp1_normalize",
+        "fsdp2_offload",
+    ],
+    4: ["hsdp", "hsdp_fused", "fsdp2_tp", "fsdp2", "fsdp1", "fsdp1_hybrid"],
+}
 ROUNDING = {2: ["rounding_ddp", "rounding_tp"], 4: ["rounding_hsdp"]}
 TWO = [
-    "ddp",
-    "fsdp2",
-    "tp",
-    "fsdp1",
-    "fsdp2_fused",
-    "fsdp2_foreach",
-    "fsdp2_normalize",
-    "fsdp1_leaves",
-    "fsdp1_fused",
-    "fsdp1_normalize",
-    "fsdp2_offload",
+    *EXACT[2],
     *BF16[2],
     *BF16_MOMENTUM[2],
     *ROUNDING[2],
@@ -28,6 +36,7 @@ TWO = [
     "late_fsdp1",
     "shapes_fsdp1",
     "shapes_fsdp2",
+    "low_bit_ddp",
     "low_bit_fsdp1",
     "low_bit_fsdp2",
     "flat_parameters_refused",
@@ -36,17 +45,16 @@ TWO = [
     "scaler_fsdp1",
 ]
 FOUR = [
-    "hsdp",
-    "fsdp2_tp",
-    "fsdp2",
-    "fsdp1",
-    "late_fsdp2",
-    "late_fsdp1",
-    "shapes_fsdp1",
+    *EXACT[4],
     *BF16[4],
     *BF16_MOMENTUM[4],
     *ROUNDING[4],
+    "late_fsdp2",
+    "late_fsdp1",
+    "shapes_fsdp1",
 ]
+#: Models of transformers and PEFT -> how many of their trained parameters are DTensors.
+MODELS = {"tensor_parallel": 16, "tensor_parallel_lora": 4, "fsdp1_lora": 0, "fsdp2_qlora": 8, "hsdp_lora": 8}
 PARAMETERS = 23
 #: Process groups over which something is sharded: the most all_reduces that the measuring step may run.
 GROUPS = {"ddp": 0, "fsdp2_tp": 2}
@@ -77,14 +85,16 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """What each of two ranks reports."""
-    modes = ("tensor_parallel", "fsdp1_lora", "fsdp2_qlora")
+    modes = [mode for mode in MODELS if mode != "hsdp_lora"]
     return run_ranks("models_worker.py", 2, tmp_path_factory.mktemp("models"), *modes)
 
 
-MODES = [(2, mode) for mode in TWO[:11]] + [(4, mode) for mode in FOUR[:4]]
+@pytest.fixture(scope="module")
+def models_on_four(tmp_path_factory):
+    return run_ranks("models_worker.py", 4, tmp_path_factory.mktemp("models"), "hsdp_lora")
 
 
-@pytest.mark.parametrize(("world_size", "mode"), MODES)
+@pytest.mark.parametrize(("world_size", "mode"), by_size(EXACT))
 def test_gsnr_and_loss_equal_those_of_one_process(runs, world_size, mode):
     for result in runs[world_size]:
         assert result["world_size"] == world_size
@@ -92,7 +102,7 @@ def test_gsnr_and_loss_equal_those_of_one_process(runs, world_size, mode):
         assert result[mode]["loss"] <= 1e-5
 
 
-@pytest.mark.parametrize(("world_size", "mode"), MODES)
+@pytest.mark.parametrize(("world_size", "mode"), by_size(EXACT))
 def test_at_most_one_all_reduce_per_group_while_measuring_and_no_collective_later(runs, world_size, mode):
     for result in runs[world_size]:
         first, second, *later = result[mode]["collectives"]
@@ -103,22 +113,30 @@ def test_at_most_one_all_reduce_per_group_while_measuring_and_no_collective_late
         assert not any(later)
 
 
-@pytest.mark.parametrize(("world_size", "mode"), MODES)
+@pytest.mark.parametrize(("world_size", "mode"), by_size(EXACT))
 def test_momentum_has_the_parameters_placements(runs, world_size, mode):
     for result in runs[world_size]:
         assert result[mode]["same_placements"]
-        assert (result[mode]["sharded"] > 0) == ("fsdp2" in mode or mode in ("hsdp", "tp"))
+        assert (result[mode]["sharded"] > 0) == mode.startswith(("fsdp2", "hsdp", "tp"))
 
 
-@pytest.mark.parametrize(("mode", "sharded"), [("tensor_parallel", 16), ("fsdp1_lora", 0), ("fsdp2_qlora", 8)])
-def test_models_of_transformers_and_peft_train_as_in_one_process(models, mode, sharded):
-    for result in models:
-        assert result["world_size"] == 2
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=pytest.mark.slow if mode == "hsdp_lora" else ()) for mode in MODELS]
+)
+def test_models_of_transformers_and_peft_train_as_in_one_process(request, mode):
+    on_four = mode == "hsdp_lora"
+    for result in request.getfixturevalue("models_on_four" if on_four else "models"):
+        assert result["world_size"] == (4 if on_four else 2)
         assert result[mode]["gsnr"] <= 1e-6
         assert result[mode]["loss"] <= 1e-5
         assert result[mode]["same_groups"]
         assert result[mode]["same_placements"]
-        assert result[mode]["sharded"] == sharded
+        assert result[mode]["sharded"] == MODELS[mode]
+        first, second, *later = result[mode]["collectives"]
+        for counts in (first, second):  # in the second LoRA's A
+            assert set(counts) <= {"allreduce_"}
+            assert all(len(sizes) == 1 and sizes[0] <= 4 * 21 for sizes in counts.values())
+        assert not any(later)
 
 
 def test_weights_of_4_bits_were_sharded_as_such(models):
@@ -136,6 +154,7 @@ def test_bf16_gradients_give_an_exact_gsnr(runs, world_size, mode):
     for result in runs[world_size]:
         assert result[mode]["measured"] >= 15
         assert result[mode]["gsnr"] <= 1e-9
+        assert result[mode]["loss"] <= 1e-2
 
 
 @pytest.mark.parametrize(("world_size", "mode"), by_size(BF16_MOMENTUM))
@@ -178,6 +197,13 @@ def test_grouping_goes_by_the_whole_parameters_shapes(runs, world_size, mode):
         assert result[f"shapes_{mode}"]["names"]
         assert result[f"shapes_{mode}"]["shapes"]
     assert any(result[f"shapes_{mode}"]["cut"] for result in runs[world_size]) == (mode == "fsdp1")
+
+
+def test_low_bit_momentum_under_ddp_keeps_replicas_equal_and_trains_as_one_process(runs):
+    for result in runs[2]:
+        for kind in ("8bit", "4bit"):
+            assert result["low_bit_ddp"][f"{kind} replicas"]
+            assert result["low_bit_ddp"][kind] <= 1e-3
 
 
 def test_low_bit_momentum_and_stochastic_rounding_are_refused_before_the_first_update_with_the_cure(runs):
