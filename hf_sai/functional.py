@@ -220,24 +220,31 @@ def _torch_kernel(
 ):
     """The same through torch's fused SGD kernel, which unscales the gradients and skips on inf by itself.
 
-    The decay is a pass of its own, since the kernel's is not decoupled.
+    Its own decay is not decoupled: it adds weight_decay * p to the gradient, before the momentum. Without a momentum
+    that is a decoupled decay of lr * weight_decay, so the kernel is given the finished momentum as its gradient: six
+    passes over memory. Where only the kernel may touch the momentum, the decay is a pass of its own, the seventh.
     """
     decay = 1 - lr * weight_decay
     if found_inf is not None:  # stays on the device: no synchronisation
         decay = torch.where(found_inf > 0, torch.ones_like(found_inf), decay)
+    in_kernel = momentum != 0 and (maximize or grad_scale is not None or found_inf is not None)
     for p, g, m, scale in zip(params, grads, momentum_buffers, scales, strict=True):
-        if weight_decay != 0:
-            p.mul_(decay)
         if g.dtype != p.dtype or not g.is_contiguous():
             g = g.to(p.dtype).contiguous()
+        apart = in_kernel or scale == 0
+        if apart:
+            p.mul_(decay)
+        elif momentum != 0:
+            g = m.lerp_(g, 1 - momentum)
+        mu = momentum if apart else 0.0
         torch._fused_sgd_(
             [p],
             [g],
-            [] if momentum == 0 else [m],
+            [m] if mu != 0 else [],
             lr=lr * scale,
-            momentum=momentum,
-            dampening=momentum,
-            weight_decay=0.0,
+            momentum=mu,
+            dampening=mu,
+            weight_decay=0.0 if apart else weight_decay / scale,
             nesterov=False,
             maximize=maximize,
             is_first_step=False,

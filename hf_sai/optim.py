@@ -112,7 +112,7 @@ class SGDSaI(Optimizer):
         foreach: Use torch's multi-tensor operations, which need temporary memory of the size of the parameters.
         fused: Update in one pass over memory and without temporary memory, decay included, with numba's kernel on CPU
             (extra ``speed``; float32 and float64) and Triton's on CUDA; without them with torch's fused SGD kernel,
-            with the decay as a pass of its own. What no kernel takes, such as a parameter with transposed memory, is
+            in two passes. What no kernel takes, such as a parameter with transposed memory, is
             updated by itself. If ``foreach`` and ``fused`` are both None, so are CPU parameters (with numba from 2^24
             elements on), and CUDA's take ``foreach``. ``foreach=False`` is the plain loop.
         gradient_release: Update each parameter within ``backward()`` and free its gradient at once; ``step()`` then
