@@ -28,6 +28,9 @@ NORMALIZED = ("rows", "tensor", "factored")
 #: State of ``"factored"``, each float32 whatever the parameter's dtype; a vector has the first only.
 MEAN_SQUARES = ("mean_square", "row_mean_square", "column_mean_square")
 
+#: So many squares of elements fit into the cache of a CPU's core.
+_PIECE = 1 << 18
+
 #: How much a running mean keeps from step to step: AdamW's beta2.
 _KEPT = 0.999
 
@@ -138,6 +141,11 @@ def _sum_of_squares(gradient: Tensor, kept: tuple[int, ...]) -> Tensor:
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     if not dims:
         return gradient.to(dtype).square()
+    if (
+        dims == [0] and gradient.is_cpu and gradient.numel() > 0
+    ):  # vector_norm over columns takes 20 times as long there
+        pieces = gradient.split(max(1, _PIECE // gradient[0].numel()))
+        return torch.stack([piece.to(dtype).square().sum(0, keepdim=True) for piece in pieces]).sum(0)
     return torch.linalg.vector_norm(gradient, dim=dims, keepdim=True, dtype=dtype).square()
 
 
