@@ -46,6 +46,10 @@ CANDIDATES = {
     "adamw": Candidate(
         lambda model, lr: torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.0), (5e-3, 1e-2, 2e-2)
     ),
+    "adamw, beta1 0.8": Candidate(
+        lambda model, lr: torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.0, betas=(0.8, 0.999)),
+        (2.5e-3, 5e-3, 1e-2),
+    ),
     "sgd_sai": Candidate(sai(), (2e-2, 4e-2, 8e-2)),
     "sgd_sai, A x 4": Candidate(sai(lr_ratios={"lora_A": 4}), (1e-2, 2e-2, 4e-2)),
     "sgd_sai, B x 4": Candidate(sai(lr_ratios={"lora_B": 4}), (1e-2, 2e-2, 4e-2)),
@@ -64,6 +68,9 @@ CANDIDATES = {
     "sgd_sai, momentum 0.8": Candidate(sai(momentum=0.8), (2e-2, 4e-2)),
     "sgd_sai, cosine": Candidate(sai(), (2e-2, 4e-2), {"lr_scheduler_type": "cosine"}),
     "sgd_sai, factored gradient": Candidate(sai(normalize_gradient="factored"), (2.5e-3, 5e-3, 1e-2)),
+    "sgd_sai, factored gradient, momentum 0.8": Candidate(
+        sai(normalize_gradient="factored", momentum=0.8), (2.5e-3, 5e-3, 1e-2)
+    ),
     "sgd_sai, unit rows": Candidate(sai(normalize_gradient="rows"), (2.5e-3, 5e-3, 1e-2)),
     "sgd_sai, pooled per layer": Candidate(
         lambda model, lr: PooledSGDSaI(model, by_module, lr=lr, weight_decay=0.0), (1e-2, 2e-2)

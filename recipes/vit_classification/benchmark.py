@@ -24,6 +24,8 @@ from hf_sai.recipe_input import InputError, parse_config_and_flags
 GRIDS = {
     "adamw": (2e-3, 4e-3, 8e-3),
     "sgd_sai": (2e-2, 4e-2, 8e-2),
+    "sgd_sai, factored gradient, momentum 0.8": (2e-3, 4e-3, 8e-3),
+    "adamw, beta1 0.8": (2e-3, 4e-3, 8e-3),
     "sgd momentum": (2e-2, 4e-2, 8e-2),
 }
 
