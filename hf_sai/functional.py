@@ -63,7 +63,8 @@ def sgd_sai(
         grads: Their gradients :math:`g`, same shapes.
         momentum_buffers: :math:`m`, same shapes as ``params``, of any float dtype, or quantised; entries are ignored
             (None) if momentum is 0. Where dtypes differ the update is computed in float32 or better, and unless
-            Triton's kernel does it, one tensor at a time, whatever ``foreach`` and ``fused`` say.
+            Triton's kernel does it, one tensor at a time: on CPU in numba's kernels for float32 parameters, if numba is
+            installed and ``foreach`` or ``fused`` do not say otherwise.
         scales: One factor :math:`G` per tensor: its g-SNR, normalised or not.
         lr: Learning rate :math:`\gamma`, a float or a one-element tensor.
         momentum: :math:`\mu` in [0, 1).
@@ -105,7 +106,7 @@ def sgd_sai(
     for path, indices in paths.items():
         extra: dict[str, Any] = {} if path in not_fused else of_amp
         if path is _widened:
-            extra = {"stochastic_rounding": stochastic_rounding, "fused": fused}
+            extra = {"stochastic_rounding": stochastic_rounding, "fused": foreach is None if fused is None else fused}
         taken = _take((params, grads, momentum_buffers, scales), indices)
         path(*taken, lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize, **extra)
 
@@ -256,10 +257,15 @@ def _torch_kernel(
 def _widened(
     params, grads, momentum_buffers, scales, *, lr, momentum, weight_decay, maximize, stochastic_rounding, fused
 ):
-    """The plain path in float32 or better, for a momentum of another dtype and for stochastic rounding."""
+    """In float32 or better: a momentum of another dtype, stochastic rounding. In a kernel where one does it."""
+    kernels = _imported("hf_sai.numba_lowbit") if fused and not torch.compiler.is_compiling() else None
     for p, g, m, scale in zip(params, grads, momentum_buffers, scales, strict=True):
         decay, step = 1 - lr * weight_decay, lr * scale
-        if fused is not False and momentum != 0 and _has_8bit_kernel(p, m) and not stochastic_rounding:
+        if momentum != 0 and kernels is not None and _is_plain(p) and kernels.can_update(p, g, m):
+            numbers = {"step": float(step), "decay": float(decay), "momentum": momentum}
+            kernels.update(p, g, m, **numbers, maximize=maximize)
+            continue
+        if fused and momentum != 0 and _has_8bit_kernel(p, m) and not stochastic_rounding:
             p.mul_(decay)
             _8bit_kernel(p, -g if maximize else g, m, float(step), momentum)
             continue

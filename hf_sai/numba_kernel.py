@@ -6,14 +6,14 @@ thread or part of a vector it falls to: the number of threads changes no bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import torch
 from torch import Tensor
 
-__all__ = ["can_update", "shares", "update"]
+__all__ = ["can_update", "in_shares", "shares", "update"]
 
 #: With fewer elements in all, starting threads takes longer than they save.
 _MIN_ELEMENTS_FOR_THREADS = 1 << 22
@@ -57,22 +57,37 @@ def update(
 
     kernel = _plain_step if momentum == 0 else _momentum_step
 
-    def run(share: Iterable[tuple[int, int, int]]) -> None:
-        for index, start, stop in share:
-            arrays, numbers = work[index]
-            kernel(*(array[start:stop] for array in arrays), *numbers)
+    def run(index: int, start: int, stop: int) -> None:
+        arrays, numbers = work[index]
+        kernel(*(array[start:stop] for array in arrays), *numbers)
 
-    sizes = [p.numel() for p in params]
+    in_shares([p.numel() for p in params], run)
+
+
+def in_shares(sizes: Sequence[int], run: Callable[[int, int, int], None], alignment: int = _ALIGNMENT) -> None:
+    """Call ``run(tensor, start, stop)`` for parts that together are all elements, in torch's number of threads.
+
+    Args:
+        sizes: The tensors' numbers of elements.
+        run: Does its work without Python's lock, or gains nothing.
+        alignment: Parts begin at multiples of it.
+    """
     threads = torch.get_num_threads() if sum(sizes) >= _MIN_ELEMENTS_FOR_THREADS else 1
     if threads == 1:
-        run((index, 0, size) for index, size in enumerate(sizes))
+        for index, size in enumerate(sizes):
+            run(index, 0, size)
         return
+
+    def run_all(share: Iterable[tuple[int, int, int]]) -> None:
+        for part in share:
+            run(*part)
+
     # New ones each step, for a tenth of a millisecond: threads that wait for the next step would not survive a fork.
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, shares(sizes, threads)))
+        list(pool.map(run_all, shares(sizes, threads, alignment)))
 
 
-def shares(sizes: Sequence[int], threads: int) -> list[list[tuple[int, int, int]]]:
+def shares(sizes: Sequence[int], threads: int, alignment: int = _ALIGNMENT) -> list[list[tuple[int, int, int]]]:
     """Divide tensors of these sizes among threads, to equal numbers of elements but for the alignment.
 
     Returns:
@@ -89,7 +104,7 @@ def shares(sizes: Sequence[int], threads: int) -> list[list[tuple[int, int, int]
         start = 0
         while start < size:
             left = total * (thread + 1) // threads - done
-            stop = size if thread == threads - 1 else min(size, start + left // _ALIGNMENT * _ALIGNMENT)
+            stop = size if thread == threads - 1 else min(size, start + left // alignment * alignment)
             if stop > start:
                 result[thread].append((index, start, stop))
                 done, start = done + stop - start, stop
