@@ -5,8 +5,6 @@ The fused path is a compiled kernel of `numba_kernel.py` or `triton_kernel.py` w
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_sai.compiled import compiled_module, wants_compiled
 from hf_sai.momentum import QuantizedMomentum, codes_table
 
 __all__ = ["can_fuse", "sgd_sai"]
@@ -29,9 +28,6 @@ _FUSED_DTYPES = {
 # Kernels that make the whole step, decay included, in one pass over memory.
 _ONE_PASS_KERNELS = {"cpu": "hf_sai.numba_kernel", "cuda": "hf_sai.triton_kernel"}
 
-#: With fewer elements on CPU the automatic choice does without numba, which takes a second to load and compile.
-MIN_ELEMENTS_TO_COMPILE = 1 << 24
-
 
 def sgd_sai(
     params: Sequence[Tensor],
@@ -44,6 +40,7 @@ def sgd_sai(
     weight_decay: float,
     maximize: bool = False,
     stochastic_rounding: bool = False,
+    grad_factors: Sequence[tuple[Tensor, ...]] | None = None,
     foreach: bool | None = None,
     fused: bool | None = None,
     grad_scale: Tensor | None = None,
@@ -72,6 +69,9 @@ def sgd_sai(
         maximize: Negate the gradients.
         stochastic_rounding: Compute in float32 and round bfloat16 parameters up or down at random, so that updates
             below their resolution count on average. Other dtypes are not affected.
+        grad_factors: For each tensor what its gradient is to be multiplied by before all else, one after the other (see
+            :func:`hf_sai.gradient_norm.gradient_factors`); None or nothing for 1. Unless numba's kernel does it, the
+            gradient is changed in place.
         foreach: Use torch's multi-tensor operations.
         fused: Use numba's (CPU) or Triton's (CUDA) kernel where it is installed and takes the tensor, else torch's
             fused SGD kernel where that does (:func:`can_fuse`), else the plain loop. With both ``foreach`` and
@@ -91,14 +91,21 @@ def sgd_sai(
         >>> theta
         tensor([0.5000, 1.5000])
     """
-    is_large = sum(p.numel() for p in params if p.is_cpu) >= MIN_ELEMENTS_TO_COMPILE
+    compiled = wants_compiled(params, foreach, fused)
+    grad_factors = grad_factors or [()] * len(params)
     paths: dict[Callable, list[int]] = defaultdict(list)
-    for i, (p, g, m) in enumerate(zip(params, grads, momentum_buffers, strict=True)):
+    for i, (p, g, m, factors) in enumerate(zip(params, grads, momentum_buffers, grad_factors, strict=True)):
         m = None if momentum == 0 else m
-        paths[_path(p, g, m, stochastic_rounding, foreach, fused, is_large)].append(i)
+        if factors and compiled and _has_factored_kernel(p, g, m) and not stochastic_rounding:
+            path: Callable = _factored
+        else:
+            for factor in factors:
+                g.mul_(factor)
+            path = _path(p, g, m, stochastic_rounding, foreach, fused, compiled)
+        paths[path].append(i)
 
     of_amp = {"grad_scale": grad_scale, "found_inf": found_inf}
-    not_fused = {_single_tensor, _multi_tensor, _widened}
+    not_fused = {_single_tensor, _multi_tensor, _widened, _factored}
     if not_fused & paths.keys() and any(value is not None for value in of_amp.values()):
         raise ValueError(
             "grad_scale and found_inf need tensors that a fused kernel takes; unscale the gradients before."
@@ -107,6 +114,8 @@ def sgd_sai(
         extra: dict[str, Any] = {} if path in not_fused else of_amp
         if path is _widened:
             extra = {"stochastic_rounding": stochastic_rounding, "fused": foreach is None if fused is None else fused}
+        elif path is _factored:
+            extra = {"grad_factors": [grad_factors[i] for i in indices]}
         taken = _take((params, grads, momentum_buffers, scales), indices)
         path(*taken, lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize, **extra)
 
@@ -128,13 +137,13 @@ def _path(
     stochastic_rounding: bool,
     foreach: bool | None,
     fused: bool | None,
-    is_large: bool,
+    compiled: bool,
 ) -> Callable:
     """The function below, or the kernel, that updates this tensor."""
     automatic = foreach is None and fused is None
     if isinstance(m, QuantizedMomentum) or (stochastic_rounding and p.dtype == torch.bfloat16):
         return _widened
-    if fused or (automatic and is_large and p.is_cpu):
+    if compiled and (fused or p.is_cpu):
         kernel = _one_pass_kernel(p.device.type)
         if kernel is not None and _is_plain(p) and kernel.can_update(p, g, m):
             return kernel.update
@@ -150,20 +159,18 @@ def _path(
 
 def _one_pass_kernel(device_type: str) -> ModuleType | None:
     """The module of this device's one-pass kernel, None where there is none or it cannot be used now."""
-    if torch.compiler.is_compiling() or device_type not in _ONE_PASS_KERNELS:
+    if device_type not in _ONE_PASS_KERNELS:
         return None
     if device_type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None  # Triton's table of addresses is made anew each step, and a replayed graph would not see it
-    return _imported(_ONE_PASS_KERNELS[device_type])
+    return compiled_module(_ONE_PASS_KERNELS[device_type])
 
 
-@functools.cache
-def _imported(name: str) -> ModuleType | None:
-    """A module of this package, None if what it is written in is not installed, or not for this numpy or Python."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
+def _has_factored_kernel(p: Tensor, g: Tensor, m: Tensor | QuantizedMomentum | None) -> bool:
+    if not (p.is_cpu and _is_plain(p) and isinstance(m, Tensor)):
+        return False
+    kernel = compiled_module("hf_sai.numba_factored")
+    return kernel is not None and kernel.can_update(p, g, m)
 
 
 def _take(lists: Sequence[Sequence], indices: Sequence[int]) -> Iterator[list]:
@@ -258,7 +265,7 @@ def _widened(
     params, grads, momentum_buffers, scales, *, lr, momentum, weight_decay, maximize, stochastic_rounding, fused
 ):
     """In float32 or better: a momentum of another dtype, stochastic rounding. In a kernel where one does it."""
-    kernels = _imported("hf_sai.numba_lowbit") if fused and not torch.compiler.is_compiling() else None
+    kernels = compiled_module("hf_sai.numba_lowbit") if fused else None
     for p, g, m, scale in zip(params, grads, momentum_buffers, scales, strict=True):
         decay, step = 1 - lr * weight_decay, lr * scale
         if momentum != 0 and kernels is not None and _is_plain(p) and kernels.can_update(p, g, m):
@@ -280,6 +287,13 @@ def _widened(
         # --- decoupled weight decay and scaled step
         updated = p.to(wide) * decay - step * direction
         p.copy_(_stochastically_rounded(updated) if stochastic_rounding and p.dtype == torch.bfloat16 else updated)
+
+
+def _factored(params, grads, momentum_buffers, scales, **options):
+    """Normalisation and step in one pass over memory."""
+    kernel = compiled_module("hf_sai.numba_factored")
+    assert kernel is not None
+    kernel.update(params, grads, momentum_buffers, scales, **options)
 
 
 def _has_8bit_kernel(p: Tensor, m: Tensor | QuantizedMomentum | None) -> bool:

@@ -7,6 +7,7 @@ second moment of Adafactor, arXiv 1804.04235, equation 6.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_sai.compiled import compiled_module
 from hf_sai.sharding import is_dtensor, local_shard, shards_one_of, summing_groups, table_device
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from torch.distributed import ProcessGroup
 
-__all__ = ["MEAN_SQUARES", "NORMALIZED", "allocate_mean_squares", "normalize_gradients_"]
+__all__ = ["MEAN_SQUARES", "NORMALIZED", "allocate_mean_squares", "gradient_factors"]
 
 #: What ``normalize_gradient`` can be, beside None.
 NORMALIZED = ("rows", "tensor", "factored")
@@ -36,10 +40,14 @@ _KEPT = 0.999
 
 
 @torch.no_grad()
-def normalize_gradients_(
-    params: Iterable[Tensor], how: str, state: Mapping[Tensor, dict[str, Any]] | None = None
-) -> None:
-    """Divide the gradients by root-mean-squares, in place; zeros stay zeros.
+def gradient_factors(
+    params: Iterable[Tensor],
+    how: str,
+    state: Mapping[Tensor, dict[str, Any]] | None = None,
+    *,
+    compiled: bool = False,
+) -> dict[Tensor, tuple[Tensor, ...]]:
+    """What to multiply gradients by to divide them by root-mean-squares; zeros stay zeros.
 
     ``"rows"`` gives every row root-mean-square 1, ``"tensor"`` the whole. A row is all that belongs to one index of the
     first dimension: the weights of one output of a linear layer or a convolution, the vector of one token. A tensor of
@@ -57,39 +65,47 @@ def normalize_gradients_(
     Args:
         params: Parameters of which those with a gradient count.
         how: One of ``NORMALIZED``.
-        state: Parameter -> its state, with what :func:`allocate_mean_squares` wrote; only ``"factored"`` uses it.
+        state: Parameter -> its state, with what :func:`allocate_mean_squares` wrote; only ``"factored"`` uses it, and
+            counts a step.
+        compiled: Sum squares of rows and columns by numba where it is installed and takes the gradient.
+
+    Returns:
+        For each parameter with a gradient one or two tensors, float32 or better, with as many dimensions as the
+        parameter: multiplied one after the other into the gradient's local part, they normalise it.
 
     Example:
         >>> import torch
         >>> p = torch.nn.Parameter(torch.zeros(2, 2))
         >>> p.grad = torch.tensor([[3.0, -3.0], [0.0, 0.0]])
-        >>> normalize_gradients_([p], "rows")
-        >>> p.grad.round(decimals=4)
+        >>> (rows,) = gradient_factors([p], "rows")[p]
+        >>> (rows * p.grad).round(decimals=4)
         tensor([[ 1., -1.],
                 [ 0.,  0.]])
     """
     params = [p for p in params if p.grad is not None and p.numel() > 0]
-    gradients = [_as_placed(p) for p in params]
-    means = [
-        [_sum_of_squares(g, kept) for kept in _kept_dimensions(p, how)] for p, g in zip(params, gradients, strict=True)
-    ]
-    _all_reduce(
-        (mean, summing_groups(p, kept), table_device(p))
-        for p, of_p in zip(params, means, strict=True)
-        for mean, kept in zip(of_p, _kept_dimensions(p, how), strict=True)
-    )
-    for p, gradient, of_p in zip(params, gradients, means, strict=True):
-        for mean, kept in zip(of_p, _kept_dimensions(p, how), strict=True):
-            mean.mul_(math.prod(p.shape[d] for d in kept) / p.numel())
-        if how == "factored":
-            assert state is not None
-            of_p = _running_means(state[p], of_p)
-        first, *factors = of_p
-        if factors:
-            rows, columns = map(_inverse_root, factors)
-            gradient.mul_(rows.mul_(first.sqrt())).mul_(columns)
-        else:
-            gradient.mul_(_inverse_root(first))
+    if not params:
+        return {}
+    kept = [_kept_dimensions(p, how) for p in params]
+    kernels = compiled_module("hf_sai.numba_factored") if compiled else None
+    sums = [_sums_of_squares(_as_placed(p), dims, kernels) for p, dims in zip(params, kept, strict=True)]
+    owners = [(p, dims) for p, of_p in zip(params, kept, strict=True) for dims in of_p]
+    means = list(itertools.chain(*sums))
+    _all_reduce((mean, summing_groups(p, dims), table_device(p)) for mean, (p, dims) in zip(means, owners, strict=True))
+    torch._foreach_mul_(means, [math.prod(p.shape[d] for d in dims) / p.numel() for p, dims in owners])
+    if how == "factored":
+        assert state is not None
+        means = _running_means([state[p] for p in params], means)
+    # Of what has been zero at all times the gradient is zero, too, whatever it is divided by.
+    torch._foreach_clamp_min_(means, torch.finfo(torch.float32).tiny)
+    torch._foreach_sqrt_(means)
+    factors, rest = {}, iter(means)
+    for p, of_p in zip(params, sums, strict=True):
+        roots = list(itertools.islice(rest, len(of_p)))
+        if len(roots) > 1:
+            roots[1].div_(roots.pop(0))
+        factors[p] = tuple(roots)
+    torch._foreach_reciprocal_([root for roots in factors.values() for root in roots])
+    return factors
 
 
 def allocate_mean_squares(state: dict[str, Any], p: Tensor, how: str | None) -> None:
@@ -135,31 +151,37 @@ def _as_placed(p: Tensor) -> Tensor:
     return local_shard(p.grad)
 
 
-def _sum_of_squares(gradient: Tensor, kept: tuple[int, ...]) -> Tensor:
-    """float32 or better, over all dimensions but those that are kept, which stay with length 1."""
-    dims = [d for d in range(gradient.ndim) if d not in kept]
+def _sums_of_squares(gradient: Tensor, kept: Sequence[tuple[int, ...]], kernels: ModuleType | None) -> list[Tensor]:
+    """For each set of kept dimensions the sum over the others, which stay with length 1; float32 or better."""
     dtype = torch.promote_types(gradient.dtype, torch.float32)
-    if not dims:
-        return gradient.to(dtype).square()
-    if (
-        dims == [0] and gradient.is_cpu and gradient.numel() > 0
-    ):  # vector_norm over columns takes 20 times as long there
-        pieces = gradient.split(max(1, _PIECE // gradient[0].numel()))
-        return torch.stack([piece.to(dtype).square().sum(0, keepdim=True) for piece in pieces]).sum(0)
-    return torch.linalg.vector_norm(gradient, dim=dims, keepdim=True, dtype=dtype).square()
+    if len(kept) == 1 and len(kept[0]) == gradient.ndim:
+        return [gradient.to(dtype).square()]
+    dims = [tuple(d for d in range(gradient.ndim) if d not in of_one) for of_one in kept]
+    if len(kept) > 1 and kernels is not None and kernels.can_sum(gradient):
+        rows, columns = kernels.sums_of_squares(gradient)
+    elif len(kept) > 1 and gradient.is_cpu and gradient.numel() > 0:
+        # In pieces that stay in the cache; vector_norm over the first dimension takes 20 times as long there.
+        squares = (piece.to(dtype).square() for piece in gradient.split(max(1, _PIECE // gradient[0].numel())))
+        parts = [[of_piece.sum(over, keepdim=True) for over in dims[1:]] for of_piece in squares]
+        rows, columns = torch.cat([part[0] for part in parts]), torch.stack([part[1] for part in parts]).sum(0)
+    else:
+        sums = [torch.linalg.vector_norm(gradient, dim=over, keepdim=True, dtype=dtype).square() for over in dims[-2:]]
+        if len(kept) == 1:
+            return sums
+        rows, columns = sums
+    return [rows.sum(tuple(range(gradient.ndim)), keepdim=True), rows, columns]
 
 
-def _running_means(state: dict[str, Any], means: Sequence[Tensor]) -> list[Tensor]:
+def _running_means(states: Sequence[dict[str, Any]], means: Sequence[Tensor]) -> list[Tensor]:
     """Add to the running means; returns them without the share that their start at 0 has in them."""
-    state["averaged_steps"] += 1
-    running = [local_shard(state[name]) for name in MEAN_SQUARES[: len(means)]]
-    for average, mean in zip(running, means, strict=True):
-        average.lerp_(mean.to(average.dtype), 1 - _KEPT)
-    return [average / (1 - _KEPT ** state["averaged_steps"]) for average in running]
-
-
-def _inverse_root(mean: Tensor) -> Tensor:
-    return torch.where(mean > 0, mean.rsqrt(), mean)
+    running, shares = [], []
+    for state in states:
+        state["averaged_steps"] += 1
+        own = [local_shard(state[name]) for name in MEAN_SQUARES if name in state]
+        running += own
+        shares += [1 - _KEPT ** state["averaged_steps"]] * len(own)
+    torch._foreach_lerp_(running, [mean.to(torch.float32) for mean in means], 1 - _KEPT)
+    return list(torch._foreach_div(running, shares))
 
 
 def _all_reduce(sums: Iterable[tuple[Tensor, Sequence[ProcessGroup], torch.device]]) -> None:

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_sai.checks import check_options, check_params, with_float_gsnr
+from hf_sai.compiled import wants_compiled
 from hf_sai.fsdp1 import FlatSlices, is_slice, refuse_flat_parameter
 from hf_sai.functional import can_fuse, sgd_sai
-from hf_sai.gradient_norm import MEAN_SQUARES, NORMALIZED, allocate_mean_squares, normalize_gradients_
+from hf_sai.gradient_norm import MEAN_SQUARES, NORMALIZED, allocate_mean_squares, gradient_factors
 from hf_sai.gradient_release import refuse_normalize, release_gradients
 from hf_sai.gsnr import UNMEASURED, GSNRReport, GSNRRow, measure_gsnr
 from hf_sai.momentum import QUANTIZED, allocate_momentum, convert_momentum, momentum_of, set_momentum
@@ -294,11 +295,11 @@ class SGDSaI(Optimizer):
         self._measure(pending)
         if isinstance(self._engine, FlatSlices):
             self._engine.measure(self.param_groups, self.state)
-        self._normalize_gradients(self.param_groups, pending)
+        factors = self._gradient_factors(self.param_groups, pending)
 
         largest = self._largest_gsnr()
         for group in self.param_groups:
-            self._update(group, largest, grad_scale, found_inf)
+            self._update(group, largest, factors, grad_scale, found_inf)
 
     @torch.no_grad()
     def update_released(self, p: Tensor, group: dict[str, Any]) -> None:
@@ -317,8 +318,8 @@ class SGDSaI(Optimizer):
         alone = {**group, "params": [p]}
         pending = self._pending([alone])
         self._measure(pending)
-        self._normalize_gradients([alone], pending)
-        self._update(alone, {}, None, None)
+        factors = self._gradient_factors([alone], pending)
+        self._update(alone, {}, factors, None, None)
 
     def gsnr_report(self, named_parameters: Iterable[tuple[str, Tensor]] | None = None) -> GSNRReport:
         """The g-SNR of every non-empty parameter, and who is still unmeasured.
@@ -419,32 +420,41 @@ class SGDSaI(Optimizer):
                     f"{tuple(gradient.shape)} has one. Build its torch.nn.Embedding with sparse=False."
                 )
         eps = [group["eps"] for _, group in pending]
-        for (p, group), gradient, gsnr in zip(pending, gradients, measure_gsnr(gradients, eps=eps), strict=True):
+        for (p, group), gsnr in zip(pending, measure_gsnr(gradients, eps=eps), strict=True):
             state = self.state[p]
             state["gsnr"] = gsnr
             allocate_mean_squares(state, p, group["normalize_gradient"])
             if group["momentum"] != 0:
                 allocate_momentum(state, p, group["momentum_dtype"])
-                if gsnr != UNMEASURED:
-                    set_momentum(state, p, -gradient if group["maximize"] else gradient)
+                if gsnr != UNMEASURED and not group["normalize_gradient"]:
+                    self._start_momentum(p, group)
 
-    def _normalize_gradients(self, groups: list[dict[str, Any]], pending: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        """Carry out ``normalize_gradient``; the momentum of what has just been measured starts at the result."""
+    def _start_momentum(self, p: Tensor, group: dict[str, Any]) -> None:
+        """At the gradient, which must be normalised if it is to be."""
+        gradient = cast(Tensor, p.grad)
+        allocate_momentum(self.state[p], p, group["momentum_dtype"])
+        set_momentum(self.state[p], p, -gradient if group["maximize"] else gradient)
+
+    def _gradient_factors(
+        self, groups: list[dict[str, Any]], pending: list[tuple[Tensor, dict[str, Any]]]
+    ) -> dict[Tensor, tuple[Tensor, ...]]:
+        """What ``normalize_gradient`` multiplies gradients by; where the momentum starts at them it is done here."""
+        result: dict[Tensor, tuple[Tensor, ...]] = {}
+        measured_now = {p for p, _ in pending}
         for how in NORMALIZED:
-            params = [
-                p
-                for group in groups
-                if group["normalize_gradient"] == how
-                for p in group["params"]
-                if self.state[p].get("gsnr", UNMEASURED) != UNMEASURED
-            ]
-            for p in params:  # measured before the option was switched on
+            chosen = [group for group in groups if group["normalize_gradient"] == how]
+            owners = {p: group for group in chosen for p in group["params"] if self._gsnr(p) != UNMEASURED}
+            for p in owners:  # measured before the option was switched on
                 allocate_mean_squares(self.state[p], p, how)
-            normalize_gradients_(params, how, self.state)
-        for p, group in pending:
-            if group["normalize_gradient"] and group["momentum"] != 0 and self.state[p]["gsnr"] != UNMEASURED:
-                gradient = cast(Tensor, p.grad)
-                set_momentum(self.state[p], p, -gradient if group["maximize"] else gradient)
+            compiled = any(wants_compiled(group["params"], group["foreach"], group["fused"]) for group in chosen)
+            result |= gradient_factors(owners, how, self.state, compiled=compiled)
+            for p, group in owners.items():
+                starts = p in measured_now or "momentum_buffer" not in self.state[p]
+                if p in result and starts and group["momentum"] != 0:
+                    for factor in result.pop(p):
+                        local_shard(cast(Tensor, p.grad)).mul_(factor)
+                    self._start_momentum(p, group)
+        return result
 
     def _largest_gsnr(self) -> dict[Any, float]:
         """The largest measured g-SNR of each ``normalize_over`` (None: all groups without one)."""
@@ -457,10 +467,15 @@ class SGDSaI(Optimizer):
         return largest
 
     def _update(
-        self, group: dict[str, Any], largest: dict[Any, float], grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        group: dict[str, Any],
+        largest: dict[Any, float],
+        grad_factors: dict[Tensor, tuple[Tensor, ...]],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
     ) -> None:
         """Update the measured parameters of one group that have a gradient: of sharded ones the local shards."""
-        params, grads, buffers, scales = [], [], [], []
+        params, grads, buffers, scales, factors = [], [], [], [], []
         for p in group["params"]:
             if p.grad is None or p.numel() == 0:
                 continue
@@ -468,12 +483,12 @@ class SGDSaI(Optimizer):
             if state["gsnr"] == UNMEASURED:
                 continue
             if group["momentum"] != 0 and "momentum_buffer" not in state:  # momentum was 0 until now
-                allocate_momentum(state, p, group["momentum_dtype"])
-                set_momentum(state, p, -p.grad if group["maximize"] else p.grad)
+                self._start_momentum(p, group)
             params.append(local_shard(p))
             grads.append(local_shard(p.grad, like=p))
             buffers.append(momentum_of(state, p) if group["momentum"] != 0 else None)
             unit = largest[group.get("normalize_over")] if group["normalize"] else 1.0
+            factors.append(grad_factors.get(p, ()))
             scales.append(state["gsnr"] / (math.sqrt(p.numel()) if group["normalize_gradient"] else unit))
         options = {
             key: group[key]
@@ -481,12 +496,13 @@ class SGDSaI(Optimizer):
         }
         options |= {"grad_scale": grad_scale, "found_inf": found_inf}
         if not (group["stochastic_rounding"] and in_many_processes()):
-            sgd_sai(params, grads, buffers, scales, **options)
+            sgd_sai(params, grads, buffers, scales, grad_factors=factors, **options)
             return
         # One by one: of a sharded parameter ranks may draw fewer numbers, and replicas must be rounded alike.
-        for number, (p, g, m, scale) in enumerate(zip(params, grads, buffers, scales, strict=True)):
+        each = zip(params, grads, buffers, scales, factors, strict=True)
+        for number, (p, g, m, scale, own_factors) in enumerate(each):
             with draw_alike((self._steps << 20) + number, p.device):
-                sgd_sai([p], [g], [m], [scale], **options)
+                sgd_sai([p], [g], [m], [scale], grad_factors=[own_factors], **options)
 
     def _warn_unmeasured(self) -> None:
         unmeasured = self.gsnr_report().unmeasured

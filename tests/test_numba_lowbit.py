@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_sai import functional, numba_kernel, numba_lowbit
+from hf_sai import compiled, numba_kernel, numba_lowbit
 from hf_sai.functional import sgd_sai
 from hf_sai.momentum import QuantizedMomentum, allocate_momentum, momentum_of, set_momentum
 
@@ -148,7 +148,7 @@ def test_without_numba_and_for_what_no_kernel_takes_the_plain_path_does_it(momen
     assert not numba_lowbit.can_update(p, g.bfloat16(), m)
     assert not numba_lowbit.can_update(p, g, p)
     q, n = p.clone(), copy.deepcopy(m)
-    monkeypatch.setattr(functional, "_imported", lambda name: None)
+    monkeypatch.setattr(compiled, "_imported", lambda name: None)
     step(p, g, m)
     step(q, g, n, foreach=False)
     torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sai import functional, numba_kernel, sgd_sai
+from hf_sai import compiled, functional, numba_kernel, sgd_sai
 from hf_sai.momentum import QuantizedMomentum
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -34,9 +34,9 @@ def step(request, monkeypatch):
     """One way to make a step: called as sgd_sai is."""
     if request.param == "triton":
         module = interpreted_triton_kernel(monkeypatch)
-        monkeypatch.setattr(functional, "_imported", lambda name: module)
+        monkeypatch.setattr(compiled, "_imported", lambda name: module)
     elif request.param == "fused, torch's kernel":
-        monkeypatch.setattr(functional, "_imported", lambda name: None)
+        monkeypatch.setattr(compiled, "_imported", lambda name: None)
     choice = {"foreach": {"foreach": True}, "automatic": {}}.get(request.param, {"fused": True})
     return lambda *lists, **options: sgd_sai(*lists, **options, **choice)
 
@@ -136,9 +136,9 @@ def test_the_number_of_threads_changes_no_bit(dtype, monkeypatch):
 def test_fused_paths_unscale_gradients_and_skip_on_inf(kind, found_inf, momentum, monkeypatch):
     if kind == "triton":
         module = interpreted_triton_kernel(monkeypatch)
-        monkeypatch.setattr(functional, "_imported", lambda name: module)
+        monkeypatch.setattr(compiled, "_imported", lambda name: module)
     elif kind != "fused":
-        monkeypatch.setattr(functional, "_imported", lambda name: None)
+        monkeypatch.setattr(compiled, "_imported", lambda name: None)
     p, g, m = (torch.randn(100) for _ in range(3))
     q, n = p.clone(), m.clone()
     options = {"lr": 0.1, "momentum": momentum, "weight_decay": 0.1}
@@ -162,7 +162,10 @@ def test_paths_that_cannot_unscale_say_so_and_change_nothing():
 
 
 def path_of(p, g=None, m=None, foreach=None, fused=None, is_large=False):
-    return functional._path(p, p if g is None else g, p if m is None else m, False, foreach, fused, is_large)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "MIN_ELEMENTS_TO_COMPILE", 0 if is_large else 1 << 24)
+        wanted = compiled.wants_compiled([p], foreach, fused)
+    return functional._path(p, p if g is None else g, p if m is None else m, False, foreach, fused, wanted)
 
 
 def test_numba_is_used_when_asked_for_or_when_the_tensors_are_large():
@@ -182,7 +185,7 @@ def test_a_quantised_momentum_has_a_path_of_its_own(choice):
 
 
 def test_without_numba_torchs_kernel_takes_over(monkeypatch):
-    monkeypatch.setattr(functional, "_imported", functional._imported.__wrapped__)
+    monkeypatch.setattr(compiled, "_imported", compiled._imported.__wrapped__)
     monkeypatch.setattr(functional, "_ONE_PASS_KERNELS", {"cpu": "hf_sai.no_such_kernel"})
     assert path_of(torch.ones(3), fused=True) is functional._torch_kernel
 

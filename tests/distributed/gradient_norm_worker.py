@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from hf_sai.gradient_norm import MEAN_SQUARES, NORMALIZED, allocate_mean_squares, normalize_gradients_
+from hf_sai.gradient_norm import MEAN_SQUARES, NORMALIZED, allocate_mean_squares, gradient_factors
+from hf_sai.sharding import local_shard
 
 RANK, WORLD = join()
 MESH = init_device_mesh("cpu", (WORLD,) if WORLD == 2 else (2, 2))
@@ -21,6 +22,12 @@ SHAPES = [(5, 4), (1, 9), (4, 3, 2, 2), (7,), (1,)]  # some shard unevenly, some
 def whole_gradients():
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator) + 0.2 for shape in SHAPES]
+
+
+def normalize(params, how, state):
+    for p, factors in gradient_factors(params, how, state).items():
+        for factor in factors:
+            local_shard(p.grad).mul_(factor)
 
 
 def largest_error(placements, gradient_placements, how):
@@ -42,9 +49,9 @@ def largest_error(placements, gradient_placements, how):
     for p in state:
         allocate_mean_squares(state[p], p, how)
     for _ in range(3):  # of the step before, which a running mean divides by something else each time
-        normalize_gradients_(expected, how, state)
+        normalize(expected, how, state)
         with CollectiveCounter() as collectives:
-            normalize_gradients_(params, how, state)
+            normalize(params, how, state)
     pairs = [(p.grad, whole.grad) for p, whole in zip(params, expected, strict=True)]
     for p, whole in zip(params, expected, strict=True):
         pairs += [(state[p][name], state[whole][name]) for name in MEAN_SQUARES if name in state[p]]
