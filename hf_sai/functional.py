@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ def sgd_sai(
     paths: dict[Callable, list[int]] = defaultdict(list)
     for i, (p, g, m, factors) in enumerate(zip(params, grads, momentum_buffers, grad_factors, strict=True)):
         m = None if momentum == 0 else m
-        if factors and compiled and _has_factored_kernel(p, g, m) and not stochastic_rounding:
+        if factors and compiled and _has_kernel("hf_sai.numba_factored", p, g, m):
             path: Callable = _factored
         else:
             for factor in factors:
@@ -105,7 +105,7 @@ def sgd_sai(
         paths[path].append(i)
 
     of_amp = {"grad_scale": grad_scale, "found_inf": found_inf}
-    not_fused = {_single_tensor, _multi_tensor, _widened, _factored}
+    not_fused = {_single_tensor, _multi_tensor, _widened, _factored, _low_bit}
     if not_fused & paths.keys() and any(value is not None for value in of_amp.values()):
         raise ValueError(
             "grad_scale and found_inf need tensors that a fused kernel takes; unscale the gradients before."
@@ -141,6 +141,9 @@ def _path(
 ) -> Callable:
     """The function below, or the kernel, that updates this tensor."""
     automatic = foreach is None and fused is None
+    is_low_bit = isinstance(m, QuantizedMomentum) or (m is not None and m.dtype != p.dtype)
+    if is_low_bit and (fused or automatic) and _has_kernel("hf_sai.numba_lowbit", p, g, m):
+        return _low_bit
     if isinstance(m, QuantizedMomentum) or (stochastic_rounding and p.dtype == torch.bfloat16):
         return _widened
     if compiled and (fused or p.is_cpu):
@@ -166,10 +169,9 @@ def _one_pass_kernel(device_type: str) -> ModuleType | None:
     return compiled_module(_ONE_PASS_KERNELS[device_type])
 
 
-def _has_factored_kernel(p: Tensor, g: Tensor, m: Tensor | QuantizedMomentum | None) -> bool:
-    if not (p.is_cpu and _is_plain(p) and isinstance(m, Tensor)):
-        return False
-    kernel = compiled_module("hf_sai.numba_factored")
+def _has_kernel(name: str, p: Tensor, g: Tensor, m: Tensor | QuantizedMomentum | None) -> bool:
+    """Whether this module of numba's kernels updates the tensor."""
+    kernel = compiled_module(name) if p.is_cpu and _is_plain(p) else None
     return kernel is not None and kernel.can_update(p, g, m)
 
 
@@ -261,17 +263,24 @@ def _torch_kernel(
         )
 
 
+def _factored(params, grads, momentum_buffers, scales, **options):
+    """Normalisation and step in one pass over CPU memory."""
+    cast(ModuleType, compiled_module("hf_sai.numba_factored")).update(
+        params, grads, momentum_buffers, scales, **options
+    )
+
+
+def _low_bit(params, grads, momentum_buffers, scales, **options):
+    """One pass over CPU memory for a momentum in fewer bits."""
+    cast(ModuleType, compiled_module("hf_sai.numba_lowbit")).update(params, grads, momentum_buffers, scales, **options)
+
+
 def _widened(
     params, grads, momentum_buffers, scales, *, lr, momentum, weight_decay, maximize, stochastic_rounding, fused
 ):
-    """In float32 or better: a momentum of another dtype, stochastic rounding. In a kernel where one does it."""
-    kernels = compiled_module("hf_sai.numba_lowbit") if fused else None
+    """In float32 or better: a momentum of another dtype, stochastic rounding."""
     for p, g, m, scale in zip(params, grads, momentum_buffers, scales, strict=True):
         decay, step = 1 - lr * weight_decay, lr * scale
-        if momentum != 0 and kernels is not None and _is_plain(p) and kernels.can_update(p, g, m):
-            numbers = {"step": float(step), "decay": float(decay), "momentum": momentum}
-            kernels.update(p, g, m, **numbers, maximize=maximize)
-            continue
         if fused and momentum != 0 and _has_8bit_kernel(p, m) and not stochastic_rounding:
             p.mul_(decay)
             _8bit_kernel(p, -g if maximize else g, m, float(step), momentum)
@@ -287,13 +296,6 @@ def _widened(
         # --- decoupled weight decay and scaled step
         updated = p.to(wide) * decay - step * direction
         p.copy_(_stochastically_rounded(updated) if stochastic_rounding and p.dtype == torch.bfloat16 else updated)
-
-
-def _factored(params, grads, momentum_buffers, scales, **options):
-    """Normalisation and step in one pass over memory."""
-    kernel = compiled_module("hf_sai.numba_factored")
-    assert kernel is not None
-    kernel.update(params, grads, momentum_buffers, scales, **options)
 
 
 def _has_8bit_kernel(p: Tensor, m: Tensor | QuantizedMomentum | None) -> bool:

@@ -20,8 +20,6 @@ from hf_sai.compiled import compiled_module
 from hf_sai.sharding import is_dtensor, local_shard, shards_one_of, summing_groups, table_device
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from torch.distributed import ProcessGroup
 
 __all__ = ["MEAN_SQUARES", "NORMALIZED", "allocate_mean_squares", "gradient_factors"]
@@ -86,8 +84,9 @@ def gradient_factors(
     if not params:
         return {}
     kept = [_kept_dimensions(p, how) for p in params]
-    kernels = compiled_module("hf_sai.numba_factored") if compiled else None
-    sums = [_sums_of_squares(_as_placed(p), dims, kernels) for p, dims in zip(params, kept, strict=True)]
+    gradients = [_as_placed(p) for p in params]
+    known = _sums_by_kernel(gradients) if compiled and how == "factored" else {}
+    sums = [_sums_of_squares(g, dims, known.get(id(g))) for g, dims in zip(gradients, kept, strict=True)]
     owners = [(p, dims) for p, of_p in zip(params, kept, strict=True) for dims in of_p]
     means = list(itertools.chain(*sums))
     _all_reduce((mean, summing_groups(p, dims), table_device(p)) for mean, (p, dims) in zip(means, owners, strict=True))
@@ -151,14 +150,25 @@ def _as_placed(p: Tensor) -> Tensor:
     return local_shard(p.grad)
 
 
-def _sums_of_squares(gradient: Tensor, kept: Sequence[tuple[int, ...]], kernels: ModuleType | None) -> list[Tensor]:
+def _sums_by_kernel(gradients: Iterable[Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Those of rows and columns by the id of their gradient, where numba is installed and takes it."""
+    kernels = compiled_module("hf_sai.numba_factored")
+    if kernels is None:
+        return {}
+    matrices = [g for g in gradients if g.ndim > 1 and kernels.can_sum(g)]
+    return dict(zip(map(id, matrices), kernels.sums_of_squares(matrices), strict=True))
+
+
+def _sums_of_squares(
+    gradient: Tensor, kept: Sequence[tuple[int, ...]], known: tuple[Tensor, Tensor] | None
+) -> list[Tensor]:
     """For each set of kept dimensions the sum over the others, which stay with length 1; float32 or better."""
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     if len(kept) == 1 and len(kept[0]) == gradient.ndim:
         return [gradient.to(dtype).square()]
     dims = [tuple(d for d in range(gradient.ndim) if d not in of_one) for of_one in kept]
-    if len(kept) > 1 and kernels is not None and kernels.can_sum(gradient):
-        rows, columns = kernels.sums_of_squares(gradient)
+    if known is not None:
+        rows, columns = known
     elif len(kept) > 1 and gradient.is_cpu and gradient.numel() > 0:
         # In pieces that stay in the cache; vector_norm over the first dimension takes 20 times as long there.
         squares = (piece.to(dtype).square() for piece in gradient.split(max(1, _PIECE // gradient[0].numel())))

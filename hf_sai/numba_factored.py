@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_sai.numba_kernel import can_update, in_shares
+from hf_sai import numba_kernel
+from hf_sai.momentum import QuantizedMomentum
+from hf_sai.numba_kernel import in_shares
 
 __all__ = ["can_sum", "can_update", "sums_of_squares", "update"]
 
@@ -21,33 +23,40 @@ __all__ = ["can_sum", "can_update", "sums_of_squares", "update"]
 _PIECE = 1 << 20
 
 
+def can_update(p: Tensor, g: Tensor, m: Tensor | QuantizedMomentum | None) -> bool:
+    """Whether the kernel takes these: dense, of one dtype, float32 or float64, with a momentum."""
+    return isinstance(m, Tensor) and numba_kernel.can_update(p, g, m)
+
+
 def can_sum(gradient: Tensor) -> bool:
     """Whether the kernel takes it: dense, float32 or float64, with something in it."""
-    return can_update(gradient, gradient, None) and gradient.numel() > 0
+    return numba_kernel.can_update(gradient, gradient, None) and gradient.numel() > 0
 
 
-def sums_of_squares(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row and of each column, in the gradient's dtype and number of dimensions.
+def sums_of_squares(gradients: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """For each gradient those of its rows and those of its columns, in its dtype and number of dimensions.
 
     Args:
-        gradient: Two dimensions or more; :func:`can_sum` holds.
+        gradients: Two dimensions or more; :func:`can_sum` holds.
     """
-    matrix = gradient.detach().view(len(gradient), -1).numpy()
-    height, width = matrix.shape
-    rows_in_piece = max(1, _PIECE // width)
-    piece = rows_in_piece * width
-    rows = np.empty(height, dtype=matrix.dtype)
-    columns = np.zeros((-(-matrix.size // piece), width), dtype=matrix.dtype)
+    matrices = [g.detach().view(len(g), -1).numpy() for g in gradients]
+    rows_in_piece = [max(1, _PIECE // matrix.shape[1]) for matrix in matrices]
+    pieces = [-(-len(matrix) // count) for matrix, count in zip(matrices, rows_in_piece, strict=True)]
+    rows = [np.empty(len(matrix), dtype=matrix.dtype) for matrix in matrices]
+    columns = [
+        np.zeros((count, matrix.shape[1]), dtype=matrix.dtype) for matrix, count in zip(matrices, pieces, strict=True)
+    ]
 
-    def run(_: int, start: int, stop: int) -> None:
-        for number in range(start // piece, -(-stop // piece)):
-            own = slice(number * rows_in_piece, (number + 1) * rows_in_piece)
-            _add_squares(matrix[own], rows[own], columns[number])
+    def run(index: int, start: int, stop: int) -> None:
+        for piece in range(start // _PIECE, -(-stop // _PIECE)):
+            own = slice(piece * rows_in_piece[index], (piece + 1) * rows_in_piece[index])
+            _add_squares(matrices[index][own], rows[index][own], columns[index][piece])
 
-    in_shares([matrix.size], run, piece)
-    ones = [1] * gradient.ndim
-    sums = torch.from_numpy(rows), torch.from_numpy(columns.sum(0))
-    return sums[0].view(height, *ones[1:]), sums[1].view(1, *gradient.shape[1:])
+    in_shares([count * _PIECE for count in pieces], run, _PIECE)
+    return [
+        (torch.from_numpy(of_rows).view(-1, *[1] * (g.ndim - 1)), torch.from_numpy(parts.sum(0)).view(1, *g.shape[1:]))
+        for g, of_rows, parts in zip(gradients, rows, columns, strict=True)
+    ]
 
 
 def update(

@@ -7,7 +7,7 @@ with the block's new scale where it has one. The formats are those of :mod:`hf_s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numba
 import numpy as np
@@ -36,44 +36,50 @@ def can_update(p: Tensor, g: Tensor, m: Tensor | QuantizedMomentum | None) -> bo
 
 
 def update(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor | QuantizedMomentum,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | QuantizedMomentum],
+    scales: Sequence[float],
     *,
-    step: float,
-    decay: float,
+    lr: float | Tensor,
     momentum: float,
+    weight_decay: float,
     maximize: bool,
 ) -> None:
-    """One step of one tensor: the momentum follows the gradient, ``p = decay p - step m``.
+    """One step of :func:`hf_sai.sgd_sai`, whose arguments these are; tensors that :func:`can_update` accepts."""
+    lr = float(lr)
+    work = []
+    for p, g, m, scale in zip(params, grads, momentum_buffers, scales, strict=True):
+        arrays = [t.detach().view(-1).numpy() for t in (p, g)]
+        numbers = (1 - lr * weight_decay, lr * scale, -1.0 if maximize else 1.0, 1 - momentum)
+        work.append((arrays, _Buffer(m), [np.float32(number) for number in numbers]))
 
-    Args:
-        p: float32, updated in place.
-        g: float32, of the same shape.
-        m: bfloat16 of the same shape, or quantised; updated in place.
-        step: Learning rate times scale.
-        decay: What is left of the parameter, 1 minus learning rate times weight decay.
-        momentum: Coefficient in (0, 1).
-        maximize: Ascend instead of descend.
-    """
-    arrays = [t.detach().view(-1).numpy() for t in (p, g)]
-    numbers = [np.float32(number) for number in (decay, step, -1.0 if maximize else 1.0, 1 - momentum)]
-    if isinstance(m, Tensor):
-        kind, codes = "bfloat16", m.view(torch.uint16).view(-1).numpy()
-    else:
-        kind = "8bit" if m.is_8bit else "4bit"
-        codes, scales, tables = m.codes.view(-1).numpy(), m.scales.numpy(), nearest_code_tables(kind)
-    block, per_code = _BLOCKS[kind], 2 if kind == "4bit" else 1
+    def run(index: int, start: int, stop: int) -> None:
+        arrays, buffer, numbers = work[index]
+        scratch = np.empty(_BLOCKS[buffer.kind], dtype=np.float32)
+        own = [array[start:stop] for array in arrays]
+        _KERNELS[buffer.kind](*own, *buffer.part(start, stop), *numbers, scratch, scratch.view(np.uint32))
 
-    def run(_: int, start: int, stop: int) -> None:
-        scratch = np.empty(block, dtype=np.float32)
-        mine = [array[start:stop] for array in arrays]
-        mine.append(codes[start // per_code : -(-stop // per_code)])
-        if kind != "bfloat16":
-            mine += [scales[start // block : -(-stop // block)], *tables]
-        _KERNELS[kind](*mine, *numbers, scratch, scratch.view(np.uint32))
+    in_shares([p.numel() for p in params], run, _ALIGNMENT)
 
-    in_shares([p.numel()], run, _ALIGNMENT)
+
+class _Buffer:
+    """A momentum as the arrays that its kernel takes."""
+
+    def __init__(self, m: Tensor | QuantizedMomentum) -> None:
+        if isinstance(m, Tensor):
+            self.kind, self.codes, self.per_code = "bfloat16", m.view(torch.uint16).view(-1).numpy(), 1
+        else:
+            self.kind, self.per_code = ("8bit", 1) if m.is_8bit else ("4bit", 2)
+            self.codes, self.scales = m.codes.view(-1).numpy(), m.scales.numpy()
+
+    def part(self, start: int, stop: int) -> list[np.ndarray]:
+        """For these elements, of which the first begins a block: codes, and if there are, scales and tables."""
+        codes = self.codes[start // self.per_code : -(-stop // self.per_code)]
+        if self.kind == "bfloat16":
+            return [codes]
+        block = _BLOCKS[self.kind]
+        return [codes, self.scales[start // block : -(-stop // block)], *nearest_code_tables(self.kind)]
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """numba's kernels for normalised gradients: sums and steps as torch's, for any shape, with any number of threads."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -36,7 +38,7 @@ def factors_of(g, how):
 def test_sums_of_rows_and_columns_are_torchs(shape, piece, dtype, monkeypatch):
     monkeypatch.setattr(numba_factored, "_PIECE", piece)
     _, g, _ = example(shape, dtype)
-    rows, columns = numba_factored.sums_of_squares(g)
+    ((rows, columns),) = numba_factored.sums_of_squares([g])
     squares = g.double().square()
     expected = squares.sum(tuple(range(1, g.ndim)), keepdim=True), squares.sum(0, keepdim=True)
     for ours, theirs in zip((rows, columns), expected, strict=True):
@@ -46,7 +48,7 @@ def test_sums_of_rows_and_columns_are_torchs(shape, piece, dtype, monkeypatch):
 
 def test_long_columns_are_summed_as_exactly_as_float32_allows():
     g = torch.rand(200_000, 8, generator=torch.Generator().manual_seed(0))
-    _, columns = numba_factored.sums_of_squares(g)
+    ((_, columns),) = numba_factored.sums_of_squares([g])
     torch.testing.assert_close(columns.double(), g.double().square().sum(0, keepdim=True), rtol=1e-4, atol=0.0)
 
 
@@ -75,17 +77,17 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch):
     for threads in (1, 2, 3, 7):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         lists = list(zip(*(example(shape) for shape in SHAPES[:4]), strict=True))
-        sums = [t for g in lists[1] for t in numba_factored.sums_of_squares(g)]
+        sums = numba_factored.sums_of_squares(lists[1])
         sgd_sai(
             *lists,
             [1.0, 2.0, 3.0, 4.0],
-            grad_factors=[(rows, columns) for rows, columns in zip(sums[::2], sums[1::2], strict=True)],
+            grad_factors=sums,
             lr=0.1,
             momentum=0.9,
             weight_decay=0.1,
             fused=True,
         )
-        results.append([*sums, *lists[0], *lists[2]])
+        results.append([*itertools.chain(*sums), *lists[0], *lists[2]])
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 

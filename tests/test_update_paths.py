@@ -178,10 +178,13 @@ def test_numba_is_used_when_asked_for_or_when_the_tensors_are_large():
 
 
 @pytest.mark.parametrize("choice", [{"fused": True}, {"is_large": True}, {}], ids=str)
-def test_a_quantised_momentum_has_a_path_of_its_own(choice):
+def test_a_momentum_in_fewer_bits_has_paths_of_its_own(choice):
     p = torch.zeros(64, 64)
-    m = QuantizedMomentum(torch.zeros(64, 64, dtype=torch.uint8), torch.zeros(16), p.shape)
-    assert path_of(p, m=m, **choice) is functional._widened
+    quantised = QuantizedMomentum(torch.zeros(64, 64, dtype=torch.uint8), torch.zeros(16), p.shape)
+    for m in (quantised, p.bfloat16()):
+        assert path_of(p, m=m, **choice) is functional._low_bit
+        assert path_of(p, m=m, foreach=False) is functional._widened
+        assert path_of(p.bfloat16(), m=quantised, **choice) is functional._widened
 
 
 def test_without_numba_torchs_kernel_takes_over(monkeypatch):
