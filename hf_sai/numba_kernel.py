@@ -7,7 +7,7 @@ thread or part of a vector it falls to: the number of threads changes no bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 
 import numba
 import torch
@@ -78,13 +78,26 @@ def in_shares(sizes: Sequence[int], run: Callable[[int, int, int], None], alignm
             run(index, 0, size)
         return
 
-    def run_all(share: Iterable[tuple[int, int, int]]) -> None:
-        for part in share:
-            run(*part)
+    failures: list[BaseException] = []
 
-    # New ones each step, for a tenth of a millisecond: threads that wait for the next step would not survive a fork.
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run_all, shares(sizes, threads, alignment)))
+    def run_all(share: Iterable[tuple[int, int, int]]) -> None:
+        try:
+            for part in share:
+                run(*part)
+        except BaseException as failure:  # in a thread it would only be printed
+            failures.append(failure)
+
+    # New threads each step, for a tenth of a millisecond: those that wait for the next step would not survive a fork.
+    # This one works, too: a pool beside it takes milliseconds to wake up.
+    own, *others = shares(sizes, threads, alignment)
+    helpers = [Thread(target=run_all, args=(share,)) for share in others]
+    for helper in helpers:
+        helper.start()
+    run_all(own)
+    for helper in helpers:
+        helper.join()
+    if failures:
+        raise failures[0]
 
 
 def shares(sizes: Sequence[int], threads: int, alignment: int = _ALIGNMENT) -> list[list[tuple[int, int, int]]]:

@@ -119,6 +119,7 @@ def test_when_the_step_is_the_kernels(options, used, monkeypatch):
 
 def test_many_elements_wait_for_numba(monkeypatch):
     monkeypatch.setattr(compiled, "MIN_ELEMENTS_TO_COMPILE", 5000)
+    monkeypatch.setattr(compiled, "MIN_AVERAGE_TO_COMPILE", 5000)
     calls = []
     monkeypatch.setattr(functional, "_factored", lambda *args, **kwargs: calls.append(args))
     p = nn.Parameter(torch.randn(40, 130))

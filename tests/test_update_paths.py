@@ -164,6 +164,7 @@ def test_paths_that_cannot_unscale_say_so_and_change_nothing():
 def path_of(p, g=None, m=None, foreach=None, fused=None, is_large=False):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "MIN_ELEMENTS_TO_COMPILE", 0 if is_large else 1 << 24)
+        patch.setattr(compiled, "MIN_AVERAGE_TO_COMPILE", 0)
         wanted = compiled.wants_compiled([p], foreach, fused)
     return functional._path(p, p if g is None else g, p if m is None else m, False, foreach, fused, wanted)
 
@@ -175,6 +176,17 @@ def test_numba_is_used_when_asked_for_or_when_the_tensors_are_large():
     assert path_of(p.bfloat16(), fused=True) is path_of(p.bfloat16(), is_large=True) is functional._single_tensor
     assert path_of(p, foreach=True, is_large=True) is functional._multi_tensor
     assert path_of(p, foreach=False, is_large=True) is path_of(p, fused=False) is functional._single_tensor
+
+
+def test_many_small_tensors_do_not_make_a_large_model():
+    sizes = torch.Size([2**24]), torch.Size([2**14])
+    one, small = (torch.nn.Parameter(torch.empty(size, device="meta")) for size in sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cpu", True)
+        assert compiled.wants_compiled([one], None, None)
+        assert not compiled.wants_compiled([small] * 1024, None, None)
+        assert not compiled.wants_compiled([one], False, None)
+        assert compiled.wants_compiled([small], None, True)
 
 
 @pytest.mark.parametrize("choice", [{"fused": True}, {"is_large": True}, {}], ids=str)
@@ -191,6 +203,19 @@ def test_without_numba_torchs_kernel_takes_over(monkeypatch):
     monkeypatch.setattr(compiled, "_imported", compiled._imported.__wrapped__)
     monkeypatch.setattr(functional, "_ONE_PASS_KERNELS", {"cpu": "hf_sai.no_such_kernel"})
     assert path_of(torch.ones(3), fused=True) is functional._torch_kernel
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_what_fails_in_a_thread_fails(bad, monkeypatch):
+    monkeypatch.setattr(numba_kernel, "_MIN_ELEMENTS_FOR_THREADS", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+    def run(index, start, stop):
+        if index == bad:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        numba_kernel.in_shares([640] * 3, run)
 
 
 # --- more elements than 32 bits count
