@@ -59,9 +59,8 @@ def sgd_sai(
         params: Tensors :math:`\theta` of any shapes.
         grads: Their gradients :math:`g`, same shapes.
         momentum_buffers: :math:`m`, same shapes as ``params``, of any float dtype, or quantised; entries are ignored
-            (None) if momentum is 0. Where dtypes differ the update is computed in float32 or better, and unless
-            Triton's kernel does it, one tensor at a time: on CPU in numba's kernels for float32 parameters, if numba is
-            installed and ``foreach`` or ``fused`` do not say otherwise.
+            (None) if momentum is 0. Where dtypes differ the update is computed in float32 or better, by numba (CPU,
+            float32 parameters) or Triton where they are used, else one tensor at a time.
         scales: One factor :math:`G` per tensor: its g-SNR, normalised or not.
         lr: Learning rate :math:`\gamma`, a float or a one-element tensor.
         momentum: :math:`\mu` in [0, 1).

@@ -99,14 +99,15 @@ class SGDSaI(Optimizer):
             dimension) by its own, as SCALE does (arXiv 2506.16659), vectors as a whole. ``"tensor"``: each gradient by
             the whole's. ``"factored"``: each element by a running one that is estimated from its row's and its
             column's, as Adafactor does (arXiv 1804.04235), which keeps one float32 more per row and column (per
-            element of a vector) and comes close to AdamW. Done in place in ``p.grad``, as clipping is, which has no
-            effect any more on ``"rows"`` and ``"tensor"``. Not together with ``normalize``; refused under FSDP1 and
-            DeepSpeed ZeRO. None, the published algorithm, by default.
+            element of a vector) and comes close to AdamW. ``p.grad`` may be changed in place. Clipping, which comes
+            before, has no effect any more on ``"rows"`` and ``"tensor"``. Not together with ``normalize``; refused
+            under FSDP1 and DeepSpeed ZeRO. None, the published algorithm, by default.
         maximize: Ascend instead of descend.
         momentum_dtype: What the momentum is kept in: None for the parameter's dtype, another float dtype such as
             ``torch.bfloat16``, or ``"8bit"`` or ``"4bit"`` for bitsandbytes' blocks of 256 or 128 elements with a
             float32 scale each (extra ``quant``; tensors below 4096 elements stay as they are). 4, 2, 1.02 or 0.53
-            bytes per element. The update is computed in float32 then, one tensor at a time.
+            bytes per element. The update is computed in float32 then: on CPU in one pass over memory for float32
+            parameters (extra ``speed``), on CUDA in bitsandbytes' kernel for ``"8bit"``, else one tensor at a time.
         stochastic_rounding: Round bfloat16 parameters up or down at random, for training without float32 copies of
             them. Draws from torch's random number generator; with several processes the same numbers on all, so that
             replicas stay equal.
@@ -115,7 +116,7 @@ class SGDSaI(Optimizer):
             (extra ``speed``; float32 and float64) and Triton's on CUDA; without them with torch's fused SGD kernel,
             in two passes. What no kernel takes, such as a parameter with transposed memory, is
             updated by itself. If ``foreach`` and ``fused`` are both None, so are CPU parameters (with numba from 2^24
-            elements on), and CUDA's take ``foreach``. ``foreach=False`` is the plain loop.
+            elements on, 2^17 in the average tensor), and CUDA's take ``foreach``. ``foreach=False`` is the plain loop.
         gradient_release: Update each parameter within ``backward()`` and free its gradient at once; ``step()`` then
             only counts. Excludes gradient accumulation, clipping by the global norm (there is nothing left to clip),
             GradScaler, ``normalize`` and more than one process.
