@@ -61,6 +61,7 @@ EXPERIMENTS = {
         "sai@4e-2 clip=0.1",
         "sai@1e-2 decay=0",
     ],
+    "scales": ["sai:cap64@1e-2", "sai:cap64@2e-2", "sai:floor64@1e-2", "sai:floor64@2e-2", "sai:floor32@2e-2"],
 }
 
 
@@ -106,7 +107,7 @@ class Rule:
     ``r_factored``: the gradient divided by a running one, before the momentum; factored as in Adafactor, with one of
     every element for vectors. ``frozen``, ``frozen_rows``: momentum divided by the first gradient's root-mean-square.
     ``sign``: its sign. Modifiers: ``mu0.8`` (momentum), ``beta0.99`` (of the running averages), ``nesterov``, ``snr``
-    (times g-SNR / sqrt(elements)).
+    (times g-SNR / sqrt(elements)), ``cap64`` and ``floor64`` (the g-SNR is at most, at least that).
     """
 
     def __init__(self, text: str, gradient: Tensor) -> None:
@@ -115,6 +116,11 @@ class Rule:
         self.beta = next((float(m[4:]) for m in modifiers if m.startswith("beta")), 0.999)
         self.nesterov = "nesterov" in modifiers
         gsnr = measure_gsnr([gradient])[0]
+        for modifier in modifiers:
+            if modifier.startswith("cap"):
+                gsnr = min(gsnr, float(modifier[3:]))
+            elif modifier.startswith("floor"):
+                gsnr = max(gsnr, float(modifier[5:]))
         ratio = gsnr / math.sqrt(gradient.numel())
         self.scale = gsnr if self.name == "sai" else ratio if "snr" in modifiers else 1.0
         self.steps = 0
@@ -224,7 +230,9 @@ def losses_of(p: dict[str, Tensor], tokens: Tensor) -> Tensor:
     return losses.view(models, rows, length)
 
 
-def train(variants: list[Variant], rows: tuple[Tensor, Tensor], steps: int, seed: int) -> Iterator[dict[str, Any]]:
+def train(
+    variants: list[Variant], rows: tuple[Tensor, Tensor], steps: int, seed: int, batch_size: int = BATCH
+) -> Iterator[dict[str, Any]]:
     """Train all variants side by side; yield what came out of each."""
     training, validation = rows
     names = list(start := initial(seed))
@@ -234,7 +242,7 @@ def train(variants: list[Variant], rows: tuple[Tensor, Tensor], steps: int, seed
     generator = torch.Generator().manual_seed(seed + 1000)
     curves = []
     for step in range(steps):
-        batch = training[torch.randint(len(training), (BATCH,), generator=generator)]
+        batch = training[torch.randint(len(training), (batch_size,), generator=generator)]
         loss = losses_of(p, batch).mean((1, 2))
         loss.sum().backward()
         curves.append(loss.tolist())
@@ -248,6 +256,7 @@ def train(variants: list[Variant], rows: tuple[Tensor, Tensor], steps: int, seed
             "variant": variant.name,
             "steps": steps,
             "seed": seed,
+            "batch": batch_size,
             **_validate({name: tensor[index : index + 1] for name, tensor in p.items()}, training, validation),
             "train_loss": [round(sum(part) / len(part), 4) for part in _parts([c[index] for c in curves], 20)],
             **({"gsnr_ratio": ratios} if index == 0 else {}),
@@ -313,15 +322,21 @@ def load_rows() -> tuple[Tensor, Tensor]:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """One line a variant and length, the best first."""
+    """One line a variant, steps and batch, the best first."""
     rows = []
-    for steps in sorted({run["steps"] for run in runs}):
-        mine = sorted((run for run in runs if run["steps"] == steps), key=lambda run: run["eval_loss"])
+    for length in sorted({(run["steps"], run["batch"]) for run in runs}):
+        mine = [run for run in runs if (run["steps"], run["batch"]) == length]
         rows += [
-            [f"`{run['variant']}`", steps, run["seed"], f"{run['eval_loss']:.3f}", *(f"{b:.2f}" for b in run["bands"])]
-            for run in mine
+            [
+                f"`{run['variant']}`",
+                *length,
+                run["seed"],
+                f"{run['eval_loss']:.3f}",
+                *(f"{loss:.2f}" for loss in run["bands"]),
+            ]
+            for run in sorted(mine, key=lambda run: run["eval_loss"])
         ]
-    columns = ["variant", "steps", "seed", "eval loss", "most frequent bytes", "frequent", "less", "rare"]
+    columns = ["variant", "steps", "batch", "seed", "eval loss", "most frequent bytes", "frequent", "less", "rare"]
     return markdown_table(columns, rows)
 
 
@@ -331,16 +346,18 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", help="variants of your own instead, each in quotes")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"rows a step (default: {BATCH})")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args()
     runs: list[dict[str, Any]] = json.loads(args.results.read_text()) if args.results.is_file() else []
     groups = [args.variants] if args.variants else [EXPERIMENTS[name] for name in args.experiments]
     for group in [] if args.table else groups:
-        done = {run["variant"] for run in runs if (run["steps"], run["seed"]) == (args.steps, args.seed)}
+        length = args.steps, args.seed, args.batch
+        done = {run["variant"] for run in runs if (run["steps"], run["seed"], run["batch"]) == length}
         missing = [Variant.parse(text) for text in group if text not in done]
         if missing:
-            runs += train(missing, load_rows(), args.steps, args.seed)
+            runs += train(missing, load_rows(), *length)
             atomic_write(args.results, json.dumps(runs) + "\n")
     print(table(runs))
 
