@@ -103,11 +103,12 @@ class Rule:
     ``sai``: momentum times g-SNR, the published algorithm. ``adam``: AdamW. ``rows``, ``columns``, ``tensor``: momentum
     with every row, every column or the whole at root-mean-square 1. ``g_rows``, ``g_columns``, ``g_tensor``: the same
     done to the gradient, before the momentum. ``v_rows``, ``v_tensor``: momentum divided by a running root-mean-square
-    of every row or the whole (Adam-mini, arXiv 2406.16793, with a row or a tensor as block). ``r_rows``, ``r_columns``,
-    ``r_factored``: the gradient divided by a running one, before the momentum; factored as in Adafactor, with one of
-    every element for vectors. ``frozen``, ``frozen_rows``: momentum divided by the first gradient's root-mean-square.
-    ``sign``: its sign. Modifiers: ``mu0.8`` (momentum), ``beta0.99`` (of the running averages), ``nesterov``, ``snr``
-    (times g-SNR / sqrt(elements)), ``cap64`` and ``floor64`` (the g-SNR is at most, at least that).
+    of every row or the whole (Adam-mini, arXiv 2406.16793, with a row or a tensor as block), ``v_factored`` by one that
+    is factored as in Adafactor, with one of every element for vectors. ``r_rows``, ``r_columns``, ``r_factored``: the
+    gradient divided by a running one, before the momentum. ``frozen``, ``frozen_rows``: momentum divided by the first
+    gradient's root-mean-square. ``sign``: its sign. Modifiers: ``mu0.8`` (momentum), ``beta0.99`` (of the running
+    averages), ``nesterov``, ``snr`` (times g-SNR / sqrt(elements)), ``cap64`` and ``floor64`` (the g-SNR is at most, at
+    least that).
     """
 
     def __init__(self, text: str, gradient: Tensor) -> None:
@@ -136,7 +137,7 @@ class Rule:
         if self.name[:2] in ("v_", "r_"):
             self.v.lerp_(_mean_square(gradient, self.name[2:]).expand_as(gradient), 1 - self.beta)
         mean_square = self.v / (1 - self.beta**self.steps)
-        if self.name == "r_factored" and mean_square.ndim > 1:
+        if self.name[2:] == "factored" and mean_square.ndim > 1:
             mean_square = _factored(mean_square)
         gradient = self._incoming(gradient, mean_square)
         self.m.lerp_(gradient, 1 - self.mu if self.steps > 1 else 1.0)
@@ -144,7 +145,7 @@ class Rule:
         if self.name in ("rows", "columns", "tensor"):
             step = step / _rms(step, self.name)
         elif self.name.startswith("v_"):
-            step = step / mean_square.sqrt()
+            step = step / (mean_square.sqrt() + 1e-12)
         elif self.name.startswith("frozen"):
             step = step / self.first_rms
         elif self.name == "sign":
@@ -157,9 +158,9 @@ class Rule:
         return gradient / _rms(gradient, self.name[2:]) if self.name.startswith("g_") else gradient
 
     def _adam(self, gradient: Tensor) -> Tensor:
-        self.m.lerp_(gradient, 0.1)
-        self.v.lerp_(gradient.square(), 0.001)
-        mean, square = self.m / (1 - 0.9**self.steps), self.v / (1 - 0.999**self.steps)
+        self.m.lerp_(gradient, 1 - self.mu)
+        self.v.lerp_(gradient.square(), 1 - self.beta)
+        mean, square = self.m / (1 - self.mu**self.steps), self.v / (1 - self.beta**self.steps)
         return mean / (square.sqrt() + 1e-8)
 
 
