@@ -108,7 +108,9 @@ class Rule:
     gradient divided by a running one, before the momentum. ``frozen``, ``frozen_rows``: momentum divided by the first
     gradient's root-mean-square. ``sign``: its sign. Modifiers: ``mu0.8`` (momentum), ``beta0.99`` (of the running
     averages), ``nesterov``, ``snr`` (times g-SNR / sqrt(elements)), ``cap64`` and ``floor64`` (the g-SNR is at most, at
-    least that).
+    least that), ``clipped`` (what ``r_`` has divided gets a root-mean-square of at most 1, as in Adafactor),
+    ``estimated`` (the same, but of matrices that is estimated from what the rows' and the columns' are now and on
+    average, the larger of both).
     """
 
     def __init__(self, text: str, gradient: Tensor) -> None:
@@ -116,6 +118,7 @@ class Rule:
         self.mu = next((float(m[2:]) for m in modifiers if m.startswith("mu")), 0.9)
         self.beta = next((float(m[4:]) for m in modifiers if m.startswith("beta")), 0.999)
         self.nesterov = "nesterov" in modifiers
+        self.clip = next((m for m in modifiers if m in ("clipped", "estimated")), None)
         gsnr = measure_gsnr([gradient])[0]
         for modifier in modifiers:
             if modifier.startswith("cap"):
@@ -154,7 +157,12 @@ class Rule:
 
     def _incoming(self, gradient: Tensor, mean_square: Tensor) -> Tensor:
         if self.name.startswith("r_"):
-            return gradient / (mean_square.sqrt() + 1e-12)
+            unit = gradient / (mean_square.sqrt() + 1e-12)
+            if self.clip == "estimated" and gradient.ndim > 1:
+                now, running = gradient.square(), self.v / (1 - self.beta**self.steps)
+                shares = [(now.mean(dim) / (running.mean(dim) + 1e-24)).mean() for dim in (0, 1)]
+                return unit / max(shares).sqrt().clamp(min=1.0)
+            return unit / _rms(unit, "tensor").clamp(min=1.0) if self.clip else unit
         return gradient / _rms(gradient, self.name[2:]) if self.name.startswith("g_") else gradient
 
     def _adam(self, gradient: Tensor) -> Tensor:

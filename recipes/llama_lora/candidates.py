@@ -71,7 +71,6 @@ CANDIDATES = {
     "sgd_sai, factored gradient, momentum 0.8": Candidate(
         sai(normalize_gradient="factored", momentum=0.8), (2.5e-3, 5e-3, 1e-2)
     ),
-    "sgd_sai, bfloat16 momentum": Candidate(sai(momentum_dtype=torch.bfloat16), (2e-2, 4e-2, 8e-2)),
     "sgd_sai, 8-bit momentum": Candidate(sai(momentum_dtype="8bit"), (2e-2, 4e-2, 8e-2)),
     "sgd_sai, 4-bit momentum": Candidate(sai(momentum_dtype="4bit"), (2e-2, 4e-2, 8e-2)),
     "sgd_sai, factored gradient, momentum 0.8, 8 bits": Candidate(
