@@ -24,8 +24,8 @@ def whole_gradients():
     return [torch.randn(shape, generator=generator) + 0.2 for shape in SHAPES]
 
 
-def normalize(params, how, state):
-    for p, factors in gradient_factors(params, how, state).items():
+def normalize(params, how, state, compiled):
+    for p, factors in gradient_factors(params, how, state, compiled=compiled).items():
         for factor in factors:
             local_shard(p.grad).mul_(factor)
 
@@ -49,9 +49,9 @@ def largest_error(placements, gradient_placements, how):
     for p in state:
         allocate_mean_squares(state[p], p, how)
     for _ in range(3):  # of the step before, which a running mean divides by something else each time
-        normalize(expected, how, state)
+        normalize(expected, how, state, compiled=False)
         with CollectiveCounter() as collectives:
-            normalize(params, how, state)
+            normalize(params, how, state, compiled=True)
     pairs = [(p.grad, whole.grad) for p, whole in zip(params, expected, strict=True)]
     for p, whole in zip(params, expected, strict=True):
         pairs += [(state[p][name], state[whole][name]) for name in MEAN_SQUARES if name in state[p]]
