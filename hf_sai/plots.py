@@ -62,10 +62,12 @@ MAX_ROLES = 24
 
 
 def plot_loss(records: Sequence[RunRecord], theme: str = "light") -> Figure:
-    """Loss of several runs over steps, and evaluation loss over bytes of optimizer state.
+    """Loss of several runs over steps and over time, and evaluation loss over bytes of optimizer state.
 
-    On the left, training loss is the thin line and evaluation loss the markers. On the right each run is a column at
-    the bytes its optimizer keeps: its evaluations from first (faint) to last (strong), so that lower left is better.
+    On the left, training loss is the thin line and evaluation loss the markers. In the middle the same over the seconds
+    of training, each step taken to last as long as the run's average one; left out where no record has a time. On the
+    right each run is a column at the bytes its optimizer keeps: its evaluations from first (faint) to last (strong), so
+    that lower left is better.
 
     Args:
         records: 1 to 6 runs.
@@ -80,8 +82,12 @@ def plot_loss(records: Sequence[RunRecord], theme: str = "light") -> Figure:
     _check(records, theme)
     if not any(record.curve("loss") or record.curve("eval_loss") for record in records):
         raise ValueError(f"none of the records ({', '.join(r.name for r in records)}) holds a loss to draw")
-    figure = new_figure(theme, width=10)
-    over_steps, over_bytes = figure.subplots(1, 2, width_ratios=[2, 1])
+    seconds = [record.summary()["step_seconds"] for record in records]
+    timed = any(seconds)
+    figure = new_figure(theme, width=14 if timed else 10)
+    over_steps, *over_time, over_bytes = figure.subplots(
+        1, 3 if timed else 2, width_ratios=[2, 2, 1] if timed else [2, 1]
+    )
     for index, record in enumerate(records):
         style = _style(index, theme)
         train, evaluation = record.curve("loss"), record.curve("eval_loss")
@@ -89,12 +95,18 @@ def plot_loss(records: Sequence[RunRecord], theme: str = "light") -> Figure:
         if train:
             over_steps.plot(*_columns(train), **style, linewidth=1.3, alpha=0.75, label=None if evaluation else label)
         if evaluation:
-            joined = {**style, "linestyle": "none" if train else style["linestyle"]}
-            over_steps.plot(*_columns(evaluation), **joined, marker=_MARKERS[index], markersize=5)
+            marked = _marked(style, index)
+            over_steps.plot(*_columns(evaluation), **(marked if train else {**marked, **style}))
             over_steps.plot([], [], **style, marker=_MARKERS[index], markersize=5, label=label)
+        for points, look in ((train, {**style, "alpha": 0.75}), (evaluation, _marked(style, index))):
+            if points and over_time and seconds[index]:
+                steps, losses = _columns(points)
+                over_time[0].plot([step * seconds[index] for step in steps], losses, **look, linewidth=1.3)
         if record.state_bytes is not None and evaluation:
             _draw_column(over_bytes, record.state_bytes, [loss for _, loss in evaluation], index, theme)
     dress(over_steps, theme, "optimizer step", "loss (line: training, markers: evaluation)")
+    for axes in over_time:
+        dress(axes, theme, "time in training steps (s)", "")
     dress(over_bytes, theme, "optimizer state (bytes)", "evaluation loss")
     sizes = [record.state_bytes or 0 for record in records]
     over_bytes.set_xlim(0, 1.3 * max(sizes, default=0) or 1)  # room for the last loss, written beside its marker
@@ -313,6 +325,11 @@ def _draw_column(axes: Axes, size: int, losses: list[float], index: int, theme: 
 
 def _style(index: int, theme: str) -> dict[str, Any]:
     return {"color": THEMES[theme].colors[index % MAX_RUNS], "linestyle": _DASHES[index % MAX_RUNS]}
+
+
+def _marked(style: dict[str, Any], index: int) -> dict[str, Any]:
+    """A run's look as markers alone."""
+    return {**style, "linestyle": "none", "marker": _MARKERS[index], "markersize": 5}
 
 
 def _check(records: Sequence[RunRecord], theme: str) -> None:

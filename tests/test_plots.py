@@ -58,6 +58,14 @@ def test_loss_curves_hold_every_point_of_every_run():
     assert points >= {(4_300_000, 3.1), (8_600_000, 3.3)}
 
 
+def test_loss_is_drawn_over_time_where_records_know_it():
+    runs = [make_record(), make_record("adamw", "AdamW", 8_600_000, offset=0.2)]
+    runs[1].timing = {"steps": 40, "step_seconds": 80.0}
+    _, over_time, _ = plot_loss(runs).axes
+    drawn = [tuple(map(tuple, line.get_xydata())) for line in over_time.get_lines()]
+    assert drawn == [tuple((2.0 * step, loss) for step, loss in runs[1].curve(key)) for key in ("loss", "eval_loss")]
+
+
 def test_the_gsnr_map_has_a_row_per_kind_and_marks_the_unmeasured():
     axes = plot_gsnr(make_record()).axes[0]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["other", "0", "1", "2"]
