@@ -86,4 +86,3 @@ def test_peak_memory_counts_gradients_and_states(monkeypatch):
     assert plain["gradients"] == plain["states"] == released["states"] == 4 * elements
     assert released["gradients"] == 0
     assert adamw["states"] == pytest.approx(8 * elements, rel=0.01)
-    assert all(result["peak"] >= 0 for result in (plain, adamw, released))
