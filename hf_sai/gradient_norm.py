@@ -98,8 +98,8 @@ def gradient_factors(
     torch._foreach_clamp_min_(means, torch.finfo(torch.float32).tiny)
     torch._foreach_sqrt_(means)
     factors, rest = {}, iter(means)
-    for p, of_p in zip(params, sums, strict=True):
-        roots = list(itertools.islice(rest, len(of_p)))
+    for p, of_p in zip(params, kept, strict=True):
+        roots = [next(rest) for _ in of_p]
         if len(roots) > 1:
             roots[1].div_(roots.pop(0))
         factors[p] = tuple(roots)
@@ -163,23 +163,33 @@ def _sums_of_squares(
     gradient: Tensor, kept: Sequence[tuple[int, ...]], known: tuple[Tensor, Tensor] | None
 ) -> list[Tensor]:
     """For each set of kept dimensions the sum over the others, which stay with length 1; float32 or better."""
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    if len(kept) == 1 and len(kept[0]) == gradient.ndim:
-        return [gradient.to(dtype).square()]
-    dims = [tuple(d for d in range(gradient.ndim) if d not in of_one) for of_one in kept]
-    if known is not None:
-        rows, columns = known
-    elif len(kept) > 1 and gradient.is_cpu and gradient.numel() > 0:
-        # In pieces that stay in the cache; vector_norm over the first dimension takes 20 times as long there.
-        squares = (piece.to(dtype).square() for piece in gradient.split(max(1, _PIECE // gradient[0].numel())))
-        parts = [[of_piece.sum(over, keepdim=True) for over in dims[1:]] for of_piece in squares]
-        rows, columns = torch.cat([part[0] for part in parts]), torch.stack([part[1] for part in parts]).sum(0)
-    else:
-        sums = [torch.linalg.vector_norm(gradient, dim=over, keepdim=True, dtype=dtype).square() for over in dims[-2:]]
-        if len(kept) == 1:
-            return sums
-        rows, columns = sums
+    if len(kept) == 1:
+        return [_sum_of_squares(gradient, *kept)]
+    rows, columns = _rows_and_columns(gradient, *kept[1:]) if known is None else known
     return [rows.sum(tuple(range(gradient.ndim)), keepdim=True), rows, columns]
+
+
+def _sum_of_squares(gradient: Tensor, kept: tuple[int, ...]) -> Tensor:
+    dims = _others(gradient, kept)
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    if not dims:
+        return gradient.to(dtype).square()
+    return torch.linalg.vector_norm(gradient, dim=dims, keepdim=True, dtype=dtype).square()
+
+
+def _rows_and_columns(gradient: Tensor, *kept: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    if not gradient.is_cpu or gradient.numel() == 0:
+        rows, columns = (_sum_of_squares(gradient, dims) for dims in kept)
+        return rows, columns
+    # In pieces that stay in the cache; vector_norm over the first dimension takes 20 times as long there.
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    squares = (piece.to(dtype).square() for piece in gradient.split(max(1, _PIECE // gradient[0].numel())))
+    parts = [[piece.sum(_others(gradient, dims), keepdim=True) for dims in kept] for piece in squares]
+    return torch.cat([rows for rows, _ in parts]), torch.stack([columns for _, columns in parts]).sum(0)
+
+
+def _others(tensor: Tensor, kept: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(d for d in range(tensor.ndim) if d not in kept)
 
 
 def _running_means(states: Sequence[dict[str, Any]], means: Sequence[Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_sai import numba_kernel
 from hf_sai.momentum import QuantizedMomentum
-from hf_sai.numba_kernel import in_shares
+from hf_sai.numba_kernel import coefficients, in_shares, jit
 
 __all__ = ["can_sum", "can_update", "sums_of_squares", "update"]
 
@@ -76,8 +76,8 @@ def update(
     work = []
     for p, g, m, scale, factors in zip(params, grads, momentum_buffers, scales, grad_factors, strict=True):
         arrays = [t.detach().view(-1).numpy() for t in (p, g, m)]
-        numbers = (1 - lr * weight_decay, lr * scale, -1.0 if maximize else 1.0, 1 - momentum)
-        work.append((arrays, _rows_and_columns(g, factors), [arrays[0].dtype.type(number) for number in numbers]))
+        numbers = coefficients(arrays[0].dtype, scale, lr, momentum, weight_decay, -1.0 if maximize else 1.0)
+        work.append((arrays, _rows_and_columns(g, factors), numbers))
 
     def run(index: int, start: int, stop: int) -> None:
         arrays, (rows, columns), numbers = work[index]
@@ -116,7 +116,7 @@ def _add_squares_of_row(row, columns):
     return total
 
 
-@numba.njit(nogil=True, fastmath={"contract"})
+@jit
 def _step(p, g, m, rows, columns, start, decay, step, sign, weight):
     """On a part of a matrix that begins at its element `start`."""
     done = 0
@@ -128,7 +128,7 @@ def _step(p, g, m, rows, columns, start, decay, step, sign, weight):
         done = stop
 
 
-@numba.njit(nogil=True, fastmath={"contract"})
+@jit
 def _step_row(p, g, m, row, columns, decay, step, sign, weight):
     for i in range(p.size):
         direction = m[i] + weight * (sign * (g[i] * row * columns[i]) - m[i])

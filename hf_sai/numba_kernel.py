@@ -10,10 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from threading import Thread
 
 import numba
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["can_update", "in_shares", "shares", "update"]
+__all__ = ["can_update", "coefficients", "in_shares", "jit", "momentum_step", "shares", "update"]
+
+#: Compiles a loop that leaves Python's lock and may contract a product and a sum into one operation.
+jit = numba.njit(nogil=True, fastmath={"contract"})
 
 #: With fewer elements in all, starting threads takes longer than they save.
 _MIN_ELEMENTS_FOR_THREADS = 1 << 22
@@ -52,16 +56,23 @@ def update(
     for p, g, m, scale in zip(params, grads, momentum_buffers, scales, strict=True):
         tensors = [p, g] if m is None or momentum == 0 else [p, g, m]
         arrays = [t.detach().view(-1).numpy() for t in tensors]
-        numbers = [1 - lr * weight_decay, lr * scale, sign] + ([] if momentum == 0 else [1 - momentum])
-        work.append((arrays, [arrays[0].dtype.type(number) for number in numbers]))
+        numbers = coefficients(arrays[0].dtype, scale, lr, momentum, weight_decay, sign)
+        work.append((arrays, numbers[: len(arrays) + 1]))  # without a momentum it has no weight
 
-    kernel = _plain_step if momentum == 0 else _momentum_step
+    kernel = _plain_step if momentum == 0 else momentum_step
 
     def run(index: int, start: int, stop: int) -> None:
         arrays, numbers = work[index]
         kernel(*(array[start:stop] for array in arrays), *numbers)
 
     in_shares([p.numel() for p in params], run)
+
+
+def coefficients(
+    dtype: np.dtype, scale: float, lr: float, momentum: float, weight_decay: float, sign: float
+) -> list[np.floating]:
+    """What the loops call ``decay``, ``step``, ``sign`` and ``weight``, in the dtype in which they compute."""
+    return [dtype.type(number) for number in (1 - lr * weight_decay, lr * scale, sign, 1 - momentum)]
 
 
 def in_shares(sizes: Sequence[int], run: Callable[[int, int, int], None], alignment: int = _ALIGNMENT) -> None:
@@ -126,15 +137,15 @@ def shares(sizes: Sequence[int], threads: int, alignment: int = _ALIGNMENT) -> l
     return result
 
 
-@numba.njit(nogil=True, fastmath={"contract"})
-def _momentum_step(p, g, m, decay, step, sign, weight):
+@jit
+def momentum_step(p, g, m, decay, step, sign, weight):
     for i in range(p.size):
         direction = m[i] + weight * (sign * g[i] - m[i])
         m[i] = direction
         p[i] = decay * p[i] - step * direction
 
 
-@numba.njit(nogil=True, fastmath={"contract"})
+@jit
 def _plain_step(p, g, decay, step, sign):
     for i in range(p.size):
         p[i] = decay * p[i] - step * (sign * g[i])

@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from hf_sai.momentum import QUANTIZED, QuantizedMomentum, codes_table
-from hf_sai.numba_kernel import in_shares
+from hf_sai.numba_kernel import coefficients, in_shares, jit, momentum_step
 
 __all__ = ["can_update", "nearest_code_tables", "update"]
 
@@ -51,8 +50,8 @@ def update(
     work = []
     for p, g, m, scale in zip(params, grads, momentum_buffers, scales, strict=True):
         arrays = [t.detach().view(-1).numpy() for t in (p, g)]
-        numbers = (1 - lr * weight_decay, lr * scale, -1.0 if maximize else 1.0, 1 - momentum)
-        work.append((arrays, _Buffer(m), [np.float32(number) for number in numbers]))
+        numbers = coefficients(arrays[0].dtype, scale, lr, momentum, weight_decay, -1.0 if maximize else 1.0)
+        work.append((arrays, _Buffer(m), numbers))
 
     def run(index: int, start: int, stop: int) -> None:
         arrays, buffer, numbers = work[index]
@@ -110,52 +109,42 @@ def nearest_code_tables(kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 # Each loop is a function of its own, over slices: then LLVM sees that it can work on many elements at a time.
 
-_jit = numba.njit(nogil=True, fastmath={"contract"})
 
-
-@_jit
+@jit
 def _step_bfloat16(p, g, codes, decay, step, sign, weight, scratch, bits):
     for start in range(0, p.size, scratch.size):
         stop = min(start + scratch.size, p.size)
         mine, m = codes[start:stop], scratch[: stop - start]
         _widen(mine, bits)
-        _update(p[start:stop], g[start:stop], m, decay, step, sign, weight)
+        momentum_step(p[start:stop], g[start:stop], m, decay, step, sign, weight)
         _narrow(mine, bits)
 
 
-@_jit
+@jit
 def _step_8bit(p, g, codes, scales, values, first, midpoints, decay, step, sign, weight, scratch, bits):
     for block in range(scales.size):
         start = block * scratch.size
         stop = min(start + scratch.size, p.size)
         mine, m = codes[start:stop], scratch[: stop - start]
         _read_8bit(mine, values, scales[block], m)
-        _update(p[start:stop], g[start:stop], m, decay, step, sign, weight)
+        momentum_step(p[start:stop], g[start:stop], m, decay, step, sign, weight)
         scales[block] = _divide_by_largest(m, bits)
         _write_8bit(mine, first, midpoints, m, bits)
 
 
-@_jit
+@jit
 def _step_4bit(p, g, codes, scales, values, first, midpoints, decay, step, sign, weight, scratch, bits):
     for block in range(scales.size):
         start = block * scratch.size
         stop = min(start + scratch.size, p.size)
         mine, m = codes[start // 2 : stop // 2], scratch[: stop - start]
         _read_4bit(mine, values, scales[block], m)
-        _update(p[start:stop], g[start:stop], m, decay, step, sign, weight)
+        momentum_step(p[start:stop], g[start:stop], m, decay, step, sign, weight)
         scales[block] = _divide_by_largest(m, bits)
         _write_4bit(mine, first, midpoints, m, bits)
 
 
-@_jit
-def _update(p, g, m, decay, step, sign, weight):
-    for i in range(p.size):
-        direction = m[i] + weight * (sign * g[i] - m[i])
-        m[i] = direction
-        p[i] = decay * p[i] - step * direction
-
-
-@_jit
+@jit
 def _divide_by_largest(m, bits):
     """Bring the largest magnitude to 1, and return what it was; zeros stay."""
     largest = np.uint32(0)
@@ -168,14 +157,14 @@ def _divide_by_largest(m, bits):
     return scale
 
 
-@_jit
+@jit
 def _widen(codes, bits):
     """bfloat16 to float32, both as bits."""
     for i in range(codes.size):
         bits[i] = np.uint32(codes[i]) << np.uint32(16)
 
 
-@_jit
+@jit
 def _narrow(codes, bits):
     """float32 to the nearest bfloat16, of two the even one; NaN stays NaN."""
     for i in range(codes.size):
@@ -185,27 +174,27 @@ def _narrow(codes, bits):
         codes[i] = np.uint16(0x7FC0) if is_nan else np.uint16(rounded)
 
 
-@_jit
+@jit
 def _read_8bit(codes, values, scale, m):
     for i in range(codes.size):
         m[i] = values[codes[i]] * scale
 
 
-@_jit
+@jit
 def _write_8bit(codes, first, midpoints, m, bits):
     for i in range(codes.size):
         code = first[bits[i] >> np.uint32(16)]
         codes[i] = code + (m[i] > midpoints[code])
 
 
-@_jit
+@jit
 def _read_4bit(codes, values, scale, m):
     for i in range(codes.size):  # two to a byte, the first in the upper half
         m[2 * i] = values[codes[i] >> 4] * scale
         m[2 * i + 1] = values[codes[i] & 15] * scale
 
 
-@_jit
+@jit
 def _write_4bit(codes, first, midpoints, m, bits):
     for i in range(codes.size):
         upper, lower = first[bits[2 * i] >> np.uint32(16)], first[bits[2 * i + 1] >> np.uint32(16)]

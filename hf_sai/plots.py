@@ -90,15 +90,16 @@ def plot_loss(records: Sequence[RunRecord], theme: str = "light") -> Figure:
     )
     for index, record in enumerate(records):
         style = _style(index, theme)
+        marked = {**style, "linestyle": "none", "marker": _MARKERS[index], "markersize": 5}
         train, evaluation = record.curve("loss"), record.curve("eval_loss")
         label = f"{_short(record.name, 28)} ({_short(str(record.optimizer.get('name', '?')), 16)})"
         if train:
             over_steps.plot(*_columns(train), **style, linewidth=1.3, alpha=0.75, label=None if evaluation else label)
         if evaluation:
-            marked = _marked(style, index)
-            over_steps.plot(*_columns(evaluation), **(marked if train else {**marked, **style}))
-            over_steps.plot([], [], **style, marker=_MARKERS[index], markersize=5, label=label)
-        for points, look in ((train, {**style, "alpha": 0.75}), (evaluation, _marked(style, index))):
+            joined = {**marked, **style}
+            over_steps.plot(*_columns(evaluation), **(marked if train else joined))
+            over_steps.plot([], [], **joined, label=label)
+        for points, look in ((train, {**style, "alpha": 0.75}), (evaluation, marked)):
             if points and over_time and seconds[index]:
                 steps, losses = _columns(points)
                 over_time[0].plot([step * seconds[index] for step in steps], losses, **look, linewidth=1.3)
@@ -325,11 +326,6 @@ def _draw_column(axes: Axes, size: int, losses: list[float], index: int, theme: 
 
 def _style(index: int, theme: str) -> dict[str, Any]:
     return {"color": THEMES[theme].colors[index % MAX_RUNS], "linestyle": _DASHES[index % MAX_RUNS]}
-
-
-def _marked(style: dict[str, Any], index: int) -> dict[str, Any]:
-    """A run's look as markers alone."""
-    return {**style, "linestyle": "none", "marker": _MARKERS[index], "markersize": 5}
 
 
 def _check(records: Sequence[RunRecord], theme: str) -> None:
