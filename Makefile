@@ -9,7 +9,7 @@ DIFFUSERS := recipes/diffusers_text_to_image
 
 .PHONY: bench demo demo-diffusers model-cards test test-main test-oldest test-slow test-gpu lint format clean
 
-bench: .venv-bench/.installed ## Time the step beside other optimizers', into docs/step_speed.md and its pictures (40 minutes)
+bench: .venv-bench/.installed ## Time the step beside other optimizers', into docs/step_speed.md and its pictures (10 minutes)
 	.venv-bench/bin/python benchmarks/step_speed.py gpt2 gpt2-medium:6 gpt2-xl:2 vit-h-14:4 split-16 split-1024 \
 		llama-2-7b:1 --rounds 7 --output docs/step_speed
 
