@@ -15,21 +15,16 @@ import json
 import statistics
 from pathlib import Path
 
-import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from watched_run import watch_steps
 
 from hf_sai import SGDSaI
 from hf_sai.comparison import markdown_table
 from hf_sai.files import atomic_write
 from hf_sai.gsnr import measure_gsnr
 from hf_sai.plots import THEMES, draw, dress, new_figure
-from hf_sai.run import run_target
 
 KINDS = ("matrices", "vectors")
-
-
-class FinishedError(SystemExit):
-    """Ends the script."""
 
 
 def main() -> None:
@@ -54,12 +49,8 @@ def main() -> None:
 def watch(script: str, arguments: list[str], steps: int, output: Path) -> None:
     """Run the script for some steps and write, for each tensor, its kind and its g-SNR before each of them."""
     tensors: dict[str, dict] = {}
-    seen = 0
 
-    def measure(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        nonlocal seen
-        if not isinstance(optimizer, SGDSaI):
-            return
+    def measure(optimizer: SGDSaI) -> None:
         named = [
             (name, p)
             for group in optimizer.param_groups
@@ -69,19 +60,8 @@ def watch(script: str, arguments: list[str], steps: int, output: Path) -> None:
         for (name, p), gsnr in zip(named, measure_gsnr([p.grad for _, p in named]), strict=True):
             kind = KINDS[0] if p.ndim > 1 else KINDS[1]
             tensors.setdefault(name, {"kind": kind, "elements": p.numel(), "gsnr": []})["gsnr"].append(gsnr)
-        seen += 1
-        if seen == steps:
-            raise FinishedError(0)
 
-    hook = register_optimizer_step_pre_hook(measure)
-    try:
-        run_target(script, arguments, is_module=False)
-    except FinishedError:
-        pass
-    else:
-        raise SystemExit(f"{script} took {seen} steps with SGD-SaI, fewer than --steps {steps}.")
-    finally:
-        hook.remove()
+    watch_steps(script, arguments, steps, register_optimizer_step_pre_hook, measure)
     output.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(output, json.dumps(tensors) + "\n")
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from step_speed import state_bytes
 
 from hf_sai import SGDSaI
 from hf_sai.comparison import markdown_table
@@ -74,9 +75,8 @@ def measure(model_name: str, tokens: int, build: Callable[[list], torch.optim.Op
         gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         optimizer.step()
         optimizer.zero_grad()
-    states = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"peak": peak - before, "gradients": gradients, "states": states}
+    return {"peak": peak - before, "gradients": gradients, "states": state_bytes(optimizer)}
 
 
 if __name__ == "__main__":

@@ -16,13 +16,9 @@ import math
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from watched_run import watch_steps
 
 from hf_sai import SGDSaI
-from hf_sai.run import run_target
-
-
-class FinishedError(SystemExit):
-    """Ends the script."""
 
 
 def main() -> None:
@@ -33,19 +29,11 @@ def main() -> None:
     args = parser.parse_args()
     sizes: list[float] = []
 
-    def watch(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if isinstance(optimizer, SGDSaI):
-            sizes.append(update_size(optimizer))
-            print(f"step {len(sizes)}: RMS of G g {sizes[-1]:.4f}, factor {1 / max(sizes):.2f}", flush=True)
-            if len(sizes) == args.steps:
-                raise FinishedError(0)
+    def look(optimizer: SGDSaI) -> None:
+        sizes.append(update_size(optimizer))
+        print(f"step {len(sizes)}: RMS of G g {sizes[-1]:.4f}, factor {1 / max(sizes):.2f}", flush=True)
 
-    register_optimizer_step_post_hook(watch)
-    try:
-        run_target(args.script, args.arguments, is_module=False)
-    except FinishedError:
-        return
-    raise SystemExit(f"{args.script} took {len(sizes)} steps with SGD-SaI, fewer than --steps {args.steps}.")
+    watch_steps(args.script, args.arguments, args.steps, register_optimizer_step_post_hook, look)
 
 
 def update_size(optimizer: SGDSaI) -> float:

@@ -27,6 +27,12 @@ for step in range(4):
 """
 
 
+@pytest.fixture(autouse=True)
+def beside_each_other(monkeypatch):
+    """Where a script is run its folder is on the path."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
 def load(name):
     spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import prodigyopt
 import sgd_sai
@@ -66,23 +67,23 @@ class Candidate:
     grid: tuple[float, ...]
 
 
+def adamw(**options: Any) -> Callable[[nn.Module, float], Optimizer]:
+    return lambda model, lr: torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.0, **options)
+
+
+def sai(**options: Any) -> Callable[[nn.Module, float], Optimizer]:
+    return lambda model, lr: create_sgd_sai_optimizer(model, lr=lr, **options)
+
+
 CANDIDATES = {
-    "adamw": Candidate(
-        lambda model, lr: torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.0), (1e-3, 2e-3, 4e-3, 8e-3)
-    ),
-    "adamw, beta1 0.8": Candidate(
-        lambda model, lr: torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.0, betas=(0.8, 0.999)),
-        (2e-3, 4e-3, 8e-3),
-    ),
-    "sgd_sai, factored gradient": Candidate(
-        lambda model, lr: create_sgd_sai_optimizer(model, lr=lr, normalize_gradient="factored"), (2e-3, 4e-3, 8e-3)
-    ),
+    "adamw": Candidate(adamw(), (1e-3, 2e-3, 4e-3, 8e-3)),
+    "adamw, beta1 0.8": Candidate(adamw(betas=(0.8, 0.999)), (2e-3, 4e-3, 8e-3)),
+    "sgd_sai, factored gradient": Candidate(sai(normalize_gradient="factored"), (2e-3, 4e-3, 8e-3)),
     "sgd_sai, factored gradient, momentum 0.8": Candidate(
-        lambda model, lr: create_sgd_sai_optimizer(model, lr=lr, normalize_gradient="factored", momentum=0.8),
-        (2e-3, 4e-3, 8e-3),
+        sai(normalize_gradient="factored", momentum=0.8), (2e-3, 4e-3, 8e-3)
     ),
     # 0.1 is what the paper takes for a diffusion LoRA.
-    "sgd_sai": Candidate(lambda model, lr: create_sgd_sai_optimizer(model, lr=lr), (0.0125, 0.025, 0.05, 0.1)),
+    "sgd_sai": Candidate(sai(), (0.0125, 0.025, 0.05, 0.1)),
     "official sgd-sai": Candidate(
         lambda model, lr: sgd_sai.SGD_sai(trainable(model), lr=lr, weight_decay=0.0), (0.025, 0.05, 0.1)
     ),

@@ -42,14 +42,13 @@ def sai(**options: Any) -> Callable[[nn.Module, float], Optimizer]:
     return lambda model, lr: create_sgd_sai_optimizer(model, lr=lr, **options)
 
 
+def adamw(**options: Any) -> Callable[[nn.Module, float], Optimizer]:
+    return lambda model, lr: torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.0, **options)
+
+
 CANDIDATES = {
-    "adamw": Candidate(
-        lambda model, lr: torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.0), (5e-3, 1e-2, 2e-2)
-    ),
-    "adamw, beta1 0.8": Candidate(
-        lambda model, lr: torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.0, betas=(0.8, 0.999)),
-        (2.5e-3, 5e-3, 1e-2),
-    ),
+    "adamw": Candidate(adamw(), (5e-3, 1e-2, 2e-2)),
+    "adamw, beta1 0.8": Candidate(adamw(betas=(0.8, 0.999)), (2.5e-3, 5e-3, 1e-2)),
     "sgd_sai": Candidate(sai(), (2e-2, 4e-2, 8e-2)),
     "sgd_sai, A x 4": Candidate(sai(lr_ratios={"lora_A": 4}), (1e-2, 2e-2, 4e-2)),
     "sgd_sai, B x 4": Candidate(sai(lr_ratios={"lora_B": 4}), (1e-2, 2e-2, 4e-2)),
