@@ -22,7 +22,7 @@ from step_speed import state_bytes
 
 from hf_sai import SGDSaI
 from hf_sai.comparison import markdown_table
-from hf_sai.skeletons import build_skeleton
+from hf_sai.memory.skeletons import build_skeleton
 
 OPTIMIZERS: dict[str, Callable[[list], torch.optim.Optimizer]] = {
     "torch AdamW, fused": lambda params: torch.optim.AdamW(params, lr=1e-6, fused=True),

@@ -18,7 +18,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_sai import create_sgd_sai_optimizer
-from hf_sai.recorder import RunRecorder
+from hf_sai.runs.recorder import RunRecorder
 
 BATCH, LENGTH, VOCABULARY = 8, 128, 2048
 

@@ -6,10 +6,10 @@ needs torch alone.
 
 import importlib.util
 
-from hf_sai.functional import sgd_sai
-from hf_sai.groups import create_sgd_sai_optimizer, param_groups
-from hf_sai.gsnr import GSNRReport, GSNRRow, measure_gsnr
-from hf_sai.optim import SGDSaI
+from hf_sai.optim.update import sgd_sai
+from hf_sai.groups.param_groups import create_sgd_sai_optimizer, param_groups
+from hf_sai.optim.gsnr import GSNRReport, GSNRRow, measure_gsnr
+from hf_sai.optim.sgd_sai import SGDSaI
 
 __all__ = [
     "GSNRReport",
@@ -33,6 +33,6 @@ def _is_installed(package: str) -> bool:
 
 
 if _is_installed("transformers") and _is_installed("accelerate"):
-    from hf_sai.registration import register
+    from hf_sai.trainer.registration import register
 
     register()

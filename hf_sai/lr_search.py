@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_sai.comparison import markdown_table
-from hf_sai.files import atomic_write
+from hf_sai.runs.files import atomic_write
 from hf_sai.recipe_input import InputError
 
 __all__ = ["Results", "results_table", "search"]

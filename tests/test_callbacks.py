@@ -10,10 +10,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import hf_sai
-from hf_sai.callbacks import RunRecordCallback
-from hf_sai.describe import optimizer_line
-from hf_sai.record import RECORD_FILE, RunRecord
-from hf_sai.recorder import RunRecorder
+from hf_sai.trainer.callbacks import RunRecordCallback
+from hf_sai.runs.describe import optimizer_line
+from hf_sai.runs.record import RECORD_FILE, RunRecord
+from hf_sai.runs.recorder import RunRecorder
 
 ROWS = [{"input_ids": [1, 2, 3, 4, 5, 6, 7, i % 9], "labels": [1, 2, 3, 4, 5, 6, 7, i % 9]} for i in range(64)]
 
@@ -151,7 +151,7 @@ def test_the_hub_token_is_in_no_record(tmp_path):
 def test_the_record_is_readable_while_training_goes_on(tmp_path):
     seen = []
 
-    class Reader(hf_sai.callbacks.TrainerCallback):
+    class Reader(hf_sai.trainer.callbacks.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             seen.append(RunRecord.load(tmp_path).run["status"])
 
@@ -245,7 +245,7 @@ def test_the_record_and_a_plain_loop_need_no_transformers(tmp_path):
 
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['transformers', 'accelerate', 'peft']));"
-        "import torch; from hf_sai.recorder import RunRecorder; m = torch.nn.Linear(2, 1);"
+        "import torch; from hf_sai.runs.recorder import RunRecorder; m = torch.nn.Linear(2, 1);"
         "r = RunRecorder(sys.argv[1]); r.start(m, torch.optim.SGD(m.parameters())); r.finish()"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True)

@@ -12,12 +12,12 @@ from test_callbacks import tiny_gpt2, trainer_for
 from test_plots import make_record
 from transformers import PreTrainedTokenizerFast
 
-from hf_sai.artifacts import finish_run
-from hf_sai.callbacks import RunRecordCallback
-from hf_sai.card_text import markdown_text
-from hf_sai.cards import BACKUP_FILE, CARD_FILE, render_card, write_card
-from hf_sai.cli import main
-from hf_sai.record import RunRecord
+from hf_sai.publishing.artifacts import finish_run
+from hf_sai.trainer.callbacks import RunRecordCallback
+from hf_sai.publishing.card_text import markdown_text
+from hf_sai.publishing.cards import BACKUP_FILE, CARD_FILE, render_card, write_card
+from hf_sai.cli.main import main
+from hf_sai.runs.record import RunRecord
 
 DATA = [
     {"name": "counting", "id": "me/counting", "role": "train", "license": "cc0-1.0"},
@@ -200,7 +200,7 @@ def test_own_images_are_shown_and_no_others():
 
 
 def test_a_local_base_model_is_not_taken_for_one_on_the_hub(tmp_path, monkeypatch):
-    from hf_sai.describe import describe_model
+    from hf_sai.runs.describe import describe_model
 
     monkeypatch.chdir(tmp_path)
     tiny_gpt2().save_pretrained("runs/base")
@@ -401,7 +401,7 @@ def test_a_full_disk_is_told_and_leaves_card_and_record_as_they_were(tmp_path, m
     )
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        patch.setattr("hf_sai.plots.draw", lambda figure: b"picture")
+        patch.setattr("hf_sai.publishing.plots.draw", lambda figure: b"picture")
         for command in commands:
             assert main(list(map(str, command))) == 1
             assert "(No space left on device); what was there before is unchanged" in capsys.readouterr().err

@@ -8,8 +8,8 @@ import torch
 from peft_cases import CASES, UNSEEN_TOKENS, base_model, build, peft, transformers
 
 from hf_sai import create_sgd_sai_optimizer, param_groups
-from hf_sai.cli import main
-from hf_sai.group_report import describe_groups
+from hf_sai.cli.main import main
+from hf_sai.groups.table import describe_groups
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 

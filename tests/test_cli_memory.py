@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from hf_sai.cli import main
-from hf_sai.state_sizes import OPTIMIZERS
+from hf_sai.cli.main import main
+from hf_sai.memory.state_sizes import OPTIMIZERS
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

@@ -9,7 +9,7 @@ import pytest
 import hf_sai
 
 MODULES = [module.name for module in pkgutil.walk_packages(hf_sai.__path__, "hf_sai.") if module.name != "hf_sai.run"]
-NEEDS = {"hf_sai.triton_kernel": "triton"}
+NEEDS = {"hf_sai.kernels.triton_kernel": "triton"}
 
 
 @pytest.mark.parametrize("name", MODULES)

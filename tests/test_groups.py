@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_sai import SGDSaI, create_sgd_sai_optimizer, param_groups
-from hf_sai.groups import no_decay_names
+from hf_sai.groups.param_groups import no_decay_names
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import reference_gsnr
 
-from hf_sai.gsnr import MAX_EPS_SHARE, MAX_GSNR_RATIO, UNMEASURED, gsnr_from_moments, measure_gsnr
+from hf_sai.optim.gsnr import MAX_EPS_SHARE, MAX_GSNR_RATIO, UNMEASURED, gsnr_from_moments, measure_gsnr
 
 
 def gradient(shape=(37, 11), mean=0.0, seed=0, dtype=torch.float64):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sai import SGDSaI
-from hf_sai.memory import OPTIMIZERS, MemoryRow, estimate_memory
-from hf_sai.skeletons import build_skeleton
+from hf_sai.memory.estimate import OPTIMIZERS, MemoryRow, estimate_memory
+from hf_sai.memory.skeletons import build_skeleton
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

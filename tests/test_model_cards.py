@@ -8,11 +8,11 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from hf_sai.card_merge import is_hub_id
-from hf_sai.cards import CARD_FILE, render_card
-from hf_sai.plots import THEMES
-from hf_sai.record import RECORD_FILE, RunRecord
-from hf_sai.redact import redact
+from hf_sai.publishing.card_merge import is_hub_id
+from hf_sai.publishing.cards import CARD_FILE, render_card
+from hf_sai.publishing.plots import THEMES
+from hf_sai.runs.record import RECORD_FILE, RunRecord
+from hf_sai.runs.redact import redact
 
 HOME = Path(__file__).parents[1] / "model_cards"
 FOLDERS = sorted(file.parent for file in HOME.glob(f"*/{RECORD_FILE}"))

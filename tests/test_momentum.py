@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_sai import SGDSaI
 from hf_sai.comparison import optimizer_state_bytes
-from hf_sai.momentum import QuantizedMomentum, momentum_of
+from hf_sai.optim.momentum import QuantizedMomentum, momentum_of
 
 SHAPES = [(96, 64), (4100,), (30, 7), (5,)]  # the last three are too small or too odd for some format
 
@@ -195,6 +195,6 @@ def test_what_momentum_dtype_cannot_be():
 
 
 def test_missing_bitsandbytes_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("hf_sai.momentum.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_sai.optim.momentum.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'hf-sai\[quant\]'"):
         SGDSaI(make_params(), momentum_dtype="8bit")

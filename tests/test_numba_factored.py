@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from hf_sai import SGDSaI, compiled, functional, numba_factored, numba_kernel
-from hf_sai.functional import sgd_sai
-from hf_sai.gradient_norm import gradient_factors
+from hf_sai.optim.update import sgd_sai
+from hf_sai.optim.gradient_norm import gradient_factors
 
 SHAPES = [(40, 130), (6, 3, 2, 2), (1, 70), (70, 1), (1, 1), (300,), (1,), ()]
 

@@ -12,7 +12,7 @@ from reference import ReferenceSGDSaI
 from torch import nn
 
 from hf_sai import SGDSaI, sgd_sai
-from hf_sai.optim import WARN_UNMEASURED_AFTER
+from hf_sai.optim.sgd_sai import WARN_UNMEASURED_AFTER
 
 PATHS = [{"foreach": False}, {"foreach": True}, {"fused": True}, {}]
 SHAPES = [(7, 5), (3,), (2, 3, 4), (64, 33), (1000,)]

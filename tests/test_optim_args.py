@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_sai.optim_args import parse_optim_args
+from hf_sai.trainer.optim_args import parse_optim_args
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from peft_cases import CASES, VOCAB, Case, base_model, build, peft, transformers
 
 from hf_sai import SGDSaI, param_groups
-from hf_sai.peft_roles import merged_adapters
+from hf_sai.groups.peft_roles import merged_adapters
 
 STEPS = 4
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_sai.cli import main
-from hf_sai.plots import (
+from hf_sai.cli.main import main
+from hf_sai.publishing.plots import (
     MAX_LAYERS,
     MAX_ROLES,
     THEMES,
@@ -19,7 +19,7 @@ from hf_sai.plots import (
     plot_updates,
     save_pictures,
 )
-from hf_sai.record import RunRecord
+from hf_sai.runs.record import RunRecord
 
 
 def make_record(name="sgd", optimizer="SGDSaI", state_bytes=4_300_000, offset=0.0):

@@ -16,13 +16,13 @@ from huggingface_hub import constants, snapshot_download
 from test_callbacks import arguments, tiny_gpt2
 from transformers import AutoModelForCausalLM, Trainer
 
-from hf_sai.artifacts import finish_run
-from hf_sai.callbacks import RunRecordCallback
-from hf_sai.cli import main
-from hf_sai.hub_callback import PublishCallback, take_over_push_to_hub
-from hf_sai.publish import PublishError, plan_files, publish
-from hf_sai.record import RECORD_FILE, RunRecord
-from hf_sai.recorder import RunRecorder
+from hf_sai.publishing.artifacts import finish_run
+from hf_sai.trainer.callbacks import RunRecordCallback
+from hf_sai.cli.main import main
+from hf_sai.trainer.hub_callback import PublishCallback, take_over_push_to_hub
+from hf_sai.publishing.publish import PublishError, plan_files, publish
+from hf_sai.runs.record import RECORD_FILE, RunRecord
+from hf_sai.runs.recorder import RunRecorder
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_a_wrong_a_weak_and_a_missing_token_are_told_apart(finished, hub, capsys
     assert main(["publish", str(finished), "tester/x", "--yes"]) == 1
     assert "does not know the access token (401)" in capsys.readouterr().err
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr("hf_sai.publish.get_token", lambda: None)
+    monkeypatch.setattr("hf_sai.publishing.publish.get_token", lambda: None)
     assert main(["publish", str(finished), "tester/x", "--yes"]) == 1
     assert "no access token: run `hf auth login`" in capsys.readouterr().err
 
@@ -343,7 +343,7 @@ WHOLE_WAY = """
 import sys
 from transformers import AutoModelForCausalLM, Trainer
 from test_callbacks import arguments, tiny_gpt2
-from hf_sai.cli import main
+from hf_sai.cli.main import main
 
 assert main(["publish", sys.argv[1], "counting", "--yes"]) == 0
 print(AutoModelForCausalLM.from_pretrained("tester/counting").num_parameters())

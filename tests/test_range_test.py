@@ -13,9 +13,9 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_sai import SGDSaI
-from hf_sai.cli import main
-from hf_sai.range_plot import plot_range_test
-from hf_sai.range_test import RangeTest, range_test
+from hf_sai.cli.main import main
+from hf_sai.trainer.range_plot import plot_range_test
+from hf_sai.trainer.range_test import RangeTest, range_test
 
 SCRIPT = """
 import sys

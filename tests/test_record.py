@@ -18,14 +18,14 @@ import pytest
 import torch
 from torch import nn
 
-import hf_sai.recorder as recorder_module
+import hf_sai.runs.recorder as recorder_module
 from hf_sai import SGDSaI, param_groups
-from hf_sai.environment import command_line, short_path
-from hf_sai.files import atomic_write
-from hf_sai.meters import SAMPLE, Stopwatch, UpdateMeter, group_names, state_bytes
-from hf_sai.record import RECORD_FILE, RECORD_VERSION, RunRecord
-from hf_sai.recorder import RunRecorder
-from hf_sai.redact import redact, redact_text
+from hf_sai.runs.environment import command_line, short_path
+from hf_sai.runs.files import atomic_write
+from hf_sai.runs.meters import SAMPLE, Stopwatch, UpdateMeter, group_names, state_bytes
+from hf_sai.runs.record import RECORD_FILE, RECORD_VERSION, RunRecord
+from hf_sai.runs.recorder import RunRecorder
+from hf_sai.runs.redact import redact, redact_text
 
 TOKEN = "hf_PlantedTokenThatMustNotLeak01"
 
@@ -318,7 +318,7 @@ def test_a_file_that_meets_a_real_size_limit_is_left_whole(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
     (tmp_path / "f.txt").write_text("old")
-    code = "import sys; from hf_sai.files import atomic_write; atomic_write(sys.argv[1], 'x' * 5000)"
+    code = "import sys; from hf_sai.runs.files import atomic_write; atomic_write(sys.argv[1], 'x' * 5000)"
     blocked = "import sys; sys.modules['transformers'] = None; " + code  # imports the package faster
     done = subprocess.run(
         [sys.executable, "-c", blocked, tmp_path / "f.txt"], preexec_fn=limited, capture_output=True, text=True
@@ -379,7 +379,7 @@ def test_settings_name_neither_the_machine_nor_its_folders(tmp_path, monkeypatch
 def test_the_command_begins_with_the_launcher(tmp_path):
     pytest.importorskip("psutil")
     faster = "import sys; sys.modules['transformers'] = None; "
-    (tmp_path / "train.py").write_text(faster + "from hf_sai.environment import command_line; print(command_line())")
+    (tmp_path / "train.py").write_text(faster + "from hf_sai.runs.environment import command_line; print(command_line())")
     (tmp_path / "torchrun").write_text("import subprocess, sys; subprocess.run([sys.executable, *sys.argv[3:]])")
     launcher = [sys.executable, tmp_path / "torchrun", "--master_addr", "10.1.2.3", "train.py", "--lr", "1"]
     done = subprocess.run(launcher, cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -493,8 +493,8 @@ WRONG = ([], {"a": 1}, 10**400, KeyError)
 
 
 def test_whatever_loads_has_a_card_and_a_report(tmp_path, monkeypatch):
-    from hf_sai import report
-    from hf_sai.cards import render_card
+    from hf_sai.publishing import report
+    from hf_sai.publishing.cards import render_card
 
     monkeypatch.setattr(report, "_both_themes", lambda plot, shown: None)
     for record in mangled_records(small_whole_record(tmp_path), tmp_path, WRONG):
@@ -505,7 +505,7 @@ def test_whatever_loads_has_a_card_and_a_report(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_whatever_loads_has_pictures_or_a_reason(tmp_path):
-    from hf_sai import plots
+    from hf_sai.publishing import plots
 
     drawn = 0
     for record in mangled_records(
@@ -530,4 +530,4 @@ def test_a_wrong_budget_is_refused(tmp_path):
 
 def test_atomic_write_makes_the_folder(tmp_path):
     assert atomic_write(tmp_path / "a" / "b", b"x").read_bytes() == b"x"
-    assert recorder_module.logger.name == "hf_sai.recorder"
+    assert recorder_module.logger.name == "hf_sai.runs.recorder"

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, Tr
 from transformers.training_args import OptimizerNames
 
 import hf_sai
-from hf_sai import registration
+from hf_sai.trainer import registration
 
 
 class Regression(nn.Module):
@@ -93,7 +93,7 @@ def test_trl_configs_and_parser_accept_the_name(tmp_path):
 def test_registering_twice_is_harmless():
     before = list(OptimizerNames)
     seam = Trainer.get_optimizer_cls_and_kwargs
-    hf_sai.registration.register()
+    hf_sai.trainer.registration.register()
     assert list(OptimizerNames) == before
     assert Trainer.get_optimizer_cls_and_kwargs is seam
     assert [name.value for name in OptimizerNames].count("sgd_sai") == 1

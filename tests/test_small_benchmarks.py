@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_sai.gsnr import measure_gsnr
+from hf_sai.optim.gsnr import measure_gsnr
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sai import compiled, functional, numba_kernel, sgd_sai
-from hf_sai.momentum import QuantizedMomentum
+from hf_sai import sgd_sai
+from hf_sai.kernels import compiled, numba_kernel
+from hf_sai.optim import update as functional
+from hf_sai.optim.momentum import QuantizedMomentum
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

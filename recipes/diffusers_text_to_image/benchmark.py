@@ -36,7 +36,7 @@ from hf_sai import create_sgd_sai_optimizer
 from hf_sai.comparison import interleaved_step_times, markdown_table, optimizer_state_bytes, step_time_ratio
 from hf_sai.lr_search import Results, results_table, search
 from hf_sai.recipe_input import InputError, parse_config_and_flags
-from hf_sai.recorder import RunRecorder
+from hf_sai.runs.recorder import RunRecorder
 
 BASELINE = "adamw"
 TIMED_ROUNDS = 200

@@ -46,10 +46,10 @@ from transformers import (
     set_seed,
 )
 
-from hf_sai.artifacts import finish_run
-from hf_sai.callbacks import RunRecordCallback
-from hf_sai.hub_callback import take_over_push_to_hub
-from hf_sai.publish import PublishError
+from hf_sai.publishing.artifacts import finish_run
+from hf_sai.trainer.callbacks import RunRecordCallback
+from hf_sai.trainer.hub_callback import take_over_push_to_hub
+from hf_sai.publishing.publish import PublishError
 from hf_sai.recipe_input import (
     InputError,
     check_optimizer,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sai import SGDSaI
-from hf_sai.gsnr import UNMEASURED, gsnr_from_moments
+from hf_sai.optim.gsnr import UNMEASURED, gsnr_from_moments
 
 __all__ = ["PooledSGDSaI", "by_module"]
 

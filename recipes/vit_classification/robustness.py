@@ -21,9 +21,9 @@ from transformers import TrainingArguments
 from vit_task import OPTIMIZERS, Task, check_names, task_settings
 
 from hf_sai.comparison import markdown_table
-from hf_sai.files import atomic_write
+from hf_sai.runs.files import atomic_write
 from hf_sai.lr_search import Results
-from hf_sai.plots import THEMES, draw, new_figure
+from hf_sai.publishing.plots import THEMES, draw, new_figure
 from hf_sai.recipe_input import InputError, parse_config_and_flags
 
 LEARNING_RATES = (1e-1, 1e-2, 1e-3, 1e-4)

@@ -9,7 +9,7 @@ from PIL import Image
 from scripts import make_base, train
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from hf_sai.cards import write_card
+from hf_sai.publishing.cards import write_card
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from PIL import Image
 from scripts import train
 from test_publish import download, hub  # noqa: F401
 
-from hf_sai.cards import CARD_FILE, write_card
+from hf_sai.publishing.cards import CARD_FILE, write_card
 
 
 @pytest.mark.parametrize("what", ["lora", "full"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scripts import benchmark, compare, image_scores, train
 
-from hf_sai.cards import write_card
+from hf_sai.publishing.cards import write_card
 from hf_sai.recipe_input import InputError
 
 

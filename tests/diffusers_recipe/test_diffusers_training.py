@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 from scripts import RECIPE, ROOT, evaluation, image_data, make_base, optimizers, train
 
-from hf_sai.record import RunRecord
+from hf_sai.runs.record import RunRecord
 
 OPTIMIZER_LINES = {"optim", "optim_args", "learning_rate", "output_dir"}
 TWINS = sorted(path.name for path in RECIPE.glob("*_adamw.yaml"))

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from launch import HERE, finish, start_python
 
-from hf_sai.record import RunRecord
+from hf_sai.runs.record import RunRecord
 
 pytestmark = pytest.mark.slow
 RECIPES = HERE.parents[1] / "recipes"

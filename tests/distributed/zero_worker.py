@@ -32,8 +32,8 @@ from common import (
 )
 
 from hf_sai import SGDSaI
-from hf_sai.groups import no_decay_names
-from hf_sai.sharding import full_shapes
+from hf_sai.groups.param_groups import no_decay_names
+from hf_sai.distributed.sharding import full_shapes
 
 warnings.filterwarnings("ignore")
 RANK, WORLD = join()
@@ -215,7 +215,7 @@ def unknown_layout_refused():
             del engine.optimizer.averaged_gradients
             type(engine.optimizer).averaged_gradients = property(lambda self: self.missing)
         try:
-            from hf_sai.zero import Zero
+            from hf_sai.distributed.zero import Zero
 
             Zero(engine.optimizer)
         except ValueError as error:

@@ -1,0 +1,1 @@
+"""The ``hf-sai`` command: one file for each subcommand."""

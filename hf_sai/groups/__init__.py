@@ -1,0 +1,1 @@
+"""Which parameters form a group: what decays, adapters and their roles."""

@@ -1,0 +1,94 @@
+"""Writes parameter groups as a table: what each holds, whether it decays, its g-SNR, and who is still unmeasured."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from hf_sai.optim.gsnr import GSNRRow
+from hf_sai.optim.sgd_sai import SGDSaI
+
+__all__ = ["describe_groups", "group_table"]
+
+_HEAD = ("group", "role", "tensors", "elements", "shapes", "decay", "g-SNR", "g-SNR/sqrt(n)")
+_SHAPES_SHOWN = 3
+
+
+def describe_groups(groups: SGDSaI | Sequence[dict[str, Any]]) -> str:
+    """Returns a table of parameter groups, one line each.
+
+    Args:
+        groups: An optimizer, whose g-SNR is shown, or what ``param_groups`` returned, before anything is measured.
+
+    Returns:
+        The table. After training, a group with unmeasured parameters says UNMEASURED, and their names follow below.
+
+    Example:
+        >>> from torch import nn
+        >>> from hf_sai import param_groups
+        >>> print(describe_groups(param_groups(nn.Linear(3, 2), lr=0.01, weight_decay=0.1)))
+        group          role  tensors  elements  shapes  decay  g-SNR  g-SNR/sqrt(n)
+        base/decay     base  1        6         2x3     yes    -      -
+        base/no_decay  base  1        2         2       no     -      -
+        total                2        8
+    """
+    if isinstance(groups, SGDSaI):
+        return group_table(groups.param_groups, groups.gsnr_report(), trained=bool(groups.state))
+    rows = [
+        GSNRRow(name=name, group=group["name"], shape=tuple(parameter.shape), gsnr=None, ratio=None)
+        for group in groups
+        for name, parameter in group["params"]
+    ]
+    return group_table(groups, rows, trained=False)
+
+
+def group_table(groups: Sequence[dict[str, Any]], rows: Iterable[GSNRRow], *, trained: bool) -> str:
+    """Returns the table of :func:`describe_groups` from the groups' settings and a row for each parameter.
+
+    Args:
+        groups: ``name``, ``role`` and ``weight_decay`` of each; a group without a name goes by its number.
+        rows: One for each parameter; ``group`` is the name of its group.
+        trained: Whether steps were taken, so that a parameter without a g-SNR is missing one.
+    """
+    by_group: dict[str, list[GSNRRow]] = {str(group.get("name", i)): [] for i, group in enumerate(groups)}
+    for row in rows:
+        by_group[row.group].append(row)
+    lines = [_HEAD]
+    for group, (name, members) in zip(groups, by_group.items(), strict=True):
+        settings = (name, str(group.get("role", "-")), *_counts(members))
+        decay = "yes" if float(group["weight_decay"]) > 0 else "no"
+        lines.append((*settings, _shapes(members), decay, *_gsnr(members, trained)))
+    every = [row for members in by_group.values() for row in members]
+    lines.append(("total", "", *_counts(every), "", "", "", ""))
+
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    unmeasured = [row.name for row in every if not row.measured] if trained else []
+    if unmeasured:
+        text.append(f"UNMEASURED, no finite non-zero gradient so far, not being trained ({len(unmeasured)}):")
+        text.extend(f"  {name}" for name in unmeasured)
+    return "\n".join(text)
+
+
+def _counts(rows: Sequence[GSNRRow]) -> tuple[str, str]:
+    return str(len(rows)), f"{sum(math.prod(row.shape) for row in rows):,}"
+
+
+def _shapes(rows: Sequence[GSNRRow]) -> str:
+    counted = Counter("x".join(map(str, row.shape)) or "scalar" for row in rows).most_common()
+    shown = [shape if times == 1 else f"{shape} ({times})" for shape, times in counted[:_SHAPES_SHOWN]]
+    return ", ".join(shown + (["..."] if len(counted) > _SHAPES_SHOWN else []))
+
+
+def _gsnr(rows: Sequence[GSNRRow], trained: bool) -> tuple[str, str]:
+    """The range of the group's g-SNR, and the median of its ratio to that of a gradient without a mean."""
+    values = [row.gsnr for row in rows if row.gsnr is not None]
+    ratios = [row.ratio for row in rows if row.ratio is not None]
+    missing = len(rows) - len(values) if trained else 0
+    parts = [f"{min(values):.4g} to {max(values):.4g}" if len(values) > 1 else f"{values[0]:.4g}"] if values else []
+    if missing:
+        parts.append(f"{missing} UNMEASURED")
+    return ", ".join(parts) or "-", f"{statistics.median(ratios):.3f}" if ratios else "-"

@@ -1,0 +1,1 @@
+"""Bytes before training: what parameters, gradients and optimizer states will take."""

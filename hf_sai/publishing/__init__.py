@@ -1,0 +1,1 @@
+"""From a run's record to the Hub: pictures, model cards, uploads."""

@@ -1,0 +1,1 @@
+"""What a run leaves behind: its record, the environment it ran in, and no secrets."""

@@ -1,0 +1,1 @@
+"""Everything that knows transformers' Trainer: the optimizer's name, its arguments, callbacks, the range test."""
