@@ -34,7 +34,7 @@ test-main: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-oldest: .venv-oldest/.installed ## The Trainer seam in the oldest transformers that is supported
-	.venv-oldest/bin/python -m pytest tests/test_registration.py
+	.venv-oldest/bin/python -m pytest tests/trainer/test_registration.py
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sai.comparison import markdown_table
-from hf_sai.runs.files import atomic_write
 from hf_sai.optim.gsnr import measure_gsnr
+from hf_sai.runs.files import atomic_write
 from hf_sai.stdlib_corpus import load_documents
 
 F = nn.functional

@@ -20,9 +20,9 @@ from watched_run import watch_steps
 
 from hf_sai import SGDSaI
 from hf_sai.comparison import markdown_table
-from hf_sai.runs.files import atomic_write
 from hf_sai.optim.gsnr import measure_gsnr
 from hf_sai.publishing.plots import THEMES, draw, dress, new_figure
+from hf_sai.runs.files import atomic_write
 
 KINDS = ("matrices", "vectors")
 

@@ -26,9 +26,9 @@ import torch
 
 from hf_sai import SGDSaI
 from hf_sai.comparison import interleaved_step_times, markdown_table, step_time_ratio
-from hf_sai.runs.files import atomic_write
-from hf_sai.publishing.plots import THEMES, draw, dress, layer_and_kind, new_figure
 from hf_sai.memory.skeletons import build_skeleton
+from hf_sai.publishing.plots import THEMES, draw, dress, layer_and_kind, new_figure
+from hf_sai.runs.files import atomic_write
 
 BASELINE = "torch AdamW, fused"
 AT_A_TIME = 2  # beside the baseline: a model of half a billion parameters then fits into 24 GiB

@@ -6,10 +6,10 @@ needs torch alone.
 
 import importlib.util
 
-from hf_sai.optim.update import sgd_sai
 from hf_sai.groups.param_groups import create_sgd_sai_optimizer, param_groups
 from hf_sai.optim.gsnr import GSNRReport, GSNRRow, measure_gsnr
 from hf_sai.optim.sgd_sai import SGDSaI
+from hf_sai.optim.update import sgd_sai
 
 __all__ = [
     "GSNRReport",

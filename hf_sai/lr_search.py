@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_sai.comparison import markdown_table
-from hf_sai.runs.files import atomic_write
 from hf_sai.recipe_input import InputError
+from hf_sai.runs.files import atomic_write
 
 __all__ = ["Results", "results_table", "search"]
 

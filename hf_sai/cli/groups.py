@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from hf_sai.groups.table import describe_groups, group_table
 from hf_sai.groups.param_groups import param_groups
-from hf_sai.optim.gsnr import UNMEASURED, GSNRRow
+from hf_sai.groups.table import describe_groups, group_table
 from hf_sai.memory.skeletons import build_skeleton
+from hf_sai.optim.gsnr import UNMEASURED, GSNRRow
 
 __all__ = ["add_parser"]
 

@@ -55,8 +55,8 @@ class _TestedError(SystemExit):
 def _run_until_tested(args: argparse.Namespace) -> RangeTest:
     from transformers import Trainer
 
-    from hf_sai.trainer.range_test import range_test
     from hf_sai.run import run_target
+    from hf_sai.trainer.range_test import range_test
 
     original = Trainer.train
 

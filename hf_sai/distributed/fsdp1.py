@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_sai.optim.gsnr import UNMEASURED, gsnr_from_moments
 from hf_sai.distributed.sharding import all_reduce_rows
+from hf_sai.optim.gsnr import UNMEASURED, gsnr_from_moments
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

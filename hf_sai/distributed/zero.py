@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_sai.optim.update import sgd_sai
-from hf_sai.optim.gsnr import UNMEASURED, GSNRRow, gsnr_from_moments
 from hf_sai.distributed.sharding import all_reduce_rows, full_shapes
+from hf_sai.optim.gsnr import UNMEASURED, GSNRRow, gsnr_from_moments
+from hf_sai.optim.update import sgd_sai
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_sai.optim.sgd_sai import SGDSaI
-from hf_sai.groups.peft_roles import Role, merged_adapters, peft_roles
 from hf_sai.distributed.sharding import full_shapes
+from hf_sai.groups.peft_roles import Role, merged_adapters, peft_roles
+from hf_sai.optim.sgd_sai import SGDSaI
 
 __all__ = ["create_sgd_sai_optimizer", "no_decay_names", "param_groups"]
 

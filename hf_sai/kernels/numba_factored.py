@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hf_sai.kernels import numba_kernel
-from hf_sai.optim.momentum import QuantizedMomentum
 from hf_sai.kernels.numba_kernel import coefficients, in_shares, jit
+from hf_sai.optim.momentum import QuantizedMomentum
 
 __all__ = ["can_sum", "can_update", "sums_of_squares", "update"]
 

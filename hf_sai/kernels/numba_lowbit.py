@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_sai.optim.momentum import QUANTIZED, QuantizedMomentum, codes_table
 from hf_sai.kernels.numba_kernel import coefficients, in_shares, jit, momentum_step
+from hf_sai.optim.momentum import QUANTIZED, QuantizedMomentum, codes_table
 
 __all__ = ["can_update", "nearest_code_tables", "update"]
 

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_sai.kernels.compiled import compiled_module
 from hf_sai.distributed.sharding import is_dtensor, local_shard, shards_one_of, summing_groups, table_device
+from hf_sai.kernels.compiled import compiled_module
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

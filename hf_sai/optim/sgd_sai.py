@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from hf_sai.optim.checks import check_options, check_params, with_float_gsnr
-from hf_sai.kernels.compiled import wants_compiled
 from hf_sai.distributed.fsdp1 import FlatSlices, is_slice, refuse_flat_parameter
-from hf_sai.optim.update import can_fuse, sgd_sai
+from hf_sai.distributed.sharding import draw_alike, full_shapes, in_many_processes, local_shard
+from hf_sai.kernels.compiled import wants_compiled
+from hf_sai.optim.checks import check_options, check_params, with_float_gsnr
 from hf_sai.optim.gradient_norm import MEAN_SQUARES, NORMALIZED, allocate_mean_squares, gradient_factors
 from hf_sai.optim.gradient_release import refuse_normalize, release_gradients
 from hf_sai.optim.gsnr import UNMEASURED, GSNRReport, GSNRRow, measure_gsnr
 from hf_sai.optim.momentum import QUANTIZED, allocate_momentum, convert_momentum, momentum_of, set_momentum
-from hf_sai.distributed.sharding import draw_alike, full_shapes, in_many_processes, local_shard
+from hf_sai.optim.update import can_fuse, sgd_sai
 
 if TYPE_CHECKING:
     from hf_sai.distributed.zero import Zero

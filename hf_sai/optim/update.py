@@ -271,7 +271,9 @@ def _factored(params, grads, momentum_buffers, scales, **options):
 
 def _low_bit(params, grads, momentum_buffers, scales, **options):
     """One pass over CPU memory for a momentum in fewer bits."""
-    cast(ModuleType, compiled_module("hf_sai.kernels.numba_lowbit")).update(params, grads, momentum_buffers, scales, **options)
+    cast(ModuleType, compiled_module("hf_sai.kernels.numba_lowbit")).update(
+        params, grads, momentum_buffers, scales, **options
+    )
 
 
 def _widened(

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hf_sai.publishing.cards import write_card
+from hf_sai.publishing.twins import find_twins
 from hf_sai.runs.environment import is_main_process
 from hf_sai.runs.files import atomic_write
 from hf_sai.runs.record import RunRecord
-from hf_sai.publishing.twins import find_twins
 
 __all__ = ["PICTURES", "finish_run"]
 

@@ -1,4 +1,4 @@
-"""Trainer's ``--push_to_hub`` by way of ``hf_sai.publishing.publish``: the same options, an allow-list, no token on disk."""
+"""Trainer's ``--push_to_hub`` by way of ``hf_sai.publishing``: the same options, an allow-list, no token on disk."""
 
 from __future__ import annotations
 

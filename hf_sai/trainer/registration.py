@@ -9,10 +9,10 @@ from typing import Any
 from transformers import Trainer, TrainingArguments, modelcard
 from transformers.training_args import OptimizerNames
 
-from hf_sai.runs.describe import optimizer_line
 from hf_sai.groups.param_groups import param_groups
-from hf_sai.runs.meters import unwrap_optimizer
 from hf_sai.optim.sgd_sai import SGDSaI
+from hf_sai.runs.describe import optimizer_line
+from hf_sai.runs.meters import unwrap_optimizer
 from hf_sai.trainer.optim_args import parse_optim_args
 
 __all__ = ["OPTIMIZER_NAMES", "add_scalars_to_trainer_logs", "register"]

@@ -22,8 +22,8 @@ from optimizers import SETTINGS, build_optimizer, read_settings
 from sd_parts import Denoiser, add_lora, load_parts, make_pipeline, sample
 from tqdm.auto import tqdm
 
-from hf_sai.publishing.artifacts import finish_run
 from hf_sai.comparison import interleaved_step_times, markdown_table, optimizer_state_bytes, step_time_ratio
+from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.plots import draw, plot_loss
 from hf_sai.recipe_input import InputError
 from hf_sai.runs.record import RunRecord

@@ -47,14 +47,14 @@ from sd_parts import Denoiser, Parts, add_lora, load_parts, make_pipeline, sampl
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from hf_sai.publishing.artifacts import finish_run
 from hf_sai.groups.table import describe_groups
-from hf_sai.trainer.hub_callback import PublishCallback, take_over_push_to_hub
-from hf_sai.runs.meters import unwrap_optimizer
 from hf_sai.optim.sgd_sai import SGDSaI
+from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.publish import PublishError
 from hf_sai.recipe_input import InputError, delete_checkpoints, find_checkpoint, first_line
+from hf_sai.runs.meters import unwrap_optimizer
 from hf_sai.runs.recorder import RunRecorder
+from hf_sai.trainer.hub_callback import PublishCallback, take_over_push_to_hub
 
 STATE_FILE = "training_state.pt"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
-from hf_sai.publishing.artifacts import finish_run
 from hf_sai.comparison import (
     interleaved_step_times,
     markdown_table,
     optimizer_state_bytes,
     step_time_ratio,
 )
+from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.plots import draw, plot_loss
 from hf_sai.runs.record import RunRecord
 

@@ -47,8 +47,6 @@ from transformers import (
 )
 
 from hf_sai.publishing.artifacts import finish_run
-from hf_sai.trainer.callbacks import RunRecordCallback
-from hf_sai.trainer.hub_callback import take_over_push_to_hub
 from hf_sai.publishing.publish import PublishError
 from hf_sai.recipe_input import (
     InputError,
@@ -59,6 +57,8 @@ from hf_sai.recipe_input import (
     parse_config_and_flags,
 )
 from hf_sai.stdlib_corpus import load_documents
+from hf_sai.trainer.callbacks import RunRecordCallback
+from hf_sai.trainer.hub_callback import take_over_push_to_hub
 
 METRIC = Path(__file__).parents[1] / "metrics" / "token_nll" / "token_nll.py"
 END_OF_TEXT = "<|endoftext|>"

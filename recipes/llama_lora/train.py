@@ -35,10 +35,8 @@ from scoring import generate, references, score, side_by_side
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from hf_sai.publishing.artifacts import finish_run
-from hf_sai.trainer.callbacks import RunRecordCallback
 from hf_sai.comparison import markdown_table
-from hf_sai.trainer.hub_callback import take_over_push_to_hub
+from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.publish import PublishError
 from hf_sai.recipe_input import (
     InputError,
@@ -47,6 +45,8 @@ from hf_sai.recipe_input import (
     find_checkpoint,
     parse_config_and_flags,
 )
+from hf_sai.trainer.callbacks import RunRecordCallback
+from hf_sai.trainer.hub_callback import take_over_push_to_hub
 
 DOCSTRINGS = {"name": "Python standard library: code and docstrings", "license": "psf-2.0"}
 

@@ -8,8 +8,8 @@ import torch
 from picture_views import Collator, PictureViews
 from transformers import PreTrainedModel
 
-from hf_sai.runs.files import atomic_write
 from hf_sai.publishing.plots import THEMES, draw, new_figure
+from hf_sai.runs.files import atomic_write
 
 __all__ = ["draw_predictions"]
 

@@ -21,10 +21,10 @@ from transformers import TrainingArguments
 from vit_task import OPTIMIZERS, Task, check_names, task_settings
 
 from hf_sai.comparison import markdown_table
-from hf_sai.runs.files import atomic_write
 from hf_sai.lr_search import Results
 from hf_sai.publishing.plots import THEMES, draw, new_figure
 from hf_sai.recipe_input import InputError, parse_config_and_flags
+from hf_sai.runs.files import atomic_write
 
 LEARNING_RATES = (1e-1, 1e-2, 1e-3, 1e-4)
 WEIGHT_DECAYS = (1e-2, 1e-3, 1e-4)

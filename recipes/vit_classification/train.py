@@ -57,8 +57,6 @@ except ImportError:
     from transformers import ViTImageProcessor
 
 from hf_sai.publishing.artifacts import finish_run
-from hf_sai.trainer.callbacks import RunRecordCallback
-from hf_sai.trainer.hub_callback import take_over_push_to_hub
 from hf_sai.publishing.publish import PublishError
 from hf_sai.recipe_input import (
     InputError,
@@ -68,6 +66,8 @@ from hf_sai.recipe_input import (
     first_line,
     parse_config_and_flags,
 )
+from hf_sai.trainer.callbacks import RunRecordCallback
+from hf_sai.trainer.hub_callback import take_over_push_to_hub
 
 METRIC = Path(__file__).parents[1] / "metrics" / "accuracy" / "accuracy.py"
 PREDICTIONS = "images/predictions.png"

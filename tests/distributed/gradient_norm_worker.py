@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from hf_sai.optim.gradient_norm import MEAN_SQUARES, NORMALIZED, allocate_mean_squares, gradient_factors
 from hf_sai.distributed.sharding import local_shard
+from hf_sai.optim.gradient_norm import MEAN_SQUARES, NORMALIZED, allocate_mean_squares, gradient_factors
 
 RANK, WORLD = join()
 MESH = init_device_mesh("cpu", (WORLD,) if WORLD == 2 else (2, 2))

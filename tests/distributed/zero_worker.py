@@ -32,8 +32,8 @@ from common import (
 )
 
 from hf_sai import SGDSaI
-from hf_sai.groups.param_groups import no_decay_names
 from hf_sai.distributed.sharding import full_shapes
+from hf_sai.groups.param_groups import no_decay_names
 
 warnings.filterwarnings("ignore")
 RANK, WORLD = join()

@@ -148,7 +148,7 @@ def test_error_on_a_name_that_cannot_be_found(capsys: Any) -> None:
 
 def test_the_documented_outputs_are_true(capsys: Any) -> None:
     pytest.importorskip("bitsandbytes")
-    text = (Path(__file__).parents[1] / "docs" / "memory.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
     examples = re.findall(r"```console\n\$ hf-sai ([^\n]*)\n(.*?)```", text, re.DOTALL)
     assert len(examples) == 3
     for command, shown in examples:

@@ -9,9 +9,10 @@ from reference import ReferenceSGDSaI, reference_unit
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from hf_sai import SGDSaI, registration
-from hf_sai.runs.describe import effective_rates
+from hf_sai import SGDSaI
 from hf_sai.optim.gradient_norm import MEAN_SQUARES, gradient_factors
+from hf_sai.runs.describe import effective_rates
+from hf_sai.trainer import registration
 
 SHAPES = [(40, 130), (6, 3, 2, 2), (7,), (1, 5), ()]
 PATHS = [{}, {"foreach": False}, {"foreach": True}, {"fused": True}, {"gradient_release": True}]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "step_speed.py"
+PATH = Path(__file__).parents[2] / "benchmarks" / "step_speed.py"
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from transformers import TrainingArguments, pipeline
 from hf_sai.lr_search import Results
 from hf_sai.recipe_input import InputError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "vit_classification"
 OPTIMIZER_LINES = {"optim", "optim_args", "learning_rate", "weight_decay", "output_dir"}
 TWINS = ["demo", "vit_s16_imagenet"]

@@ -10,10 +10,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import hf_sai
-from hf_sai.trainer.callbacks import RunRecordCallback
 from hf_sai.runs.describe import optimizer_line
 from hf_sai.runs.record import RECORD_FILE, RunRecord
 from hf_sai.runs.recorder import RunRecorder
+from hf_sai.trainer.callbacks import RunRecordCallback
 
 ROWS = [{"input_ids": [1, 2, 3, 4, 5, 6, 7, i % 9], "labels": [1, 2, 3, 4, 5, 6, 7, i % 9]} for i in range(64)]
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sai import SGDSaI, compiled, functional, numba_factored, numba_kernel
-from hf_sai.optim.update import sgd_sai
+from hf_sai import SGDSaI
+from hf_sai.kernels import compiled, numba_factored, numba_kernel
+from hf_sai.optim import update as functional
 from hf_sai.optim.gradient_norm import gradient_factors
+from hf_sai.optim.update import sgd_sai
 
 SHAPES = [(40, 130), (6, 3, 2, 2), (1, 70), (70, 1), (1, 1), (300,), (1,), ()]
 

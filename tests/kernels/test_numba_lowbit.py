@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hf_sai.kernels import compiled, numba_kernel, numba_lowbit
-from hf_sai.optim.update import sgd_sai
 from hf_sai.optim.momentum import QuantizedMomentum, allocate_momentum, momentum_of, set_momentum
+from hf_sai.optim.update import sgd_sai
 
 FORMATS = [torch.bfloat16, "8bit", "4bit"]
 SIZES = [4096, 4098, 5000, 70_000]  # whole blocks, and blocks that end early

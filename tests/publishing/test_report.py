@@ -11,8 +11,8 @@ from test_plots import make_record
 
 from hf_sai.cli.main import main
 from hf_sai.publishing.plots import THEMES
-from hf_sai.runs.record import RECORD_FILE, RunRecord
 from hf_sai.publishing.report import MAX_SHOWN, MAX_TEXT, render_report, write_report
+from hf_sai.runs.record import RECORD_FILE, RunRecord
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "</title><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&\"'"

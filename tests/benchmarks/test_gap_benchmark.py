@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_sai import SGDSaI
 
-GAP = Path(__file__).parents[1] / "benchmarks" / "gap.py"
+GAP = Path(__file__).parents[2] / "benchmarks" / "gap.py"
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from hf_sai.publishing.plots import THEMES
 from hf_sai.runs.record import RECORD_FILE, RunRecord
 from hf_sai.runs.redact import redact
 
-HOME = Path(__file__).parents[1] / "model_cards"
+HOME = Path(__file__).parents[2] / "model_cards"
 FOLDERS = sorted(file.parent for file in HOME.glob(f"*/{RECORD_FILE}"))
 IDS = [folder.name for folder in FOLDERS]
 SMALL = (".json", ".md", ".png", ".txt")

@@ -15,7 +15,7 @@ import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainingArguments
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "gpt2_pretraining"
 OPTIMIZER_LINES = {"optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "optim_args", "output_dir"}
 TEXT = "\n\n".join(f"Paragraph {number} says that {number} times {number} is {number**2}." for number in range(400))

@@ -22,7 +22,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 def interpreted_triton_kernel(monkeypatch):
     """A copy of the module whose kernel Triton's interpreter runs, on CPU tensors."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    path = Path(functional.__file__).with_name("triton_kernel.py")
+    path = Path(compiled.__file__).with_name("triton_kernel.py")
     spec = importlib.util.spec_from_file_location("interpreted_triton_kernel", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

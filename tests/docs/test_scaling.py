@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 #: As the simulation prints them, which the last test compares with the page.
 PARAMETERS = {"7B": 6_738_415_616, "70B": 68_976_648_192, "405B": 405_853_388_800}

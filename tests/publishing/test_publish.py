@@ -16,13 +16,13 @@ from huggingface_hub import constants, snapshot_download
 from test_callbacks import arguments, tiny_gpt2
 from transformers import AutoModelForCausalLM, Trainer
 
-from hf_sai.publishing.artifacts import finish_run
-from hf_sai.trainer.callbacks import RunRecordCallback
 from hf_sai.cli.main import main
-from hf_sai.trainer.hub_callback import PublishCallback, take_over_push_to_hub
+from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.publish import PublishError, plan_files, publish
 from hf_sai.runs.record import RECORD_FILE, RunRecord
 from hf_sai.runs.recorder import RunRecorder
+from hf_sai.trainer.callbacks import RunRecordCallback
+from hf_sai.trainer.hub_callback import PublishCallback, take_over_push_to_hub
 
 
 @pytest.fixture
@@ -362,7 +362,7 @@ def run_with(server, command, home):
         "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": TOKEN,
         "HF_HOME": str(home),
-        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(command, env={**os.environ, **place}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -388,7 +388,7 @@ def test_the_whole_way_in_a_process_of_its_own_and_trainers_own_push(finished, t
     ],
 )
 def test_a_recipe_publishes_its_run(recipe, weights, tmp_path):
-    folder = Path(__file__).parents[1] / "recipes" / recipe
+    folder = Path(__file__).parents[2] / "recipes" / recipe
     command = [sys.executable, folder / "train.py", folder / "smoke.yaml", "--output_dir", tmp_path / "run"]
     command += ["--max_steps", "2", "--save_steps", "1", "--eval_strategy", "no", "--report_to", "none"]
     command += ["--push_to_hub", "true", "--hub_model_id", "tester/made", "--hub_private_repo", "true"]

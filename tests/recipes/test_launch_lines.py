@@ -8,7 +8,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXTS = ["README.md", *(f"{folder}/*" for folder in ("docs", "recipes/accelerate_configs", "recipes/*"))]
 LINE = re.compile(r"^[#\s$]*((?:\w+=\S+ )*(?:accelerate launch|torchrun)\s.*)$")
 #: A recipe as docs/distributed.md spells it: RECIPE="SCRIPT CONFIG".

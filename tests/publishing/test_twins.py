@@ -3,10 +3,10 @@
 import pytest
 from test_plots import make_record
 
-from hf_sai.publishing.artifacts import finish_run
 from hf_sai.cli.main import main
-from hf_sai.runs.record import RECORD_FILE
+from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.twins import MAX_TWINS, find_twins
+from hf_sai.runs.record import RECORD_FILE
 
 
 def save(folder, name, optimizer="SGDSaI", *, loss=3.1, **more):

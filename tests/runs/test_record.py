@@ -379,7 +379,9 @@ def test_settings_name_neither_the_machine_nor_its_folders(tmp_path, monkeypatch
 def test_the_command_begins_with_the_launcher(tmp_path):
     pytest.importorskip("psutil")
     faster = "import sys; sys.modules['transformers'] = None; "
-    (tmp_path / "train.py").write_text(faster + "from hf_sai.runs.environment import command_line; print(command_line())")
+    (tmp_path / "train.py").write_text(
+        faster + "from hf_sai.runs.environment import command_line; print(command_line())"
+    )
     (tmp_path / "torchrun").write_text("import subprocess, sys; subprocess.run([sys.executable, *sys.argv[3:]])")
     launcher = [sys.executable, tmp_path / "torchrun", "--master_addr", "10.1.2.3", "train.py", "--lr", "1"]
     done = subprocess.run(launcher, cwd=tmp_path, capture_output=True, text=True, check=True)

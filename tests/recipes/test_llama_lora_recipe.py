@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_sai.recipe_input import InputError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "llama_lora"
 OPTIMIZER_LINES = {"optim", "optim_args", "learning_rate", "output_dir"}
 TWINS = [("demo.yaml", "demo_adamw.yaml"), ("llama_2_7b.yaml", "llama_2_7b_adamw.yaml")]

@@ -12,12 +12,12 @@ from test_callbacks import tiny_gpt2, trainer_for
 from test_plots import make_record
 from transformers import PreTrainedTokenizerFast
 
+from hf_sai.cli.main import main
 from hf_sai.publishing.artifacts import finish_run
-from hf_sai.trainer.callbacks import RunRecordCallback
 from hf_sai.publishing.card_text import markdown_text
 from hf_sai.publishing.cards import BACKUP_FILE, CARD_FILE, render_card, write_card
-from hf_sai.cli.main import main
 from hf_sai.runs.record import RunRecord
+from hf_sai.trainer.callbacks import RunRecordCallback
 
 DATA = [
     {"name": "counting", "id": "me/counting", "role": "train", "license": "cc0-1.0"},
