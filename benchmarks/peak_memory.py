@@ -17,12 +17,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes.common lies in the repository's root
+
 import torch
-from step_speed import state_bytes
 
 from hf_sai import SGDSaI
-from hf_sai.comparison import markdown_table
 from hf_sai.memory.skeletons import build_skeleton
+from hf_sai.runs.meters import state_bytes
+from recipes.common.comparison import markdown_table
 
 OPTIMIZERS: dict[str, Callable[[list], torch.optim.Optimizer]] = {
     "torch AdamW, fused": lambda params: torch.optim.AdamW(params, lr=1e-6, fused=True),

@@ -12,21 +12,24 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common lies in the repository's root
+
 import torch
 from arguments import Arguments
 from emoji_data import CATEGORIES, load_emoji
 from evaluation import save_grid
 from image_data import read_pictures
 from image_scores import classify, color_difference, nearest_distance, train_classifier
-from optimizers import SETTINGS, build_optimizer, read_settings
+from optimizers import build_optimizer, read_settings
 from sd_parts import Denoiser, add_lora, load_parts, make_pipeline, sample
 from tqdm.auto import tqdm
 
-from hf_sai.comparison import interleaved_step_times, markdown_table, optimizer_state_bytes, step_time_ratio
 from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.plots import draw, plot_loss
-from hf_sai.recipe_input import InputError
+from hf_sai.runs.meters import state_bytes
 from hf_sai.runs.record import RunRecord
+from recipes.common.comparison import interleaved_step_times, markdown_table, step_time_ratio
+from recipes.common.recipe_input import OPTIMIZER_SETTINGS, InputError
 
 CATEGORY = "flag"
 SHOWN = 8
@@ -116,7 +119,7 @@ def measure_costs(runs: dict, rounds: int) -> dict:
         model = Denoiser(parts.unet, parts.text_encoder if run["args"].train_text_encoder else None)
         optimizers[name] = build_optimizer(settings, model)
         optimizers[name].load_state_dict(saved["optimizer"])
-        state[name] = optimizer_state_bytes(saved["optimizer"])
+        state[name] = state_bytes(optimizers[name])
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.randn_like(parameter)  # neither optimizer's time depends on the values
@@ -124,7 +127,7 @@ def measure_costs(runs: dict, rounds: int) -> dict:
     baseline = list(runs)[-1]
     return {
         name: {
-            **{key: run["settings"][key] for key in SETTINGS},
+            **{key: run["settings"][key] for key in OPTIMIZER_SETTINGS},
             "optimizer_state_bytes": state[name],
             "optimizer_state_ratio": state[name] / state[baseline],
             "step_time_ratio": step_time_ratio(seconds[name], seconds[baseline]),

@@ -34,6 +34,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common lies in the repository's root
+
 import numpy
 import torch
 from accelerate import Accelerator
@@ -51,10 +53,10 @@ from hf_sai.groups.table import describe_groups
 from hf_sai.optim.sgd_sai import SGDSaI
 from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.publish import PublishError
-from hf_sai.recipe_input import InputError, delete_checkpoints, find_checkpoint, first_line
 from hf_sai.runs.meters import unwrap_optimizer
 from hf_sai.runs.recorder import RunRecorder
 from hf_sai.trainer.hub_callback import PublishCallback, take_over_push_to_hub
+from recipes.common.recipe_input import InputError, delete_checkpoints, find_checkpoint, first_line
 
 STATE_FILE = "training_state.pt"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -13,18 +13,20 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common lies in the repository's root
+
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
-from hf_sai.comparison import (
-    interleaved_step_times,
-    markdown_table,
-    optimizer_state_bytes,
-    step_time_ratio,
-)
 from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.plots import draw, plot_loss
+from hf_sai.runs.meters import state_bytes
 from hf_sai.runs.record import RunRecord
+from recipes.common.comparison import (
+    interleaved_step_times,
+    markdown_table,
+    step_time_ratio,
+)
 
 COLUMNS = (
     "run",
@@ -45,11 +47,11 @@ def main(argv: list[str] | None = None) -> dict:
         sys.exit("compare.py: give at least two different run folders.")
     results = {str(run): read_run(run) for run in args.runs}
     optimizers = {name: load_optimizer(Path(name), result) for name, result in results.items()}
+    state = {name: state_bytes(optimizer) for name, optimizer in optimizers.items()}
     seconds = interleaved_step_times(optimizers, rounds=args.rounds)
 
     baseline = str(args.runs[-1])
     comparison = {"baseline": baseline, "threads": torch.get_num_threads(), "runs": {}}
-    state = {name: optimizer_state_bytes(read_state(Path(name), result)) for name, result in results.items()}
     for name, result in results.items():
         comparison["runs"][name] = {
             **result["optimizer"],

@@ -17,9 +17,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common lies in the repository's root
+
 import train
 
-from hf_sai.comparison import markdown_table
+from recipes.common.comparison import markdown_table
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

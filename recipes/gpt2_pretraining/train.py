@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common lies in the repository's root
+
 import evaluate
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
@@ -48,17 +50,19 @@ from transformers import (
 
 from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.publish import PublishError
-from hf_sai.recipe_input import (
+from hf_sai.trainer.callbacks import RunRecordCallback
+from hf_sai.trainer.hub_callback import take_over_push_to_hub
+from recipes.common.recipe_input import (
+    OPTIMIZER_SETTINGS,
     InputError,
     check_optimizer,
     delete_checkpoints,
     find_checkpoint,
     first_line,
+    option,
     parse_config_and_flags,
 )
-from hf_sai.stdlib_corpus import load_documents
-from hf_sai.trainer.callbacks import RunRecordCallback
-from hf_sai.trainer.hub_callback import take_over_push_to_hub
+from recipes.common.stdlib_corpus import load_documents
 
 METRIC = Path(__file__).parents[1] / "metrics" / "token_nll" / "token_nll.py"
 END_OF_TEXT = "<|endoftext|>"
@@ -72,20 +76,6 @@ MODEL_SIZES = {  # layers, width, heads; all but tiny are OpenAI's
     "gpt2-large": (36, 1280, 20),
     "gpt2-xl": (48, 1600, 25),
 }
-# What a later process needs in order to build the same optimizer again (compare.py does).
-OPTIMIZER_SETTINGS = (
-    "optim",
-    "optim_args",
-    "learning_rate",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-)
-
-
-def option(default: object, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass

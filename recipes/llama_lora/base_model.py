@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from hf_sai.recipe_input import InputError, first_line
+from recipes.common.recipe_input import InputError, first_line
 
 __all__ = ["OFFLINE_MODEL", "add_lora", "load_base", "locate", "name_base"]
 

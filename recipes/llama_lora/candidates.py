@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
-
 import pytorch_optimizer
 import sgd_sai
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from pooled import PooledSGDSaI, by_module
-from torch import nn
-from torch.optim import Optimizer
 
-from hf_sai import create_sgd_sai_optimizer
+from recipes.common.candidates import Candidate, adamw, sai, trainable
 
-__all__ = ["CANDIDATES", "Candidate"]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An optimizer and its settings.
-
-    Attributes:
-        build: Makes the optimizer from the model and a learning rate; weight decay is 0 everywhere.
-        grid: Learning rates to start with.
-        settings: TrainingArguments that differ from the task's.
-    """
-
-    build: Callable[[nn.Module, float], Optimizer]
-    grid: tuple[float, ...]
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def sai(**options: Any) -> Callable[[nn.Module, float], Optimizer]:
-    return lambda model, lr: create_sgd_sai_optimizer(model, lr=lr, **options)
-
-
-def adamw(**options: Any) -> Callable[[nn.Module, float], Optimizer]:
-    return lambda model, lr: torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.0, **options)
+__all__ = ["CANDIDATES"]
 
 
 CANDIDATES = {

@@ -28,6 +28,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common lies in the repository's root
+
 from base_model import add_lora, load_base, name_base
 from datasets import Dataset, DatasetDict
 from instruction_data import load_splits, shorten
@@ -35,18 +37,18 @@ from scoring import generate, references, score, side_by_side
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from hf_sai.comparison import markdown_table
 from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.publish import PublishError
-from hf_sai.recipe_input import (
+from hf_sai.trainer.callbacks import RunRecordCallback
+from hf_sai.trainer.hub_callback import take_over_push_to_hub
+from recipes.common.comparison import markdown_table
+from recipes.common.recipe_input import (
     InputError,
     check_optimizer,
     delete_checkpoints,
     find_checkpoint,
     parse_config_and_flags,
 )
-from hf_sai.trainer.callbacks import RunRecordCallback
-from hf_sai.trainer.hub_callback import take_over_push_to_hub
 
 DOCSTRINGS = {"name": "Python standard library: code and docstrings", "license": "psf-2.0"}
 

@@ -29,9 +29,11 @@ Go on after an interruption:
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common lies in the repository's root
 
 import evaluate
 import torch
@@ -58,16 +60,18 @@ except ImportError:
 
 from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.publish import PublishError
-from hf_sai.recipe_input import (
+from hf_sai.trainer.callbacks import RunRecordCallback
+from hf_sai.trainer.hub_callback import take_over_push_to_hub
+from recipes.common.recipe_input import (
+    OPTIMIZER_SETTINGS,
     InputError,
     check_optimizer,
     delete_checkpoints,
     find_checkpoint,
     first_line,
+    option,
     parse_config_and_flags,
 )
-from hf_sai.trainer.callbacks import RunRecordCallback
-from hf_sai.trainer.hub_callback import take_over_push_to_hub
 
 METRIC = Path(__file__).parents[1] / "metrics" / "accuracy" / "accuracy.py"
 PREDICTIONS = "images/predictions.png"
@@ -78,20 +82,6 @@ MODEL_SIZES = {  # layers, width, heads; all but tiny are the usual ones
     "vit-b": (12, 768, 12),
     "vit-l": (24, 1024, 16),
 }
-# What a later process needs in order to build the same optimizer again.
-OPTIMIZER_SETTINGS = (
-    "optim",
-    "optim_args",
-    "learning_rate",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-)
-
-
-def option(default: object, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from hf_sai.recipe_input import InputError
+from recipes.common.recipe_input import InputError
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "llama_lora"

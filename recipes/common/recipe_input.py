@@ -4,21 +4,42 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "OPTIMIZER_SETTINGS",
     "InputError",
     "check_optimizer",
     "delete_checkpoints",
     "find_checkpoint",
     "first_line",
+    "option",
     "parse_config_and_flags",
 ]
 
 
+#: What a later process needs in order to build the same optimizer again, as TrainingArguments calls it.
+OPTIMIZER_SETTINGS = (
+    "optim",
+    "optim_args",
+    "optim_target_modules",
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+)
+
+
 class InputError(ValueError):
     """Something the user gave cannot be used; the message is one sentence that says what and what to do."""
+
+
+def option(default: Any, text: str) -> Any:
+    """Return a dataclass's field with a default and a line of help."""
+    return field(default=default, metadata={"help": text})
 
 
 def parse_config_and_flags(dataclasses: Sequence[Any], argv: Sequence[str], usage: str) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("transformers")
-from hf_sai.recipe_input import InputError, find_checkpoint
+from recipes.common.recipe_input import InputError, find_checkpoint
 
 
 def checkpoint(run, step, *files):
