@@ -1,6 +1,6 @@
 """How stable g-SNR is over training and over batches, in any Trainer script: what the paper's Figure 4 shows.
 
-    task="recipes/gpt2_pretraining/train.py recipes/gpt2_pretraining/demo.yaml --optim_args momentum=0.9"
+    task="recipes/gpt2_pretraining/train.py recipes/gpt2_pretraining/demo.yaml --optim sgd_sai"
     python benchmarks/gsnr_stability.py --steps 400 --output runs/gsnr/training.json $task --learning_rate 1e-2
     python benchmarks/gsnr_stability.py --steps 50 --output runs/gsnr/batches.json $task --learning_rate 0
     python benchmarks/gsnr_stability.py --picture docs/gsnr_stability runs/gsnr/training.json runs/gsnr/batches.json

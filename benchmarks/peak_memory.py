@@ -30,7 +30,7 @@ OPTIMIZERS: dict[str, Callable[[list], torch.optim.Optimizer]] = {
     "torch AdamW, fused": lambda params: torch.optim.AdamW(params, lr=1e-6, fused=True),
     "torch AdamW": lambda params: torch.optim.AdamW(params, lr=1e-6),
     "SGD-SaI": lambda params: SGDSaI(params, lr=1e-6),
-    "SGD-SaI, factored gradient": lambda params: SGDSaI(params, lr=1e-6, normalize_gradient="factored"),
+    "SGD-SaI, factored gradient": lambda params: SGDSaI(params, lr=1e-6, update="factored"),
     "SGD-SaI, 8-bit momentum": lambda params: SGDSaI(params, lr=1e-6, momentum_dtype="8bit"),
     "SGD-SaI, gradient release": lambda params: SGDSaI(params, lr=1e-6, gradient_release=True),
     "SGD-SaI, gradient release, 8-bit momentum": lambda params: SGDSaI(

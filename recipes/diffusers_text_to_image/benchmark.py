@@ -54,10 +54,8 @@ TASK = (
 CANDIDATES = {
     "adamw": Candidate(adamw(), (1e-3, 2e-3, 4e-3, 8e-3)),
     "adamw, beta1 0.8": Candidate(adamw(betas=(0.8, 0.999)), (2e-3, 4e-3, 8e-3)),
-    "sgd_sai, factored gradient": Candidate(sai(normalize_gradient="factored"), (2e-3, 4e-3, 8e-3)),
-    "sgd_sai, factored gradient, momentum 0.8": Candidate(
-        sai(normalize_gradient="factored", momentum=0.8), (2e-3, 4e-3, 8e-3)
-    ),
+    "sgd_sai, factored gradient": Candidate(sai(update="factored"), (2e-3, 4e-3, 8e-3)),
+    "sgd_sai, factored gradient, momentum 0.8": Candidate(sai(update="factored", momentum=0.8), (2e-3, 4e-3, 8e-3)),
     # 0.1 is what the paper takes for a diffusion LoRA.
     "sgd_sai": Candidate(sai(), (0.0125, 0.025, 0.05, 0.1)),
     "official sgd-sai": Candidate(

@@ -33,16 +33,14 @@ CANDIDATES = {
     "sgd_sai, momentum 0.95": Candidate(sai(momentum=0.95), (1e-2, 2e-2)),
     "sgd_sai, momentum 0.8": Candidate(sai(momentum=0.8), (2e-2, 4e-2)),
     "sgd_sai, cosine": Candidate(sai(), (2e-2, 4e-2), {"lr_scheduler_type": "cosine"}),
-    "sgd_sai, factored gradient": Candidate(sai(normalize_gradient="factored"), (2.5e-3, 5e-3, 1e-2)),
-    "sgd_sai, factored gradient, momentum 0.8": Candidate(
-        sai(normalize_gradient="factored", momentum=0.8), (2.5e-3, 5e-3, 1e-2)
-    ),
+    "sgd_sai, factored gradient": Candidate(sai(update="factored"), (2.5e-3, 5e-3, 1e-2)),
+    "sgd_sai, factored gradient, momentum 0.8": Candidate(sai(update="factored", momentum=0.8), (2.5e-3, 5e-3, 1e-2)),
     "sgd_sai, 8-bit momentum": Candidate(sai(momentum_dtype="8bit"), (2e-2, 4e-2, 8e-2)),
     "sgd_sai, 4-bit momentum": Candidate(sai(momentum_dtype="4bit"), (2e-2, 4e-2, 8e-2)),
     "sgd_sai, factored gradient, momentum 0.8, 8 bits": Candidate(
-        sai(normalize_gradient="factored", momentum=0.8, momentum_dtype="8bit"), (2.5e-3, 5e-3, 1e-2)
+        sai(update="factored", momentum=0.8, momentum_dtype="8bit"), (2.5e-3, 5e-3, 1e-2)
     ),
-    "sgd_sai, unit rows": Candidate(sai(normalize_gradient="rows"), (2.5e-3, 5e-3, 1e-2)),
+    "sgd_sai, unit rows": Candidate(sai(update="rows"), (2.5e-3, 5e-3, 1e-2)),
     "sgd_sai, pooled per layer": Candidate(
         lambda model, lr: PooledSGDSaI(model, by_module, lr=lr, weight_decay=0.0), (1e-2, 2e-2)
     ),

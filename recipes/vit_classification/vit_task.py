@@ -35,7 +35,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, float, float], Optimizer]] = {
     "adamw": lambda model, lr, decay: torch.optim.AdamW(_groups(model, lr, decay), lr=lr),
     "sgd_sai": lambda model, lr, decay: create_sgd_sai_optimizer(model, lr=lr, weight_decay=decay),
     "sgd_sai, factored gradient, momentum 0.8": lambda model, lr, decay: create_sgd_sai_optimizer(
-        model, lr=lr, weight_decay=decay, normalize_gradient="factored", momentum=0.8
+        model, lr=lr, weight_decay=decay, update="factored", momentum=0.8
     ),
     "adamw, beta1 0.8": lambda model, lr, decay: torch.optim.AdamW(
         _groups(model, lr, decay), lr=lr, betas=(0.8, 0.999)
