@@ -34,8 +34,8 @@ model-cards: .venv/.installed ## Fill model_cards/ from the demos' runs that are
 
 test: test-main test-oldest ## All tests that need no GPU and less than a minute each
 
-test-quick: .venv/.installed ## What needs two minutes on two cores: no test that starts processes or trains a recipe
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not processes"
+test-quick: .venv/.installed ## What needs two minutes on two cores: no test marked longer
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not longer"
 
 test-main: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
