@@ -89,7 +89,7 @@ def _read_state(file: Path) -> tuple[list[dict[str, Any]], dict[Any, dict[str, A
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged archive or pickle can fail in any way
-        if isinstance(error, OSError):
+        if isinstance(error, PermissionError):
             raise
         reason = str(error).partition(".")[0]
         raise ValueError(f"{file} cannot be read: it is damaged, or no optimizer's state ({reason})") from error

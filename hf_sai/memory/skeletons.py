@@ -255,6 +255,9 @@ def _build_transformer(name: str, task_type: Any, trust_remote_code: bool) -> An
     return getattr(transformers, auto_class).from_config(config, trust_remote_code=trust_remote_code)
 
 
+#: Each layer is built, and no model has so many.
+_MOST_LAYERS = 100_000
+
 _UNTRUSTED = (
     "{name} brings code of its own, which this command runs only with --trust-remote-code: read that code first, since "
     "it can do whatever you can"
@@ -265,8 +268,12 @@ def _read_config(name: str, trust_remote_code: bool) -> Any:
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except ValueError as error:
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise ValueError(_UNTRUSTED.format(name=name)) from None
-        raise
+        raise ValueError(f"the configuration of {name} cannot be used ({error})") from error
+    for key, value in vars(config).items():
+        if "layers" in key and isinstance(value, int) and value > _MOST_LAYERS:
+            raise ValueError(f"the configuration of {name} gives {key} as {str(value)[:40]}; it is damaged")
+    return config

@@ -13,6 +13,7 @@ from typing import Any
 from hf_sai.runs.files import atomic_write
 from recipes.common.comparison import markdown_table
 from recipes.common.recipe_input import InputError, option
+from recipes.common.result_files import read_json
 
 __all__ = ["Results", "SearchArguments", "results_table", "search", "told"]
 
@@ -45,7 +46,12 @@ class Results:
         self.path, self.task = Path(path), task
         self.runs: list[dict[str, Any]] = []
         if self.path.is_file():
-            content = json.loads(self.path.read_text())
+            content = read_json(self.path, keys=("task", "runs"))
+            known = {"candidate", "learning_rate", "seed", "eval_loss"}
+            if not isinstance(content["task"], dict) or not isinstance(content["runs"], list):
+                raise InputError(f"{path} is damaged: task must be settings by name, runs a list.")
+            if not all(isinstance(run, dict) and known <= set(run) for run in content["runs"]):
+                raise InputError(f"{path} is damaged: a run has not all of {', '.join(sorted(known))}.")
             theirs = content["task"]
             different = [f"{key} ({theirs.get(key)})" for key in task if theirs.get(key) != task[key]]
             if different:

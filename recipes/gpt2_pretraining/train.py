@@ -23,7 +23,6 @@ Go on after an interruption:
         --resume_from_checkpoint true
 """
 
-import json
 import sys
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -50,6 +49,7 @@ from transformers import (
 
 from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.publish import PublishError
+from hf_sai.runs.files import atomic_write
 from hf_sai.trainer.callbacks import RunRecordCallback
 from hf_sai.trainer.hub_callback import take_over_push_to_hub
 from recipes.common.recipe_input import (
@@ -62,6 +62,7 @@ from recipes.common.recipe_input import (
     option,
     parse_config_and_flags,
 )
+from recipes.common.result_files import write_json
 from recipes.common.stdlib_corpus import load_documents
 
 METRIC = Path(__file__).parents[1] / "metrics" / "token_nll" / "token_nll.py"
@@ -339,12 +340,12 @@ def save_results(trainer: Trainer, record: RunRecordCallback, metrics: dict, scr
         "parameters": trainer.model.num_parameters(),
         "checkpoint": checkpoint.name if checkpoint.is_dir() else None,
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(folder / "results.json", results)
     record.add(results={key: metrics[key] for key in ("eval_loss", "eval_perplexity")})
     print(f"\neval loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.2f}")
     if script_args.sample_tokens > 0 and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         sample = write_sample(trainer, script_args)
-        (folder / "sample.txt").write_text(sample + "\n", encoding="utf-8")
+        atomic_write(folder / "sample.txt", sample + "\n")
         prompt = script_args.sample_prompt
         record.add(samples=[{"title": "Text written after training", "prompt": prompt, "text": sample}])
         print(f"sample: {sample}")

@@ -23,7 +23,6 @@ the prompt out of the loss, keeps an 8-bit or 4-bit base and its adapter in the 
 that `--optim sgd_sai` works as everywhere.
 """
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +38,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.publish import PublishError
+from hf_sai.runs.files import atomic_write
 from hf_sai.trainer.callbacks import RunRecordCallback
 from hf_sai.trainer.hub_callback import take_over_push_to_hub
 from recipes.common.comparison import markdown_table
@@ -49,6 +49,7 @@ from recipes.common.recipe_input import (
     find_checkpoint,
     parse_config_and_flags,
 )
+from recipes.common.result_files import write_json
 
 DOCSTRINGS = {"name": "Python standard library: code and docstrings", "license": "psf-2.0"}
 
@@ -202,8 +203,8 @@ def prepare_again(trainer: SFTTrainer) -> None:
 def save_results(trainer: SFTTrainer, record: RunRecordCallback, results: dict, texts: str) -> None:
     """Save results.json, generations.md, the run record's figures, the pictures and the model card."""
     folder = Path(trainer.args.output_dir)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (folder / "generations.md").write_text(texts, encoding="utf-8")
+    write_json(folder / "results.json", results)
+    atomic_write(folder / "generations.md", texts)
     record.add(results={**results["after"], "before training": results["before"]})
     *pictures, card = finish_run(folder)
     print(f"\nadapter: {folder}\nmodel card: {card}\nnumbers: {folder / 'results.json'}")

@@ -27,7 +27,6 @@ Go on after an interruption:
         --resume_from_checkpoint true
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +71,7 @@ from recipes.common.recipe_input import (
     option,
     parse_config_and_flags,
 )
+from recipes.common.result_files import write_json
 
 METRIC = Path(__file__).parents[1] / "metrics" / "accuracy" / "accuracy.py"
 PREDICTIONS = "images/predictions.png"
@@ -243,7 +243,7 @@ def save_results(
         "parameters": trainer.model.num_parameters(),
         "checkpoint": checkpoint.name if checkpoint.is_dir() else None,
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(folder / "results.json", results)
     record.add(results={key: metrics[key] for key in ("eval_loss", "eval_accuracy")})
     print(f"\neval loss {metrics['eval_loss']:.4f}, accuracy {100 * metrics['eval_accuracy']:.2f} %")
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):

@@ -108,7 +108,7 @@ def test_comparison_counts_half_of_adamw_s_state_and_saves_table_picture_and_num
 
 
 def test_comparison_refuses_a_folder_that_is_no_run(tmp_path):
-    with pytest.raises(SystemExit, match=r"is no finished run of train\.py"):
+    with pytest.raises(compare.InputError, match=r"is no finished run of train\.py"):
         compare.main([str(tmp_path / "one"), str(tmp_path / "two")])
 
 
