@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from hf_sai.optim.sgd_sai import SGDSaI
 
-__all__ = ["Slice", "Slices", "note_model"]
+__all__ = ["Slice", "Slices"]
 
 
 class Home(NamedTuple):
@@ -44,14 +44,6 @@ class Home(NamedTuple):
 
 #: The handles of all flat parameters that are alive.
 _HANDLES: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def note_model(model: nn.Module) -> None:
-    """Note the flat parameters of a model that may have been wrapped before hf_sai was imported."""
-    for module in model.modules():
-        handle = getattr(module, "_handle", None)
-        if hasattr(handle, "flat_param"):
-            _HANDLES.add(handle)
 
 
 def _note_new_handles(module: ModuleType) -> None:
@@ -102,6 +94,14 @@ class Slice(Part):
     }
 
     recognises = staticmethod(_is_slice)
+
+    @classmethod
+    def look_at(cls, model: nn.Module) -> None:
+        """Note the flat parameters of a model that may have been wrapped before hf_sai was imported."""
+        for module in model.modules():
+            handle = getattr(module, "_handle", None)
+            if hasattr(handle, "flat_param"):
+                _HANDLES.add(handle)
 
     @classmethod
     def whole_shape(cls, p: Tensor) -> torch.Size | None:

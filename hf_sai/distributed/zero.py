@@ -34,9 +34,6 @@ _SHARED = ("optimizer", "clip_grad")
 _ATTRIBUTES = {
     "DeepSpeedZeroOptimizer": (
         *_SHARED,
-        "bit16_groups",
-        "single_partition_of_fp32_groups",
-        "real_dp_process_group",
         "averaged_gradients",
         "loss_scale",
         "cpu_offload",
@@ -54,7 +51,8 @@ _ATTRIBUTES = {
         "offload_optimizer",
         "swap_optimizer",
     ),
-    "BF16_Optimizer": (*_SHARED, "bf16_groups", "fp32_groups_flat_partition", "real_dp_process_group"),
+    # It is not known to its parameters, which say all that is needed.
+    "BF16_Optimizer": (),
 }
 
 
@@ -254,7 +252,7 @@ def _check(engine: Any) -> None:
     import deepspeed
 
     cure = f"Install DeepSpeed {SUPPORTED_SERIES}.x (pip install 'hf-sai[deepspeed]'), or use FSDP2."
-    name = type(engine).__name__
+    name = "BF16_Optimizer" if engine is None else type(engine).__name__
     if name not in _ATTRIBUTES:
         known = ", ".join(_ATTRIBUTES)
         raise ValueError(f"SGD-SaI does not know the layout of DeepSpeed's {name}, only of {known}. {cure}")

@@ -24,7 +24,9 @@ def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: tuple[Tensor, ...],
         return False  # torch's multi-tensor operations, which torch.compile can see into
     if choice.stochastic_rounding and p.dtype == torch.bfloat16:
         return False
-    if m is not None and not (isinstance(m, Tensor) and m.dtype == p.dtype and m.is_contiguous() and m.shape == p.shape):
+    if m is not None and not (
+        isinstance(m, Tensor) and m.dtype == p.dtype and m.is_contiguous() and m.shape == p.shape
+    ):
         return False
     return is_ordinary(p) and p.is_contiguous() and p.dtype in _DTYPES.get(p.device.type, ()) and g.shape == p.shape
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["Releases", "refuse_normalize"]
 
 
-
 class Releases:
     """Which parameters of an optimizer have been updated since its last step, and the hooks that do it.
 

@@ -52,14 +52,13 @@ def measure(parts: Sequence[Part]) -> None:
     table = [_row(part) for part in parts]
     sum_over_holders((row, part.holders(), part.table_device) for row, part in zip(table, parts, strict=True))
     for part, (total, total_of_squares, known, holders) in zip(parts, _to_host(table), strict=True):
-        new = part.gsnr == UNMEASURED
-        if new and holders:
-            part.gsnr = known / holders
-        elif new:
-            part.gsnr = gsnr_from_moments(part.shape.numel(), total, total_of_squares, eps=part.group["eps"])
-        else:
-            part.gsnr = part.gsnr  # for a layout that keeps what all processes have agreed on
-        part.fresh = new and part.gsnr != UNMEASURED
+        value = part.gsnr
+        part.fresh = False
+        if value == UNMEASURED:
+            n, eps = part.shape.numel(), part.group["eps"]
+            value = known / holders if holders else gsnr_from_moments(n, total, total_of_squares, eps=eps)
+            part.fresh = value != UNMEASURED
+        part.gsnr = value
 
 
 def measure_gsnr(gradients: Sequence[Tensor], *, eps: float | Sequence[float] = 1e-8) -> list[float]:

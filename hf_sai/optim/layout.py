@@ -27,6 +27,7 @@ __all__ = [
     "find_layout",
     "kind_of",
     "local",
+    "look_at",
     "name_of",
     "refuse",
     "register_layout",
@@ -70,6 +71,10 @@ class Part:
     def local(cls, tensor: Tensor) -> Tensor | None:
         """What this process stores of a tensor of this kind, None for others."""
         return None
+
+    @classmethod
+    def look_at(cls, model: torch.nn.Module) -> None:
+        """Note what a model says about tensors of this kind, which do not know by themselves whose they are."""
 
     @classmethod
     def whole_shape(cls, p: Tensor) -> torch.Size | None:
@@ -261,6 +266,12 @@ def find_layout(optimizer: SGDSaI) -> Layout:
 def kind_of(p: Tensor) -> type[Part]:
     """The kind of part that a parameter has."""
     return next((kind for kind in _KINDS if kind.recognises(p)), Part)
+
+
+def look_at(model: torch.nn.Module) -> None:
+    """Let every kind of part look at a model whose parameters are going to be trained."""
+    for kind in _KINDS:
+        kind.look_at(model)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ import functools
 import math
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +62,12 @@ class QuantizedMomentum:
     @property
     def is_8bit(self) -> bool:
         return self.codes.numel() == self.shape.numel()
+
+    def fits(self, p: Tensor) -> bool:
+        """Whether codes and scales are as many as a parameter of this shape needs."""
+        blocks = math.ceil(p.numel() / QUANTIZED["8bit" if self.is_8bit else "4bit"])
+        codes = p.numel() if self.is_8bit else p.numel() // 2
+        return self.shape == p.shape and self.codes.numel() == codes and self.scales.numel() == blocks
 
     def load(self) -> Tensor:
         """The momentum, float32."""
@@ -142,7 +147,9 @@ def allocate(part: Part) -> None:
         return
     for key, (shape, dtype) in form(part).items():
         like_parameter = shape == tuple(part.param.shape) and dtype.is_floating_point
-        part.state[key] = part.zeros(dtype) if like_parameter else torch.zeros(shape, dtype=dtype, device=part.param.device)
+        part.state[key] = (
+            part.zeros(dtype) if like_parameter else torch.zeros(shape, dtype=dtype, device=part.param.device)
+        )
 
 
 def momentum_of(part: Part) -> Momentum:

@@ -117,7 +117,9 @@ def _by_name(
     if sorted(saved) == sorted(present) and len(set(saved)) == len(saved):
         indices = list(chain.from_iterable(group["params"] for group in saved_groups))
         index_of = dict(zip(saved, indices, strict=True))
-        moved = {new: states[index_of[name]] for new, name in zip(indices, present, strict=True) if index_of[name] in states}
+        moved = {
+            new: states[index_of[name]] for new, name in zip(indices, present, strict=True) if index_of[name] in states
+        }
         return moved, [
             {**group, "param_names": list(own["param_names"])} for group, own in zip(saved_groups, groups, strict=True)
         ]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from hf_sai.optim import gsnr, momentum as momenta
+from hf_sai.optim import gsnr
+from hf_sai.optim import momentum as momenta
 from hf_sai.optim.gradient_release import Releases, refuse_normalize
 from hf_sai.optim.gsnr import GSNRReport
 from hf_sai.optim.layout import UNMEASURED, Layout, Part, find_layout, name_of
@@ -328,7 +329,6 @@ class SGDSaI(Optimizer):
             by_group[id(part.group)].append(part)
         for own in by_group.values():
             self._update(own, [factors[part.number] for part in own], largest, unscaling)
-
 
     def _allocate(self, part: Part) -> None:
         """Give a parameter's state its keys, measured or not.

@@ -3,29 +3,27 @@
 import contextlib
 from unittest import mock
 
-from hf_sai import compiled
-from hf_sai.momentum import QuantizedMomentum, momentum_of
+from hf_sai.kernels import choice
+from hf_sai.optim.momentum import load, momentum_of
 
 
 def rule_options(rule):
     """The option of ``SGDSaI`` for a rule: ``"published"``, ``"rows"`` or ``"factored"``."""
-    return {"normalize_gradient": None if rule == "published" else rule}
+    return {"update": rule}
 
 
 @contextlib.contextmanager
 def without_numba():
     """Within, ``fused=True`` is torch's own fused kernel."""
-    with mock.patch.object(compiled, "_imported", return_value=None):
+    with mock.patch.object(choice, "_imported", return_value=None):
         yield
 
 
 def momentum(optimizer, p):
     """A parameter's momentum as numbers, dequantised if it is quantised; None where there is none."""
-    state = optimizer.state[p]
-    if "momentum_buffer" not in state:
-        return None
-    kept = momentum_of(state, p)
-    return kept.load() if isinstance(kept, QuantizedMomentum) else kept
+    (group,) = [group for group in optimizer.param_groups if any(p is other for other in group["params"])]
+    part = optimizer.layout.part(p, group)
+    return load(momentum_of(part)) if "momentum_buffer" in part.state else None
 
 
 def momentum_tensors(optimizer, p):
