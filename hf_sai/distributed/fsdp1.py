@@ -1,43 +1,31 @@
-"""FSDP1 (``FullyShardedDataParallel``): measuring parameters that are slices of a flat one, and on some ranks empty."""
+"""FSDP1 (``FullyShardedDataParallel``): parameters that are slices of a flat one, and on some ranks empty.
+
+A slice does not know its flat parameter and the optimizer does not know the model. So the handles that hold both are
+noted when FSDP1 makes them, from the moment that hf_sai is imported; those made before are told by the model, which
+:func:`hf_sai.param_groups` is given.
+"""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+import weakref
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_sai.distributed.sharding import all_reduce_rows
-from hf_sai.optim.gsnr import UNMEASURED, gsnr_from_moments
+from hf_sai.imports import when_imported
+from hf_sai.optim.layout import UNMEASURED, Layout, Part, register_layout, register_part
+from hf_sai.optim.momentum import QUANTIZED
+from hf_sai.optim.rules import RULES
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["FlatSlices", "Home", "find_homes", "is_slice", "refuse_flat_parameter"]
+    from hf_sai.optim.sgd_sai import SGDSaI
 
-
-def is_slice(parameter: Tensor) -> bool:
-    """Whether FSDP1 (``use_orig_params=True``) has made this parameter a slice of its flat parameter."""
-    return getattr(parameter, "_fsdp_flattened", False)
-
-
-def refuse_flat_parameter(parameter: Tensor) -> None:
-    """Raise ValueError for FSDP1's flat parameter itself, which has one g-SNR for many tensors.
-
-    Args:
-        parameter: Any parameter.
-
-    Raises:
-        ValueError: It is a flat parameter.
-    """
-    if getattr(parameter, "_is_flat_param", False):
-        raise ValueError(
-            "FSDP1 with use_orig_params=False hands the optimizer flat parameters, in which SGD-SaI cannot tell one "
-            "tensor from the next. Set use_orig_params=True (accelerate and Trainer: fsdp_use_orig_params: true in "
-            "the config file), or use FSDP2 (fsdp_version: 2)."
-        )
+__all__ = ["Slice", "Slices"]
 
 
 class Home(NamedTuple):
@@ -54,87 +42,152 @@ class Home(NamedTuple):
     device: torch.device
 
 
-def find_homes() -> dict[int, Home]:
-    """id of each live slice -> its home.
+#: The handles of all flat parameters that are alive.
+_HANDLES: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    A slice does not know its flat parameter and the optimizer does not know the model, so the handles that hold both
-    are looked up among the live objects. Call it once, not once per step.
-    """
-    from torch.distributed.fsdp._flat_param import FlatParamHandle
 
+def _note_new_handles(module: ModuleType) -> None:
+    """Note every handle that FSDP1 makes from now on."""
+    cls = module.FlatParamHandle
+    make = cls.__init__
+
+    def note(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        _HANDLES.add(self)
+
+    cls.__init__ = note
+
+
+when_imported("torch.distributed.fsdp._flat_param", _note_new_handles)
+
+
+def _homes() -> dict[int, Home]:
+    """id of each live slice -> its home."""
     homes: dict[int, Home] = {}
-    for handle in gc.get_objects():
-        if type(handle) is FlatParamHandle:
-            groups = (handle.process_group,) if handle.uses_sharded_strategy else ()
-            flat = handle.flat_param
-            for parameter, shape in zip(flat._params or (), flat._shapes, strict=False):
-                homes[id(parameter)] = Home(shape, groups, handle.device)
+    for handle in _HANDLES:
+        groups = (handle.process_group,) if handle.uses_sharded_strategy else ()
+        flat = handle.flat_param
+        for parameter, shape in zip(flat._params or (), flat._shapes, strict=False):
+            homes[id(parameter)] = Home(shape, groups, handle.device)
     return homes
 
 
-class FlatSlices:
+def _is_slice(p: Tensor) -> bool:
+    """Whether FSDP1 (``use_orig_params=True``) has made this parameter a slice of its flat parameter."""
+    return getattr(p, "_fsdp_flattened", False)
+
+
+@register_part
+class Slice(Part):
+    """This rank's slice of a parameter, one-dimensional; it may be empty."""
+
+    __slots__ = ("_layout", "_parameter")
+
+    kind = "the slices of parameters that FSDP1 hands the optimizer"
+    refused: ClassVar = {
+        "momentum_dtype": (
+            (torch.float32, torch.bfloat16, torch.float16, torch.float64, *QUANTIZED),
+            "Leave it out, or use torch.bfloat16 with FSDP2 (fsdp_version: 2).",
+        ),
+        "stochastic_rounding": ((True,), "Leave it out, or use FSDP2 (fsdp_version: 2)."),
+        "update": (tuple(RULES)[1:], "Leave it out, or use FSDP2 (fsdp_version: 2)."),
+    }
+
+    recognises = staticmethod(_is_slice)
+
+    @classmethod
+    def look_at(cls, model: nn.Module) -> None:
+        """Note the flat parameters of a model that may have been wrapped before hf_sai was imported."""
+        for module in model.modules():
+            handle = getattr(module, "_handle", None)
+            if hasattr(handle, "flat_param"):
+                _HANDLES.add(handle)
+
+    @classmethod
+    def whole_shape(cls, p: Tensor) -> torch.Size | None:
+        return _homes()[id(p)].shape if _is_slice(p) and id(p) in _homes() else None
+
+    def __init__(self, p: Tensor, group: dict[str, Any], state: Any, number: int = 0) -> None:
+        super().__init__(p, group, state, number)
+        self._parameter, self._layout = p, None
+
+    def within(self, layout: Slices) -> Slice:
+        """The slice as a layout knows it: with the shape of the whole, and with what all ranks know of its g-SNR."""
+        self._layout: Any = layout
+        self.shape = layout.home[self._parameter].shape
+        return self
+
+    @property
+    def gsnr(self) -> float:
+        stored = self.state.get("gsnr", UNMEASURED)
+        return stored or (self._layout.agreed.get(self._parameter, UNMEASURED) if self._layout is not None else stored)
+
+    @gsnr.setter
+    def gsnr(self, value: float) -> None:
+        if value != UNMEASURED and self._layout is not None:
+            self._layout.agreed[self._parameter] = value
+        if self.grad is not None:  # torch's optim_state_dict wants no state on ranks that own nothing
+            self.state["gsnr"] = value
+
+    def holders(self, kept: Sequence[int] = ()) -> tuple[ProcessGroup, ...]:
+        return self._layout.home[self._parameter].groups
+
+    @property
+    def table_device(self) -> torch.device:
+        return self._layout.home[self._parameter].device
+
+
+class Slices(Layout):
     """The slices of one optimizer, and what all ranks know of their g-SNR.
 
     A rank that owns nothing of a parameter has neither its gradient nor its state, so it cannot see by itself when
-    there is something to measure. Hence every rank takes part while any parameter is unmeasured, with a row of zeros
-    for what it does not own; the rows also carry what some ranks have loaded from a checkpoint.
+    there is something to measure. Hence every rank takes part while any parameter is unmeasured, with zeros for what it
+    does not own.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        homes = find_homes()
-        self.home = {p: homes[id(p)] for p in parameters if is_slice(p) and p.requires_grad}
-        self.gsnr: dict[Tensor, float] = {}
+    whole = False
 
-    def measure(self, param_groups: Iterable[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> None:
-        """Measure what is unmeasured on all ranks together, and give this rank's slices their state.
+    def __init__(self, optimizer: SGDSaI, slices: Iterable[Tensor]) -> None:
+        super().__init__(optimizer)
+        homes = _homes()
+        unknown = sum(id(p) not in homes for p in slices)
+        if unknown:
+            raise ValueError(
+                f"{unknown} parameters are slices of FSDP1's flat parameters, and hf_sai was imported too late to see "
+                "of which. Import it before the model is wrapped, build the optimizer by "
+                "hf_sai.create_sgd_sai_optimizer(model, lr=...), or use FSDP2 (fsdp_version: 2)."
+            )
+        self.home = {p: homes[id(p)] for p in slices}
+        self.agreed: dict[Tensor, float] = {}
 
-        Args:
-            param_groups: The optimizer's.
-            state: The optimizer's; ``gsnr`` and ``momentum_buffer`` are written.
-        """
-        mine = [(p, group) for group in param_groups for p in group["params"] if p in self.home]
-        unmeasured = [(p, group) for p, group in mine if p not in self.gsnr]
-        if unmeasured:
-            self._agree(unmeasured, state)
-        for p, group in mine:
-            if p.grad is not None:  # torch's optim_state_dict wants the same states on ranks that own nothing, too
-                self._start(p, group, state[p])
+    def part(self, p: Tensor, group: dict[str, Any], number: int = 0) -> Part:
+        if p not in self.home:
+            return super().part(p, group, number)
+        state = self.optimizer.state[p] if p.grad is not None else self.optimizer.state.get(p, {})
+        return Slice(p, group, state, number).within(self)
 
-    def _agree(self, unmeasured: list[tuple[Tensor, dict[str, Any]]], state: dict[Tensor, dict[str, Any]]) -> None:
-        """One all_reduce per process group over (sum, sum of squares, stored g-SNR, number of ranks that have one)."""
-        homes = [self.home[p] for p, _ in unmeasured]
-        table = torch.stack([_local_row(p, state.get(p, {})).to(homes[0].device) for p, _ in unmeasured])
-        table = all_reduce_rows(table, [home.groups for home in homes])
-        for (p, group), home, row in zip(unmeasured, homes, table.tolist(), strict=True):
-            total, total_of_squares, stored, holders = row
-            if holders:
-                gsnr = _stored(state.get(p, {})) or stored / holders
-            else:
-                gsnr = gsnr_from_moments(home.shape.numel(), total, total_of_squares, eps=group["eps"])
-            if gsnr != UNMEASURED:
-                self.gsnr[p] = gsnr
+    def unmeasured(self, parts: Iterable[Part]) -> list[Part]:
+        mine = {part._parameter: part for part in parts if isinstance(part, Slice)}
+        waiting = [
+            mine.get(p) or self.part(p, group)
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+            if p in self.home and p not in self.agreed and p.requires_grad
+        ]
+        return super().unmeasured(part for part in parts if not isinstance(part, Slice)) + waiting
 
-    def _start(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
-        if _stored(state) != UNMEASURED:
-            return
-        gradient = p.grad
-        assert gradient is not None
-        state["gsnr"] = self.gsnr.get(p, UNMEASURED)
-        if group["momentum"] != 0:
-            buffer = state.setdefault("momentum_buffer", torch.zeros_like(p))
-            if state["gsnr"] != UNMEASURED:
-                buffer.copy_(-gradient if group["maximize"] else gradient)
+    def gsnr(self, p: Tensor) -> float:
+        return super().gsnr(p) or self.agreed.get(p, UNMEASURED)
 
 
-def _local_row(p: Tensor, state: dict[str, Any]) -> Tensor:
-    stored = _stored(state)
-    known = p.new_tensor([stored, float(stored != UNMEASURED)], dtype=torch.float64)
-    if p.grad is None:
-        return torch.cat([torch.zeros_like(known), known])
-    total = p.grad.sum(dtype=torch.float64)
-    norm = torch.linalg.vector_norm(p.grad, dtype=torch.float64)
-    return torch.cat([torch.stack([total, norm.square()]), known])
-
-
-def _stored(state: dict[str, Any]) -> float:
-    return state.get("gsnr", UNMEASURED)
+@register_layout
+def _find(optimizer: SGDSaI) -> Layout | None:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(getattr(p, "_is_flat_param", False) for p in params):
+        raise ValueError(
+            "FSDP1 with use_orig_params=False hands the optimizer flat parameters, in which SGD-SaI cannot tell one "
+            "tensor from the next. Set use_orig_params=True (accelerate and Trainer: fsdp_use_orig_params: true in "
+            "the config file), or use FSDP2 (fsdp_version: 2)."
+        )
+    slices = [p for p in params if _is_slice(p)]
+    return Slices(optimizer, slices) if slices else None

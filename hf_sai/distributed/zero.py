@@ -1,32 +1,30 @@
-"""DeepSpeed ZeRO-1, -2 and -3: measuring and updating the pieces of parameters inside DeepSpeed's flat tensors.
+"""DeepSpeed ZeRO-1, -2 and -3: the pieces of parameters inside DeepSpeed's flat tensors.
 
 ZeRO hands the optimizer not the model's parameters but one flat float32 tensor per parameter group (stages 1 and 2)
 or sub-group (stage 3), of which each rank holds a part, and calls ``step`` once for each. This module finds the
-parameters again, through attributes of DeepSpeed's optimizer that are not public: each is checked before use.
+parameters again, through attributes that DeepSpeed leaves on the parameters the optimizer was built with. They are not
+public: each is checked before use.
 """
 
 from __future__ import annotations
 
-import gc
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_sai.distributed.sharding import all_reduce_rows, full_shapes
-from hf_sai.optim.gsnr import UNMEASURED, GSNRRow, gsnr_from_moments
-from hf_sai.optim.update import sgd_sai
+from hf_sai.distributed.fsdp1 import Slice
+from hf_sai.optim.layout import UNMEASURED, Layout, Part, name_of, refuse, register_layout, register_part, whole_shapes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from hf_sai.optim.sgd_sai import SGDSaI
 
-__all__ = ["SUPPORTED_SERIES", "Zero", "find_zero"]
+__all__ = ["SUPPORTED_SERIES", "Zero"]
 
 #: The DeepSpeed releases whose layout this module knows (tested: 0.19.8).
 SUPPORTED_SERIES = "0.19"
@@ -36,9 +34,6 @@ _SHARED = ("optimizer", "clip_grad")
 _ATTRIBUTES = {
     "DeepSpeedZeroOptimizer": (
         *_SHARED,
-        "bit16_groups",
-        "single_partition_of_fp32_groups",
-        "real_dp_process_group",
         "averaged_gradients",
         "loss_scale",
         "cpu_offload",
@@ -56,155 +51,173 @@ _ATTRIBUTES = {
         "offload_optimizer",
         "swap_optimizer",
     ),
-    "BF16_Optimizer": (*_SHARED, "bf16_groups", "fp32_groups_flat_partition", "real_dp_process_group"),
+    # It is not known to its parameters, which say all that is needed.
+    "BF16_Optimizer": (),
 }
 
 
-def find_zero(optimizer: SGDSaI) -> Zero | None:
-    """The ZeRO optimizer that drives this one, ready for use; None if there is none.
+@register_part
+class Piece(Part):
+    """What this rank's part of a flat tensor holds of one parameter; nothing, if its length is 0."""
 
-    Args:
-        optimizer: An optimizer that may have been given to ``deepspeed.initialize``.
+    __slots__ = ("_early_gradient", "_flat", "_ready", "_start", "parameter")
 
-    Raises:
-        ValueError: DeepSpeed flattens the parameters in a way that this module does not know.
-    """
-    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+    kind = "the flat tensors that DeepSpeed ZeRO hands the optimizer"
+    refused: ClassVar = Slice.refused
 
-    # The flat tensors do not know their owner and DeepSpeed's optimizer wraps this one, so the owner is looked up
-    # among the live objects, once.
-    for candidate in gc.get_objects():
-        if issubclass(type(candidate), ZeROOptimizer) and getattr(candidate, "optimizer", None) is optimizer:
-            return Zero(candidate)
-    return None
+    @classmethod
+    def whole_shape(cls, p: Any) -> torch.Size | None:
+        return getattr(p, "ds_shape", None)  # of an empty placeholder under ZeRO-3
 
+    def __init__(self, parameter: Tensor, numel: int, start: int, length: int, early_gradient: Callable[[], Tensor]):
+        self.parameter, self.shape = parameter, torch.Size((numel,))
+        self._start = (start, length)
+        self._early_gradient = early_gradient
+        self.fresh, self._ready = False, False
 
-@dataclass(frozen=True)
-class _Piece:
-    """What this rank's part of a flat tensor holds of one parameter."""
-
-    parameter: Tensor
-    numel: int  # of the whole parameter
-    start: int  # in this rank's part of the flat tensor
-    length: int  # 0: this rank holds nothing of the parameter
-    early_gradient: Callable[[], Tensor]  # the piece of the gradient before DeepSpeed copies it to ``flat.grad``
+    def within(self, flat: _Flat, group: dict[str, Any], state: dict[str, Any], number: int) -> None:
+        """Take the piece of a flat tensor as it is now."""
+        self._flat, self.group, self.number = flat, group, number
+        self.state = _PieceState(state, number - flat.first, self)
+        self.param = self.of(flat.tensor.detach())
+        self.grad = None
 
     def of(self, flat: Tensor) -> Tensor:
-        return flat.narrow(0, self.start, self.length)
+        return flat.narrow(0, *self._start)
+
+    @property
+    def length(self) -> int:
+        return self._start[1]
+
+    def holders(self, kept: Sequence[int] = ()) -> tuple[ProcessGroup, ...]:
+        return (self._flat.process_group,)
+
+    @property
+    def table_device(self) -> torch.device:
+        from deepspeed.accelerator import get_accelerator
+
+        # Offloaded gradients lie on the CPU, which NCCL cannot reduce.
+        return torch.device(get_accelerator().current_device_name())
 
 
-@dataclass(frozen=True)
-class _Flat:
-    """One flat tensor, the parameters in it and the process group over which it is partitioned."""
-
-    tensor: Tensor
-    pieces: tuple[_Piece, ...]
-    process_group: ProcessGroup
-    group_index: int
-
-
-class Zero:
-    """The parameters behind DeepSpeed's flat tensors.
+class _PieceState(MutableMapping[str, Any]):
+    """A piece's share of the state of its flat tensor.
 
     State per flat tensor: ``gsnr``, a list of floats, one per parameter of the flat tensor on every rank (0.0 while
     unmeasured); ``momentum_buffer``, float32, as long as this rank's part.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, state: dict[str, Any], number: int, piece: Piece) -> None:
+        self._state, self._number, self._piece = state, number, piece
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._state[key]
+        return value[self._number] if key == "gsnr" else self._piece.of(value)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key == "gsnr":
+            self._state[key][self._number] = value
+        elif key not in self._state:  # of all pieces together, which start by themselves
+            self._state[key] = torch.zeros_like(self._piece._flat.tensor)
+
+    def __delitem__(self, key: str) -> None:
+        del self._state[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """One flat tensor, the parameters in it, the place of the first, and the process group over which it is parted."""
+
+    tensor: Tensor
+    pieces: tuple[Piece, ...]
+    process_group: ProcessGroup
+    group_index: int
+    first: int = 0
+
+
+class Zero(Layout):
+    """The parameters behind DeepSpeed's flat tensors."""
+
+    whole = False
+
+    def __init__(self, optimizer: SGDSaI, engine: Any) -> None:
+        super().__init__(optimizer)
         _check(engine)
         self._engine = engine  # holds this object's optimizer: garbage collection deals with the cycle
-        self.flats = _layout(engine)
+        self.flats: list[_Flat] = []
+        for flat in _flats(engine, optimizer):
+            first = sum(len(other.pieces) for other in self.flats)
+            self.flats.append(replace(flat, first=first))
         self._index = {id(flat.tensor): index for index, flat in enumerate(self.flats)}
-        # Measured in this step, not yet updated: their momentum starts at the gradient.
-        self._fresh: set[tuple[int, int]] = set()
 
-    def step(self, optimizer: SGDSaI) -> None:
-        """Update the flat tensors in the optimizer's groups; in a step's first call, measure all that is unmeasured.
+    def check(self) -> None:
+        for group in self.optimizer.all_groups:
+            refuse(Piece, group)
 
-        Args:
-            optimizer: The wrapped optimizer, whose groups hold what DeepSpeed wants updated now.
-        """
-        for group in optimizer.param_groups:
-            for tensor in group["params"]:
-                if tensor.grad is None:
-                    continue
-                index = self._index[id(tensor)]
-                if index == 0:  # DeepSpeed goes through its flat tensors in order, on all ranks alike
-                    for flat in self.flats:
-                        optimizer.state[flat.tensor].setdefault("gsnr", [UNMEASURED] * len(flat.pieces))
-                    self._measure(optimizer)
-                self._update(optimizer, group, index)
-
-    def group_of(self, optimizer: SGDSaI, index: int) -> dict[str, Any]:
-        """The parameter group of a flat tensor, also while DeepSpeed shows the optimizer only one group."""
-        return optimizer._all_groups[self.flats[index].group_index]
-
-    def rows(self, optimizer: SGDSaI, names: dict[int, str]) -> Iterator[GSNRRow]:
-        """The report's rows; ``names`` (id of a parameter -> name) goes before the names of the groups."""
-        seen: dict[int, int] = {}  # a group's parameters are spread over its flat tensors in their order
-        for index, flat in enumerate(self.flats):
-            group = self.group_of(optimizer, index)
-            stored = optimizer.state.get(flat.tensor, {}).get("gsnr", [UNMEASURED] * len(flat.pieces))
-            shapes = full_shapes(piece.parameter for piece in flat.pieces)
-            for piece, shape, gsnr in zip(flat.pieces, shapes, stored, strict=True):
-                number = seen.get(flat.group_index, 0)
-                seen[flat.group_index] = number + 1
-                known = group["param_names"][number] if "param_names" in group else None
-                yield GSNRRow(
-                    name=names.get(id(piece.parameter)) or known or f"group {flat.group_index} parameter {number}",
-                    group=str(group.get("name", flat.group_index)),
-                    shape=tuple(shape),
-                    gsnr=gsnr if gsnr != UNMEASURED else None,
-                    ratio=gsnr / math.sqrt(piece.numel) if gsnr != UNMEASURED else None,
-                )
-
-    def largest_gsnr(self, optimizer: SGDSaI) -> dict[Any, float]:
-        """The largest measured g-SNR of each ``normalize_over``, as all ranks know it."""
-        largest: dict[Any, float] = {}
-        for index, flat in enumerate(self.flats):
-            group = self.group_of(optimizer, index)
-            if group["normalize"]:
-                key = group.get("normalize_over")
-                largest[key] = max(largest.get(key, UNMEASURED), *optimizer.state[flat.tensor]["gsnr"])
-        return largest
-
-    def _measure(self, optimizer: SGDSaI) -> None:
-        pending = [
-            (index, number)
-            for index, flat in enumerate(self.flats)
-            for number, gsnr in enumerate(optimizer.state[flat.tensor]["gsnr"])
-            if gsnr == UNMEASURED
+    def parts(self) -> list[Part]:
+        """Those in the flat tensors that DeepSpeed wants updated now."""
+        optimizer = self.optimizer
+        shown = [
+            (self._index[id(tensor)], tensor, group)
+            for group in optimizer.param_groups
+            for tensor in group["params"]
+            if tensor.grad is not None
         ]
-        if not pending:
+        self._begins = any(index == 0 for index, *_ in shown)  # it goes through them in order, on all ranks alike
+        if self._begins:
+            for flat in self.flats:
+                state = optimizer.state[flat.tensor]
+                state.setdefault("gsnr", [UNMEASURED] * len(flat.pieces))
+                for number, piece in enumerate(flat.pieces, flat.first):
+                    piece.within(flat, self._group(flat), state, number)
+        parts: list[Part] = []
+        for index, tensor, group in shown:
+            started = "momentum_buffer" in optimizer.state[tensor]
+            for piece in self.flats[index].pieces:
+                if piece.length:
+                    piece.group, piece.grad, piece.param = group, piece.of(tensor.grad), piece.of(tensor.detach())
+                    piece.fresh |= not started and piece.gsnr != UNMEASURED
+                    parts.append(piece)
+        return parts
+
+    def unmeasured(self, parts: Iterable[Part]) -> list[Part]:
+        """In a step's first call all that are unmeasured, whatever this rank holds of them."""
+        if not self._begins:
+            return []
+        waiting = [piece for flat in self.flats for piece in flat.pieces if piece.gsnr == UNMEASURED]
+        for piece in waiting:
+            self._look_at_gradient(piece)
+        return list(waiting)
+
+    def measured(self) -> Iterator[tuple[int, str | None, Tensor, torch.Size, float, dict[str, Any]]]:
+        seen: dict[int, int] = {}  # a group's parameters are spread over its flat tensors in their order
+        for flat in self.flats:
+            group = self._group(flat)
+            stored = self.optimizer.state.get(flat.tensor, {}).get("gsnr", [UNMEASURED] * len(flat.pieces))
+            shapes = whole_shapes(piece.parameter for piece in flat.pieces)
+            for piece, shape, gsnr in zip(flat.pieces, shapes, stored, strict=True):
+                number = seen[flat.group_index] = seen.get(flat.group_index, -1) + 1
+                yield flat.group_index, name_of(group, number), piece.parameter, shape, gsnr, group
+
+    def _group(self, flat: _Flat) -> dict[str, Any]:
+        """The parameter group of a flat tensor, also while DeepSpeed shows the optimizer only one group."""
+        return self.optimizer.all_groups[flat.group_index]
+
+    def _look_at_gradient(self, piece: Piece) -> None:
+        """Give a piece its gradient as the update will see it, for measuring."""
+        if not piece.length:
             return
-        from deepspeed.accelerator import get_accelerator
-
-        device = get_accelerator().current_device_name()  # offloaded gradients lie on the CPU, which NCCL cannot reduce
-        rows = [self._moments(index, self.flats[index].pieces[number]).to(device) for index, number in pending]
-        table = all_reduce_rows(torch.stack(rows), [(self.flats[index].process_group,) for index, _ in pending])
-        self._fresh.clear()
-        for (index, number), (total, total_of_squares) in zip(pending, table.tolist(), strict=True):
-            flat = self.flats[index]
-            eps = self.group_of(optimizer, index)["eps"]
-            gsnr = gsnr_from_moments(flat.pieces[number].numel, total, total_of_squares, eps=eps)
-            optimizer.state[flat.tensor]["gsnr"][number] = gsnr
-            if gsnr != UNMEASURED:
-                self._fresh.add((index, number))
-
-    def _moments(self, index: int, piece: _Piece) -> Tensor:
-        """(sum, sum of squares) of this rank's piece of a gradient as the update will see it, float64[2]."""
-        flat = self.flats[index].tensor
-        if piece.length == 0:
-            return torch.zeros(2, dtype=torch.float64)
+        flat = piece._flat.tensor
         # DeepSpeed unscales and clips one flat tensor after the other, each just before its own step.
-        ready = flat.grad is not None and (index == 0 or type(self._engine).__name__ == "BF16_Optimizer")
-        gradient = piece.early_gradient() if flat.grad is None else piece.of(flat.grad)
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
-        moments = torch.stack([gradient.sum(dtype=torch.float64), norm])
-        if not ready:
-            moments /= self._scale()
-        moments[1] *= moments[1].clone()
-        return moments
+        ready = flat.grad is not None and (piece._flat is self.flats[0] or self._engine is None)
+        gradient = piece._early_gradient() if flat.grad is None else piece.of(flat.grad)
+        piece.grad = gradient if ready else gradient / self._scale()
 
     def _scale(self) -> float:
         """What DeepSpeed will divide this step's gradients by: the loss scale times the share clipped away."""
@@ -213,38 +226,33 @@ class Zero:
         excess = (float(norm) + 1e-6) / clip if clip > 0 and norm is not None else 1.0
         return float(self._engine.loss_scale) * max(excess, 1.0)
 
-    def _update(self, optimizer: SGDSaI, group: dict[str, Any], index: int) -> None:
-        """Update the measured pieces of one flat tensor."""
-        flat = self.flats[index]
-        tensor, state = flat.tensor, optimizer.state[flat.tensor]
-        gradient = tensor.grad
-        assert gradient is not None
-        is_new = "momentum_buffer" not in state
-        if group["momentum"] != 0 and is_new:
-            state["momentum_buffer"] = torch.zeros_like(tensor)
-        largest = self.largest_gsnr(optimizer)[group.get("normalize_over")] if group["normalize"] else 1.0
-        params, grads, buffers, scales = [], [], [], []
-        for number, (piece, gsnr) in enumerate(zip(flat.pieces, state["gsnr"], strict=True)):
-            if piece.length == 0 or gsnr == UNMEASURED:
-                continue
-            buffer = piece.of(state["momentum_buffer"]) if group["momentum"] != 0 else None
-            if buffer is not None and (is_new or (index, number) in self._fresh):
-                buffer.copy_(-piece.of(gradient) if group["maximize"] else piece.of(gradient))
-            params.append(piece.of(tensor.detach()))
-            grads.append(piece.of(gradient))
-            buffers.append(buffer)
-            scales.append(gsnr / largest)
-        self._fresh -= {(index, number) for number in range(len(flat.pieces))}
-        options = {key: group[key] for key in ("lr", "momentum", "weight_decay", "maximize", "foreach", "fused")}
-        sgd_sai(params, grads, buffers, scales, **options)
+
+@register_layout
+def _find(optimizer: SGDSaI) -> Layout | None:
+    """The layout that DeepSpeed has made of an optimizer's groups, None if it has not.
+
+    DeepSpeed leaves its optimizer, or at least the place in the flat tensor, on the parameters that it was given.
+    """
+    originals = [[known() for known, _ in group] for group in optimizer.built_with]
+    everything = [p for group in originals for p in group if p is not None]
+    mine = {id(p) for group in optimizer.all_groups for p in group["params"]}
+    if all(id(p) in mine for p in everything):
+        return None
+    for p in everything:
+        engine = getattr(p, "_z3_optimizer", None) or getattr(p, "_zero_optimizer", None)
+        if engine is not None:
+            return Zero(optimizer, engine)
+    if any(hasattr(p, "_hp_mapping") for p in everything):
+        return Zero(optimizer, None)
+    return None
 
 
 def _check(engine: Any) -> None:
-    """Raise ValueError unless this is a ZeRO optimizer whose layout this module knows."""
+    """Raise ValueError unless this is a ZeRO optimizer whose layout this module knows; None is BF16_Optimizer."""
     import deepspeed
 
     cure = f"Install DeepSpeed {SUPPORTED_SERIES}.x (pip install 'hf-sai[deepspeed]'), or use FSDP2."
-    name = type(engine).__name__
+    name = "BF16_Optimizer" if engine is None else type(engine).__name__
     if name not in _ATTRIBUTES:
         known = ", ".join(_ATTRIBUTES)
         raise ValueError(f"SGD-SaI does not know the layout of DeepSpeed's {name}, only of {known}. {cure}")
@@ -260,29 +268,27 @@ def _check(engine: Any) -> None:
         )
 
 
-def _layout(engine: Any) -> list[_Flat]:
+def _flats(engine: Any, optimizer: SGDSaI) -> list[_Flat]:
     if type(engine).__name__ == "DeepSpeedZeroOptimizer_Stage3":
         return [_stage_3(engine, index) for index in range(len(engine.fp16_groups))]
-    if type(engine).__name__ == "BF16_Optimizer":
-        groups, flats = engine.bf16_groups, engine.fp32_groups_flat_partition
-    else:
-        groups, flats = engine.bit16_groups, engine.single_partition_of_fp32_groups
-    return [
-        _Flat(flat, tuple(map(_stage_1_or_2, parameters)), engine.real_dp_process_group[index], index)
-        for index, (parameters, flat) in enumerate(zip(groups, flats, strict=True))
-    ]
+    flats = []
+    for index, (group, built) in enumerate(zip(optimizer.all_groups, optimizer.built_with, strict=True)):
+        parameters: list[Any] = [known() for known, _ in built]
+        pieces = tuple(_stage_1_or_2(parameter) for parameter in parameters if parameter.requires_grad)
+        flats.append(_Flat(group["params"][0], pieces, parameters[0]._dp_group, index))
+    return flats
 
 
-def _stage_1_or_2(parameter: Any) -> _Piece:
+def _stage_1_or_2(parameter: Any) -> Piece:
     mapping = parameter._hp_mapping
     if mapping is None:
-        return _Piece(parameter, parameter.numel(), 0, 0, parameter.detach)
+        return Piece(parameter, parameter.numel(), 0, 0, parameter.detach)
     address = mapping.get_hp_fragment_address()
 
     def early_gradient() -> Tensor:
         return mapping.get_lp_grad_fragment(parameter._index_in_param_group)
 
-    return _Piece(parameter, parameter.numel(), address.start, address.numel, early_gradient)
+    return Piece(parameter, parameter.numel(), address.start, address.numel, early_gradient)
 
 
 def _stage_3(engine: Any, index: int) -> _Flat:
@@ -297,6 +303,6 @@ def _stage_3(engine: Any, index: int) -> _Flat:
         def early_gradient(number: int = number, length: int = length) -> Tensor:
             return engine.averaged_gradients[index][number].view(-1)[:length]
 
-        pieces.append(_Piece(parameter, parameter.ds_numel, start, length, early_gradient))
+        pieces.append(Piece(parameter, parameter.ds_numel, start, length, early_gradient))
     flat = engine.fp32_partitioned_groups_flat[index]
     return _Flat(flat, tuple(pieces), process_group, engine.sub_group_to_group_id[index])

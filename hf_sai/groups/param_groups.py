@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_sai.distributed.sharding import full_shapes
 from hf_sai.groups.peft_roles import Role, merged_adapters, peft_roles
+from hf_sai.optim.layout import look_at, whole_shapes
 from hf_sai.optim.sgd_sai import SGDSaI
 
 __all__ = ["create_sgd_sai_optimizer", "no_decay_names", "param_groups"]
@@ -76,6 +76,7 @@ def param_groups(
         >>> [(g["name"], g["weight_decay"], [name for name, _ in g["params"]]) for g in groups]
         [('base/decay', 0.1, ['weight']), ('base/no_decay', 0.0, ['bias'])]
     """
+    look_at(model)
     roles = peft_roles(model)
     _require_known("freeze", freeze, {key for p in model.parameters() for key in _keys(roles.get(id(p)))})
     known_adapters = {role.adapter for role in roles.values()}
@@ -176,7 +177,7 @@ def no_decay_names(model: nn.Module) -> set[str]:
     """
     # DeepSpeed ZeRO-3 and FSDP1 leave other shapes in the model than its parameters have.
     parameters = list(model.parameters())
-    shapes = dict(zip(map(id, parameters), full_shapes(parameters), strict=True))
+    shapes = dict(zip(map(id, parameters), whole_shapes(parameters), strict=True))
     roles = peft_roles(model)
     of_norms = {
         id(parameter)

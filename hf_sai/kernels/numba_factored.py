@@ -1,4 +1,4 @@
-"""Normalised gradients on CPU by numba: row and column sums in one pass over memory, normalisation and step in another.
+"""``update="factored"`` on CPU by numba: sums and running means in one pass over memory, the step in another.
 
 A matrix here is any gradient of two dimensions or more: its rows belong to the indices of the first, its columns to
 those of the others. Neither the number of threads nor where their parts begin changes a bit.
@@ -6,57 +6,42 @@ those of the others. Neither the number of threads nor where their parts begin c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_sai.kernels import numba_kernel
-from hf_sai.kernels.numba_kernel import coefficients, in_shares, jit
-from hf_sai.optim.momentum import QuantizedMomentum
+from hf_sai.kernels import numba_loops, numba_plain
+from hf_sai.kernels.numba_plain import DTYPES, addresses, by_dtype, coefficients, in_shares
+from hf_sai.optim.layout import Part
+from hf_sai.optim.momentum import Momentum
+from hf_sai.optim.rules.factored import KEPT, MEAN_SQUARES
 
-__all__ = ["can_sum", "can_update", "sums_of_squares", "update"]
+__all__ = ["can_update", "factors", "update"]
 
 #: Columns are summed over the rows of about this many elements, and these sums added up.
 _PIECE = 1 << 20
 
 
-def can_update(p: Tensor, g: Tensor, m: Tensor | QuantizedMomentum | None) -> bool:
+def can_update(p: Tensor, g: Tensor, m: Momentum | None) -> bool:
     """Whether the kernel takes these: dense, of one dtype, float32 or float64, with a momentum."""
-    return isinstance(m, Tensor) and numba_kernel.can_update(p, g, m)
+    return m is not None and numba_plain.can_update(p, g, m)
 
 
-def can_sum(gradient: Tensor) -> bool:
-    """Whether the kernel takes it: dense, float32 or float64, with something in it."""
-    return numba_kernel.can_update(gradient, gradient, None) and gradient.numel() > 0
+def factors(parts: Mapping[int, Part]) -> dict[int, tuple[Tensor, ...]]:
+    """Of those parts that numba takes what :meth:`hf_sai.optim.rules.factored.Factored.factors` says, by their index.
 
-
-def sums_of_squares(gradients: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """For each gradient those of its rows and those of its columns, in its dtype and number of dimensions.
-
-    Args:
-        gradients: Two dimensions or more; :func:`can_sum` holds.
+    Their running means are brought up to date; all means must have been allocated.
     """
-    matrices = [g.detach().view(len(g), -1).numpy() for g in gradients]
-    rows_in_piece = [max(1, _PIECE // matrix.shape[1]) for matrix in matrices]
-    pieces = [-(-len(matrix) // count) for matrix, count in zip(matrices, rows_in_piece, strict=True)]
-    rows = [np.empty(len(matrix), dtype=matrix.dtype) for matrix in matrices]
-    columns = [
-        np.zeros((count, matrix.shape[1]), dtype=matrix.dtype) for matrix, count in zip(matrices, pieces, strict=True)
-    ]
-
-    def run(index: int, start: int, stop: int) -> None:
-        for piece in range(start // _PIECE, -(-stop // _PIECE)):
-            own = slice(piece * rows_in_piece[index], (piece + 1) * rows_in_piece[index])
-            _add_squares(matrices[index][own], rows[index][own], columns[index][piece])
-
-    in_shares([count * _PIECE for count in pieces], run, _PIECE)
-    return [
-        (torch.from_numpy(of_rows).view(-1, *[1] * (g.ndim - 1)), torch.from_numpy(parts.sum(0)).view(1, *g.shape[1:]))
-        for g, of_rows, parts in zip(gradients, rows, columns, strict=True)
-    ]
+    result: dict[int, tuple[Tensor, ...]] = {}
+    taken = {index: part for index, part in parts.items() if _can_average(part)}
+    for dtype in DTYPES:
+        own = {index: part for index, part in taken.items() if part.grad.dtype == dtype}
+        if own:
+            result |= zip(own, _factors_of_one_dtype(list(own.values()), dtype), strict=True)
+    return result
 
 
 def update(
@@ -72,65 +57,104 @@ def update(
     maximize: bool,
 ) -> None:
     """One step of :func:`hf_sai.sgd_sai`, whose arguments these are; tensors that :func:`can_update` accepts."""
-    lr = float(lr)
-    work = []
-    for p, g, m, scale, factors in zip(params, grads, momentum_buffers, scales, grad_factors, strict=True):
-        arrays = [t.detach().view(-1).numpy() for t in (p, g, m)]
-        numbers = coefficients(arrays[0].dtype, scale, lr, momentum, weight_decay, -1.0 if maximize else 1.0)
-        work.append((arrays, _rows_and_columns(g, factors), numbers))
-
-    def run(index: int, start: int, stop: int) -> None:
-        arrays, (rows, columns), numbers = work[index]
-        p, g, m = (array[start:stop] for array in arrays)
-        _step(p, g, m, rows, columns, start, *numbers)
-
-    in_shares([p.numel() for p in params], run)
+    for dtype, indices in by_dtype(params).items():
+        rows, columns = zip(*(_rows_and_columns(grads[i], grad_factors[i]) for i in indices), strict=True)
+        table = addresses(
+            *([of_kind[i] for i in indices] for of_kind in (params, grads, momentum_buffers)), rows, columns
+        )
+        widths = np.array([column.numel() for column in columns], dtype=np.int64)
+        sign = -1.0 if maximize else 1.0
+        numbers = coefficients(dtype, [scales[i] for i in indices], lr, momentum, weight_decay, sign)
+        sizes = [params[i].numel() for i in indices]
+        in_shares(sizes, lambda share: numba_loops.step_factored(table, numbers, widths, share))  # noqa: B023
 
 
-def _rows_and_columns(gradient: Tensor, factors: tuple[Tensor, ...]) -> list[np.ndarray]:
+def _can_average(part: Part) -> bool:
+    g = part.grad
+    if not (g.is_cpu and g.dtype in DTYPES and g.is_contiguous() and g.numel() > 0):
+        return False
+    means = [part.state[key] for key in MEAN_SQUARES if key in part.state]
+    return all(type(mean) is Tensor and mean.is_cpu and mean.dtype == torch.float32 for mean in means) and all(
+        mean.is_contiguous() and mean.numel() == size for mean, size in zip(means, _mean_sizes(g), strict=True)
+    )
+
+
+def _mean_sizes(g: Tensor) -> tuple[int, ...]:
+    return (g.numel(),) if g.ndim < 2 else (1, len(g), g.numel() // len(g))
+
+
+def _factors_of_one_dtype(parts: Sequence[Part], dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+    shapes = np.array([_shape(part.grad) for part in parts], dtype=np.int64)  # height, width, rows in a piece
+    pieces = [-(-height // rows) if rows else 0 for height, width, rows in shapes.tolist()]
+    # For each tensor room for its rows' sums and its columns', a vector's factors lying where the columns' would.
+    needs = [
+        (height if rows else 0, width * (count or 1))
+        for (height, width, rows), count in zip(shapes.tolist(), pieces, strict=True)
+    ]
+    ends = np.cumsum(needs).tolist()
+    sums = torch.zeros(ends[-1], dtype=dtype)
+    base, size = sums.data_ptr(), sums.element_size()
+    starts = [0, *ends[:-1]]
+    table, corrections, result = [], [], []
+    for index, (part, (height, width, rows)) in enumerate(zip(parts, shapes.tolist(), strict=True)):
+        state, g = part.state, part.grad
+        at_rows, at_columns = starts[2 * index], starts[2 * index + 1]
+        means = [state[key].data_ptr() for key in MEAN_SQUARES if key in state]
+        first = base + at_rows * size if rows else g.data_ptr()
+        table.append((first, base + at_columns * size, *(means if rows else means * 3)))
+        corrections.append((1 - KEPT ** state["averaged_steps"], 1 - KEPT ** (state["averaged_steps"] + 1)))
+        state["averaged_steps"] += 1
+        # Views of the sums, which the loop replaces by the factors.
+        of_columns = sums.as_strided((1, *g.shape[1:]) if rows else g.shape, _strides(g, rows), at_columns)
+        of_rows = (sums.as_strided((height, *[1] * (g.ndim - 1)), [1] * g.ndim, at_rows),) if rows else ()
+        result.append((*of_rows, of_columns))
+    like = np.empty(0, dtype=DTYPES[dtype])
+    matrices = [index for index, count in enumerate(pieces) if count]
+    if matrices:
+        of_squares = np.array([(parts[i].grad.data_ptr(), *table[i][:2]) for i in matrices], dtype=np.int64)
+        # A piece counts as so many elements that threads are worth their start when there are many.
+        counts = [pieces[i] * _PIECE if pieces[i] > 1 else parts[i].grad.numel() for i in matrices]
+        own = shapes[matrices]
+        in_shares(counts, lambda share: numba_loops.add_squares(of_squares, own, _in_pieces(share), like), _PIECE)
+    numba_loops.running_factors(np.array(table, dtype=np.int64), shapes, np.array(corrections), KEPT, like)
+    return result
+
+
+def _in_pieces(share: np.ndarray) -> np.ndarray:
+    """A share in elements as one in pieces."""
+    share = share.copy()
+    share[:, 1] //= _PIECE
+    share[:, 2] = -(-share[:, 2] // _PIECE)
+    return share
+
+
+def _shape(g: Tensor) -> tuple[int, int, int]:
+    """Height, width and rows in a piece of a gradient; a vector has 0 of these."""
+    if g.ndim < 2:
+        return 1, g.numel(), 0
+    width = g.numel() // len(g)
+    return len(g), width, max(1, _PIECE // width)
+
+
+def _strides(g: Tensor, is_matrix: int) -> tuple[int, ...]:
+    return (g.stride()[1:] and (1, *g.stride()[1:])) if is_matrix else g.stride()
+
+
+def _rows_and_columns(gradient: Tensor, factors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """The factors as one number a row and one a column; a vector is one row."""
     height = gradient.shape[0] if gradient.ndim > 1 else 1
-    rows, columns = gradient.new_ones(height), gradient.new_ones(gradient.numel() // height)
+    width = gradient.numel() // height
+    sizes = tuple(factor.numel() for factor in factors)
+    if all(factor.dtype == gradient.dtype and factor.is_contiguous() for factor in factors):
+        if sizes == (height, width) and gradient.ndim > 1:
+            return factors[0], factors[1]
+        if sizes == (width,) and gradient.ndim < 2:
+            return _ONE[gradient.dtype], factors[0]
+    rows, columns = gradient.new_ones(height), gradient.new_ones(width)
     for factor in factors:
         of_rows = factor.numel() == 1 or (gradient.ndim > 1 and factor.shape[0] > 1)
         (rows if of_rows else columns).mul_(factor.flatten())
-    return [rows.numpy(), columns.numpy()]
+    return rows, columns
 
 
-# Each loop is a function of its own, over slices: then LLVM sees that it can work on many elements at a time.
-
-
-@numba.njit(nogil=True, fastmath={"contract", "reassoc"})
-def _add_squares(matrix, rows, columns):
-    for i in range(matrix.shape[0]):
-        rows[i] = _add_squares_of_row(matrix[i], columns)
-
-
-@numba.njit(nogil=True, fastmath={"contract", "reassoc"})
-def _add_squares_of_row(row, columns):
-    total = row.dtype.type(0)
-    for j in range(row.size):
-        square = row[j] * row[j]
-        total += square
-        columns[j] += square
-    return total
-
-
-@jit
-def _step(p, g, m, rows, columns, start, decay, step, sign, weight):
-    """On a part of a matrix that begins at its element `start`."""
-    done = 0
-    while done < p.size:
-        row, column = divmod(start + done, columns.size)
-        stop = min(done + columns.size - column, p.size)
-        factors = columns[column : column + stop - done]
-        _step_row(p[done:stop], g[done:stop], m[done:stop], rows[row], factors, decay, step, sign, weight)
-        done = stop
-
-
-@jit
-def _step_row(p, g, m, row, columns, decay, step, sign, weight):
-    for i in range(p.size):
-        direction = m[i] + weight * (sign * (g[i] * row * columns[i]) - m[i])
-        m[i] = direction
-        p[i] = decay * p[i] - step * direction
+_ONE: dict[Any, Tensor] = {dtype: torch.ones(1, dtype=dtype) for dtype in DTYPES}

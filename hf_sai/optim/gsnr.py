@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_sai.distributed.sharding import all_reduce_rows, local_shard, summing_groups, table_device, without_partial
+from hf_sai.optim.layout import UNMEASURED, Layout, Part, kind_of, sum_over_holders
 
 __all__ = [
     "MAX_EPS_SHARE",
@@ -19,7 +19,10 @@ __all__ = [
     "GSNRReport",
     "GSNRRow",
     "gsnr_from_moments",
+    "measure",
     "measure_gsnr",
+    "report",
+    "rows",
 ]
 
 #: The g-SNR of ``n`` elements is capped at this multiple of ``sqrt(n)``. A gradient without a mean has a ratio of 1;
@@ -29,9 +32,33 @@ MAX_GSNR_RATIO = 10.0
 #: The part of the standard deviation that ``eps`` may add at most.
 MAX_EPS_SHARE = 0.005
 
-#: What ``state["gsnr"]`` holds while no usable gradient has come. No measured g-SNR can be 0: it is at least
-#: ``sqrt(n - 1) / (1 + MAX_EPS_SHARE)``, and 1 for one element.
-UNMEASURED = 0.0
+#: Sums run over pieces of at most this many elements, whose float64 copy takes 32 MB.
+PIECE = 1 << 22
+
+
+def measure(parts: Sequence[Part]) -> None:
+    r"""Give each part its parameter's g-SNR, :math:`\|g\|_2 / \sigma(g)` (arXiv 2412.11768, Algorithm 1 at t = 1).
+
+    One all_reduce per process group, and one transfer to the host per device, serve all parts together. Where a process
+    knows a parameter's g-SNR already, from a checkpoint that had nothing for the others, that one counts.
+
+    Args:
+        parts: Unmeasured, and the same on all processes that hold some of these parameters; a part without a gradient
+            counts as zeros. What cannot be measured yet stays ``UNMEASURED``, all others are ``fresh`` afterwards.
+
+    Raises:
+        ValueError: A gradient is sparse.
+    """
+    table = [_row(part) for part in parts]
+    sum_over_holders((row, part.holders(), part.table_device) for row, part in zip(table, parts, strict=True))
+    for part, (total, total_of_squares, known, holders) in zip(parts, _to_host(table), strict=True):
+        value = part.gsnr
+        part.fresh = False
+        if value == UNMEASURED:
+            n, eps = part.shape.numel(), part.group["eps"]
+            value = known / holders if holders else gsnr_from_moments(n, total, total_of_squares, eps=eps)
+            part.fresh = value != UNMEASURED
+        part.gsnr = value
 
 
 def measure_gsnr(gradients: Sequence[Tensor], *, eps: float | Sequence[float] = 1e-8) -> list[float]:
@@ -58,10 +85,9 @@ def measure_gsnr(gradients: Sequence[Tensor], *, eps: float | Sequence[float] = 
         [1.732051, 0.0]
     """
     floors = [eps] * len(gradients) if isinstance(eps, (int, float)) else eps
-    return [
-        gsnr_from_moments(gradient.numel(), *moments, eps=floor)
-        for gradient, moments, floor in zip(gradients, _moments(gradients), floors, strict=True)
-    ]
+    parts = [kind_of(g).of_gradient(g, {"eps": floor}) for g, floor in zip(gradients, floors, strict=True)]
+    measure(parts)
+    return [part.gsnr for part in parts]
 
 
 def gsnr_from_moments(n: int, total: float, total_of_squares: float, *, eps: float = 1e-8) -> float:
@@ -143,29 +169,75 @@ class GSNRReport:
         return "\n".join([*lines, f"{len(self) - len(self.unmeasured)} of {len(self)} parameters measured"])
 
 
-def _moments(gradients: Sequence[Tensor]) -> list[tuple[float, float]]:
-    """(sum, sum of squares) of each gradient in float64.
+def report(layout: Layout, names: dict[int, str] | None = None) -> GSNRReport:
+    """The g-SNR of every non-empty parameter.
 
-    One device-to-host transfer per device. Gradients that are sharded (DTensor) are summed where they are; one
-    all_reduce per process group then adds up the sums of all of them.
+    Args:
+        layout: The optimizer's.
+        names: id of a parameter -> its name, where the optimizer does not know them.
     """
-    gradients = [without_partial(gradient) for gradient in gradients]
-    by_device: dict[torch.device, list[int]] = defaultdict(list)
-    for index, gradient in enumerate(gradients):
-        by_device[table_device(gradient)].append(index)
-    moments = [(0.0, 0.0)] * len(gradients)
-    for device, indices in by_device.items():
-        table = torch.stack([_local_moments(local_shard(gradients[i])).to(device) for i in indices])
-        table = all_reduce_rows(table, [summing_groups(gradients[i]) for i in indices])
-        for i, (total, total_of_squares) in zip(indices, table.tolist(), strict=True):
-            moments[i] = (total, total_of_squares)
-    return moments
+    return GSNRReport(tuple(row for row, _ in rows(layout, names)))
 
 
-def _local_moments(gradient: Tensor) -> Tensor:
+def rows(layout: Layout, names: dict[int, str] | None = None) -> Iterator[tuple[GSNRRow, Tensor]]:
+    """The rows of :func:`report`, each with its parameter."""
+    seen: dict[int, int] = defaultdict(int)
+    for number, known, p, shape, gsnr, group in layout.measured():
+        name = (names or {}).get(id(p)) or known or f"group {number} parameter {seen[number]}"
+        seen[number] += 1
+        if shape.numel() > 0:
+            measured = gsnr != UNMEASURED
+            ratio = gsnr / math.sqrt(shape.numel()) if measured else None
+            yield GSNRRow(name, str(group.get("name", number)), tuple(shape), gsnr if measured else None, ratio), p
+
+
+def _row(part: Part) -> Tensor:
+    """(sum, sum of squares, g-SNR if known, whether it is known) of a part, float64[4] on its table's device."""
+    known = torch.tensor([part.gsnr, float(part.gsnr != UNMEASURED)], dtype=torch.float64)
+    gradient = part.grad
+    if gradient is None:
+        return torch.cat([torch.zeros_like(known), known]).to(part.table_device)
+    if gradient.is_sparse:
+        raise ValueError(
+            f"SGD-SaI does not support sparse gradients, and a parameter of shape {tuple(part.shape)} has one. "
+            "Build its torch.nn.Embedding with sparse=False."
+        )
+    return torch.cat([_moments(gradient).to(part.table_device), known.to(part.table_device)])
+
+
+def _moments(gradient: Tensor) -> Tensor:
     """(sum, sum of squares) of an ordinary tensor, float64[2] on its device."""
     if gradient.device.type == "mps":  # has no float64
         gradient = gradient.cpu()
-    total = gradient.sum(dtype=torch.float64)
-    norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
-    return torch.stack([total, norm.square()])
+    moments = torch.zeros(2, dtype=torch.float64, device=gradient.device)
+    for piece in _pieces(gradient):
+        # One after the other, so that only one float64 copy stands in memory.
+        moments[0] += piece.sum(dtype=torch.float64)
+        moments[1] += torch.linalg.vector_norm(piece, dtype=torch.float64).square()
+    return moments
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Parts that together are the whole tensor, none of more than ``PIECE`` elements, in any order."""
+    if tensor.numel() <= PIECE:
+        yield tensor
+        return
+    dense = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+    if dense.is_contiguous():
+        yield from dense.view(-1).split(PIECE)
+        return
+    longest = max(range(tensor.ndim), key=lambda d: tensor.shape[d])
+    for piece in tensor.split(max(1, PIECE * tensor.shape[longest] // tensor.numel()), longest):
+        yield from _pieces(piece)
+
+
+def _to_host(table: Sequence[Tensor]) -> list[list[float]]:
+    """The rows as numbers, by one transfer for each device."""
+    by_device: dict[torch.device, list[int]] = defaultdict(list)
+    for index, row in enumerate(table):
+        by_device[row.device].append(index)
+    result: list[list[float]] = [[]] * len(table)
+    for indices in by_device.values():
+        for index, numbers in zip(indices, torch.stack([table[i] for i in indices]).tolist(), strict=True):
+            result[index] = numbers
+    return result

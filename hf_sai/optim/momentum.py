@@ -11,31 +11,37 @@ import functools
 import math
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sai.distributed.sharding import is_dtensor, local_shard
+from hf_sai.optim.layout import Part, local
 
 __all__ = [
     "MIN_QUANTIZED",
+    "MOMENTUM_KEYS",
     "QUANTIZED",
+    "Momentum",
     "QuantizedMomentum",
-    "allocate_momentum",
-    "check_momentum_dtype",
-    "convert_momentum",
+    "allocate",
+    "convert",
+    "drop",
+    "form",
+    "load",
     "momentum_of",
-    "set_momentum",
+    "require_quantizer",
+    "start",
+    "store",
 ]
+
+#: What of a parameter's state is its momentum; the scales are there for a quantised one.
+MOMENTUM_KEYS = ("momentum_buffer", "momentum_scales")
 
 #: Name of a quantised momentum -> elements that share a scale.
 QUANTIZED = {"8bit": 256, "4bit": 128}
 
 #: A tensor with fewer elements keeps its momentum in full precision.
 MIN_QUANTIZED = 4096
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,12 @@ class QuantizedMomentum:
     @property
     def is_8bit(self) -> bool:
         return self.codes.numel() == self.shape.numel()
+
+    def fits(self, p: Tensor) -> bool:
+        """Whether codes and scales are as many as a parameter of this shape needs."""
+        blocks = math.ceil(p.numel() / QUANTIZED["8bit" if self.is_8bit else "4bit"])
+        codes = p.numel() if self.is_8bit else p.numel() // 2
+        return self.shape == p.shape and self.codes.numel() == codes and self.scales.numel() == blocks
 
     def load(self) -> Tensor:
         """The momentum, float32."""
@@ -96,78 +108,104 @@ def codes_table(device: torch.device) -> Tensor:
     return functional.create_dynamic_map(signed=True).to(device)
 
 
-def check_momentum_dtype(momentum_dtype: Any) -> None:
-    """Raise ValueError for what ``momentum_dtype`` cannot be, ImportError where bitsandbytes is missing for it."""
-    if momentum_dtype is None or momentum_dtype in _DTYPES:
-        return
-    if not isinstance(momentum_dtype, str) or momentum_dtype not in QUANTIZED:
-        allowed = ", ".join([*map(str, _DTYPES), *map(repr, QUANTIZED)])
-        raise ValueError(f"momentum_dtype must be None or one of {allowed}, but is {momentum_dtype!r}.")
-    if find_spec("bitsandbytes") is None:
+def require_quantizer(momentum_dtype: torch.dtype | str | None) -> None:
+    """Raise ImportError if a momentum is to be quantised and bitsandbytes is missing."""
+    if momentum_dtype in QUANTIZED and find_spec("bitsandbytes") is None:
         raise ImportError(f"momentum_dtype {momentum_dtype!r} needs bitsandbytes: pip install 'hf-sai[quant]'.")
 
 
-def allocate_momentum(state: dict[str, Any], p: Tensor, momentum_dtype: torch.dtype | str | None) -> None:
-    """Give a parameter's state a momentum of zeros, unless it has one.
+#: A momentum as the update takes it: a tensor of any float dtype, or codes with scales.
+Momentum = Tensor | QuantizedMomentum
 
-    Args:
-        state: ``momentum_buffer`` is written, and ``momentum_scales`` for a quantised one.
-        p: The parameter.
-        momentum_dtype: None for the parameter's own dtype, another one, ``"8bit"`` or ``"4bit"``.
 
-    Raises:
-        ValueError: A quantised momentum of a sharded parameter.
-    """
-    if "momentum_buffer" in state:
-        return
+def load(momentum: Momentum) -> Tensor:
+    """A momentum's values, in the dtype in which it is kept or, if it is quantised, in float32."""
+    return momentum.load() if isinstance(momentum, QuantizedMomentum) else momentum
+
+
+def store(momentum: Momentum, value: Tensor) -> None:
+    """Overwrite a momentum with a value of any float dtype."""
+    momentum.store(value) if isinstance(momentum, QuantizedMomentum) else momentum.copy_(value)
+
+
+def form(part: Part) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of what a part's group keeps of its momentum in this process, by the state's key."""
+    momentum_dtype, p = part.group["momentum_dtype"], part.param
+    numel = p.numel()
     if not isinstance(momentum_dtype, str):
-        state["momentum_buffer"] = torch.zeros_like(p, dtype=momentum_dtype)
-    elif p.numel() < MIN_QUANTIZED or p.numel() % 2:
-        state["momentum_buffer"] = torch.zeros_like(p)
-    elif is_dtensor(p):
-        raise ValueError(
-            f"momentum_dtype {momentum_dtype!r} does not work on sharded parameters (DTensor: FSDP2, tensor "
-            "parallelism), whose blocks would not be the same for another number of devices. Use torch.bfloat16."
+        return {"momentum_buffer": (tuple(p.shape), momentum_dtype or p.dtype)}
+    if numel < MIN_QUANTIZED or numel % 2:
+        return {"momentum_buffer": (tuple(p.shape), p.dtype)}
+    codes = tuple(p.shape) if momentum_dtype == "8bit" else (numel // 2, 1)
+    scales = math.ceil(numel / QUANTIZED[momentum_dtype])
+    return {"momentum_buffer": (codes, torch.uint8), "momentum_scales": ((scales,), torch.float32)}
+
+
+def allocate(part: Part) -> None:
+    """Give a parameter's state a momentum of zeros in its group's :func:`form`, unless it has one."""
+    if "momentum_buffer" in part.state:
+        return
+    for key, (shape, dtype) in form(part).items():
+        like_parameter = shape == tuple(part.param.shape) and dtype.is_floating_point
+        part.state[key] = (
+            part.zeros(dtype) if like_parameter else torch.zeros(shape, dtype=dtype, device=part.param.device)
         )
-    else:
-        shape = p.shape if momentum_dtype == "8bit" else (p.numel() // 2, 1)
-        blocks = math.ceil(p.numel() / QUANTIZED[momentum_dtype])
-        state["momentum_buffer"] = torch.zeros(shape, dtype=torch.uint8, device=p.device)
-        state["momentum_scales"] = torch.zeros(blocks, dtype=torch.float32, device=p.device)
 
 
-def momentum_of(state: dict[str, Any], p: Tensor) -> Tensor | QuantizedMomentum:
-    """A parameter's momentum, ready for :func:`hf_sai.sgd_sai`: of a sharded one the local shard."""
-    if "momentum_scales" in state:
-        return QuantizedMomentum(state["momentum_buffer"], state["momentum_scales"], p.shape)
-    return local_shard(state["momentum_buffer"])
+def momentum_of(part: Part) -> Momentum:
+    """What this process holds of a parameter's momentum, ready for :func:`hf_sai.sgd_sai`."""
+    buffer = local(part.state["momentum_buffer"])
+    if "momentum_scales" in part.state:
+        return QuantizedMomentum(buffer, local(part.state["momentum_scales"]), part.param.shape)
+    return buffer
 
 
-def set_momentum(state: dict[str, Any], p: Tensor, value: Tensor) -> None:
-    """Overwrite a parameter's momentum."""
-    momentum = momentum_of(state, p)
-    if isinstance(momentum, QuantizedMomentum):
-        momentum.store(value)
-    else:
-        momentum.copy_(local_shard(value, like=state["momentum_buffer"]))
+def start(part: Part) -> None:
+    """Start the momentum at the gradient (Algorithm 1, :math:`m_1 = g_1`), which must be normalised if it is to be."""
+    assert part.grad is not None
+    allocate(part)
+    store(momentum_of(part), -part.grad if part.group["maximize"] else part.grad)
+    part.fresh = False
 
 
-def convert_momentum(saved: dict[str, Any], p: Tensor, momentum_dtype: torch.dtype | str | None) -> dict[str, Any]:
-    """A saved momentum as this optimizer keeps it: as it is where the formats agree, else converted.
+def drop(part: Part) -> None:
+    """Forget the momentum, of a group whose coefficient is 0 now; a later one starts anew."""
+    for key in MOMENTUM_KEYS:
+        part.state.pop(key, None)
+
+
+def convert(saved: dict[str, Tensor], part: Part) -> dict[str, Tensor] | None:
+    """A saved momentum as a part's group keeps it: as it is where the forms agree, else converted.
 
     Args:
         saved: ``momentum_buffer`` and perhaps ``momentum_scales``, of any device.
-        p: The parameter.
-        momentum_dtype: How its group keeps the momentum.
+        part: Where it is to be loaded. Its own state is left alone.
 
     Returns:
-        The same keys as :func:`allocate_momentum` writes.
+        The same keys as :func:`allocate` writes, on the parameter's device; None if it is the momentum of a parameter
+        of another shape.
     """
-    saved = {key: value.to(p.device) for key, value in saved.items()}
-    converted: dict[str, Any] = {}
-    allocate_momentum(converted, p, momentum_dtype)
-    if all(key in saved and saved[key].dtype == value.dtype for key, value in converted.items()):
+    saved = {key: value.to(part.param.device) for key, value in saved.items()}
+    found = {key: (tuple(local(value).shape), value.dtype) for key, value in saved.items()}
+    if found == form(part):
         return saved
-    momentum = momentum_of(saved, p)
-    set_momentum(converted, p, momentum.load() if isinstance(momentum, QuantizedMomentum) else saved["momentum_buffer"])
-    return converted
+    kept_as = next((name for name in (None, *QUANTIZED) if _fits(found, part, name)), "nothing")
+    if kept_as == "nothing":
+        return None
+    if kept_as is None and not isinstance(form(part).get("momentum_scales"), tuple):
+        return {"momentum_buffer": saved["momentum_buffer"].to(form(part)["momentum_buffer"][1])}
+    return _converted(saved, part)
+
+
+def _fits(found: dict[str, tuple[tuple[int, ...], torch.dtype]], part: Part, momentum_dtype: str | None) -> bool:
+    expected = form(part.alike({**part.group, "momentum_dtype": momentum_dtype}))
+    shapes = {key: shape for key, (shape, _) in expected.items()}
+    return shapes == {key: shape for key, (shape, _) in found.items()}
+
+
+def _converted(saved: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
+    source, target = part.alike(part.group), part.alike(part.group)
+    source.state.update(saved)
+    allocate(target)
+    store(momentum_of(target), load(momentum_of(source)))
+    return target.state

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DEFAULTS", "OPTIONS", "RULES", "Option", "check_options", "upgrade_group"]
+from hf_sai.optim.rules import RULES
 
-#: Names of the update rules, one file each in ``rules/``.
-RULES = ("published", "rows", "factored")
+__all__ = ["DEFAULTS", "OPTIONS", "Option", "check_options", "upgrade_group"]
 
 #: What a momentum can be kept in, by the name that ``--optim_args`` uses; None is the parameter's own dtype.
 MOMENTUM_DTYPES: dict[str, torch.dtype | str | None] = {
@@ -192,7 +191,7 @@ def upgrade_group(group: dict[str, Any], present: Mapping[str, Any] = DEFAULTS) 
         if rule not in RULES:
             raise ValueError(
                 f"The state was saved with normalize_gradient={rule!r}, which is no longer there (it gained nothing). "
-                f"Start a fresh state on the saved weights, with update set to {', '.join(RULES[:-1])} or {RULES[-1]}."
+                f"Start a fresh state on the saved weights, with another update ({', '.join(RULES)})."
             )
         group["update"] = rule
     return {**{name: present[name] for name, option in OPTIONS.items() if option.later and option.per_group}, **group}

@@ -8,27 +8,25 @@ paper, the docstring of :class:`SGDSaI` says so.
 from __future__ import annotations
 
 import logging
-import math
-import sys
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, cast
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from hf_sai.distributed.fsdp1 import FlatSlices, is_slice, refuse_flat_parameter
-from hf_sai.distributed.sharding import draw_alike, full_shapes, in_many_processes, local_shard
-from hf_sai.kernels.compiled import wants_compiled
-from hf_sai.optim.checks import check_options, check_params, with_float_gsnr
-from hf_sai.optim.gradient_norm import MEAN_SQUARES, NORMALIZED, allocate_mean_squares, gradient_factors
-from hf_sai.optim.gradient_release import refuse_normalize, release_gradients
-from hf_sai.optim.gsnr import UNMEASURED, GSNRReport, GSNRRow, measure_gsnr
-from hf_sai.optim.momentum import QUANTIZED, allocate_momentum, convert_momentum, momentum_of, set_momentum
-from hf_sai.optim.update import can_fuse, sgd_sai
-
-if TYPE_CHECKING:
-    from hf_sai.distributed.zero import Zero
+from hf_sai.optim import gsnr
+from hf_sai.optim import momentum as momenta
+from hf_sai.optim.gradient_release import Releases, refuse_normalize
+from hf_sai.optim.gsnr import GSNRReport
+from hf_sai.optim.layout import UNMEASURED, Layout, Part, find_layout, name_of
+from hf_sai.optim.options import DEFAULTS, OPTIONS, check_options, upgrade_group
+from hf_sai.optim.rules import RULES
+from hf_sai.optim.saved_state import Incoming, read
+from hf_sai.optim.stochastic import draw_alike, in_many_processes
+from hf_sai.optim.update import Choice, can_unscale, multiplied, sgd_sai
 
 __all__ = ["SGDSaI"]
 
@@ -36,17 +34,6 @@ logger = logging.getLogger(__name__)
 
 #: After this many steps, parameters that still have no g-SNR are named in one warning.
 WARN_UNMEASURED_AFTER = 20
-
-# Options that the official code does not have, with the defaults that mean what it does.
-_LATER_OPTIONS = {
-    "normalize": False,
-    "normalize_gradient": None,
-    "maximize": False,
-    "momentum_dtype": None,
-    "stochastic_rounding": False,
-    "foreach": None,
-    "fused": None,
-}
 
 
 class SGDSaI(Optimizer):
@@ -93,15 +80,15 @@ class SGDSaI(Optimizer):
             ``normalize_over``. Since the largest is about ``sqrt(n)`` of the largest tensor, the same training needs
             a learning rate higher by that factor: thousands for a language model. A larger g-SNR that is measured
             later lowers the scale of all others from then on.
-        normalize_gradient: Divide each gradient, after measuring, by root-mean-squares, so that the update is
+        update: The rule, a file each in ``hf_sai/optim/rules``. ``"published"``: the paper's. ``"rows"`` and
+            ``"factored"`` divide each gradient, after measuring, by root-mean-squares, so that the update is
             :math:`\gamma\, (G / \sqrt{n})\, m` with :math:`m` the momentum of these gradients: about :math:`\gamma` in
-            most elements, so that learning rates are those of AdamW and not of SGD-SaI. ``"rows"``: every row (first
-            dimension) by its own, as SCALE does (arXiv 2506.16659), vectors as a whole. ``"tensor"``: each gradient by
-            the whole's. ``"factored"``: each element by a running one that is estimated from its row's and its
-            column's, as Adafactor does (arXiv 1804.04235), which keeps one float32 more per row and column (per
-            element of a vector) and comes close to AdamW. ``p.grad`` may be changed in place. Clipping, which comes
-            before, has no effect any more on ``"rows"`` and ``"tensor"``. Not together with ``normalize``; refused
-            under FSDP1 and DeepSpeed ZeRO. None, the published algorithm, by default.
+            most elements, so that learning rates are those of AdamW. ``"rows"``: every row (first dimension) by its own,
+            as SCALE does (arXiv 2506.16659), vectors as a whole. ``"factored"``: each element by a running one that is
+            estimated from its row's and its column's, as Adafactor does (arXiv 1804.04235), which keeps one float32
+            more per row and column (per element of a vector) and comes close to AdamW. ``p.grad`` may be changed in
+            place. Clipping, which comes before, has no effect any more on ``"rows"``. Not together with ``normalize``;
+            refused under FSDP1 and DeepSpeed ZeRO.
         maximize: Ascend instead of descend.
         momentum_dtype: What the momentum is kept in: None for the parameter's dtype, another float dtype such as
             ``torch.bfloat16``, or ``"8bit"`` or ``"4bit"`` for bitsandbytes' blocks of 256 or 128 elements with a
@@ -113,10 +100,10 @@ class SGDSaI(Optimizer):
             replicas stay equal.
         foreach: Use torch's multi-tensor operations, which need temporary memory of the size of the parameters.
         fused: Update in one pass over memory and without temporary memory, decay included, with numba's kernel on CPU
-            (extra ``speed``; float32 and float64) and Triton's on CUDA; without them with torch's fused SGD kernel,
-            in two passes. What no kernel takes, such as a parameter with transposed memory, is
-            updated by itself. If ``foreach`` and ``fused`` are both None, so are CPU parameters (with numba from 2^24
-            elements on, 2^17 in the average tensor), and CUDA's take ``foreach``. ``foreach=False`` is the plain loop.
+            (extra ``speed``; float32 and float64, all tensors in one call) and Triton's on CUDA; without them with
+            torch's fused SGD kernel, in two passes. What no kernel takes, such as a parameter with transposed memory, is
+            updated by itself. If ``foreach`` and ``fused`` are both None, so are CPU parameters, and CUDA's take
+            ``foreach``. ``foreach=False`` is the plain loop.
         gradient_release: Update each parameter within ``backward()`` and free its gradient at once; ``step()`` then
             only counts. Excludes gradient accumulation, clipping by the global norm (there is nothing left to clip),
             GradScaler, ``normalize`` and more than one process.
@@ -135,57 +122,75 @@ class SGDSaI(Optimizer):
         0
     """
 
-    _engine: Zero | FlatSlices | None
-    _engine_is_known: bool
-
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-2,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-2,
-        eps: float = 1e-8,
+        lr: float | Tensor = DEFAULTS["lr"],
+        momentum: float = DEFAULTS["momentum"],
+        weight_decay: float = DEFAULTS["weight_decay"],
+        eps: float = DEFAULTS["eps"],
         *,
-        normalize: bool = False,
-        normalize_gradient: str | None = None,
-        maximize: bool = False,
-        momentum_dtype: torch.dtype | str | None = None,
-        stochastic_rounding: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        gradient_release: bool = False,
+        update: str = DEFAULTS["update"],
+        normalize: bool = DEFAULTS["normalize"],
+        maximize: bool = DEFAULTS["maximize"],
+        momentum_dtype: torch.dtype | str | None = DEFAULTS["momentum_dtype"],
+        stochastic_rounding: bool = DEFAULTS["stochastic_rounding"],
+        foreach: bool | None = DEFAULTS["foreach"],
+        fused: bool | None = DEFAULTS["fused"],
+        gradient_release: bool = DEFAULTS["gradient_release"],
     ) -> None:
         defaults = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "eps": eps,
+            "update": update,
             "normalize": normalize,
-            "normalize_gradient": normalize_gradient,
             "maximize": maximize,
             "momentum_dtype": momentum_dtype,
             "stochastic_rounding": stochastic_rounding,
             "foreach": foreach,
             "fused": fused,
         }
-        check_options(defaults)
-        if gradient_release is not True and gradient_release is not False:
-            raise ValueError(f"gradient_release must be True or False, but is {gradient_release!r}.")
-        self._steps = 0
+        _check_group(defaults)
+        OPTIONS["gradient_release"].check(gradient_release)
+        self._begin()
         self._gradient_release = gradient_release
-        self._released: set[Tensor] = set()  # since the last step()
+        self._releases = Releases(self) if gradient_release else None
         super().__init__(params, defaults)
-        self._reset_engine()
+        self.all_groups = self.param_groups
+
+    def _begin(self) -> None:
+        """What no state dict holds."""
+        self._steps = 0
+        self._layout: Layout | None = None
+        self._releases: Releases | None = None
+        self._incoming: Incoming | None = None
+        #: All groups, also while an engine shows the optimizer only one of them.
+        self.all_groups: list[dict[str, Any]] = []
+        #: The parameters of each group and their shapes as the optimizer was given them, to see if they are exchanged.
+        self.built_with: list[list[tuple[weakref.ref[Tensor], torch.Size]]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {**state, "_steps": self._steps, "_gradient_release": self._gradient_release}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "defaults" in state:  # unpickled or copied, not loading a state dict
+            self._begin()
         super().__setstate__(state)
-        self.__dict__.setdefault("_steps", 0)
-        self.__dict__.setdefault("_gradient_release", False)
-        self.__dict__.setdefault("_released", set())
-        self._reset_engine()
-        for group in self.param_groups:  # groups saved by the official code, or by an older version of this one
-            for key, default in _LATER_OPTIONS.items():
-                group.setdefault(key, default)
+        self.param_groups = self.all_groups = [upgrade_group(group) for group in self.param_groups]
+        if "defaults" in state:
+            self.defaults = upgrade_group(self.defaults)
+            self.__dict__.setdefault("_gradient_release", False)
+            self.built_with = [_identities(group) for group in self.param_groups]
+            if self._gradient_release:
+                self._releases = Releases(self)
+                for index in range(len(self.param_groups)):
+                    self._releases.watch(index)
+        self._layout = None
+        for p, _, tensors in self._incoming or ():
+            self.state[p].update(tensors)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its parameters are measured at their own first usable gradients.
@@ -196,59 +201,72 @@ class SGDSaI(Optimizer):
         Raises:
             ValueError: An option is out of range or a parameter is complex; the optimizer is left as it was.
         """
-        check_options({**self.defaults, **param_group})
+        _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            check_params(self.param_groups[-1])
-            if self._gradient_release:
-                refuse_normalize(self.param_groups[-1])
+            _check_params(group)
+            if self._releases is not None:
+                refuse_normalize(group)
         except ValueError:
             self.param_groups.pop()
             raise
-        if self._gradient_release:
-            release_gradients(self, len(self.param_groups) - 1)
+        self.built_with.append(_identities(group))
+        self._layout = None
+        if self._releases is not None:
+            self._releases.watch(len(self.param_groups) - 1)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of the official ``SGD_sai``; what was measured stays measured.
 
+        As always in torch, the options saved with the groups replace the optimizer's own; a warning names those that
+        differ. Where saved and present parameters have the same names in another order, the state goes by the names.
+
         Args:
             state_dict: What ``state_dict()`` returned. The official code's g-SNR tensors become floats before torch
-                could cast them to the parameters' dtype; its 0 or NaN (never measured rightly) is measured anew. As
-            always in torch, the options saved with the groups replace the optimizer's own.
-        """
-        state = {key: with_float_gsnr(value) for key, value in state_dict["state"].items()}
-        groups = state_dict["param_groups"]
-        if len(groups) == len(self.param_groups):
-            mine = [{key: group[key] for key in _LATER_OPTIONS} for group in self.param_groups]
-            groups = [{**options, **group} for options, group in zip(mine, groups, strict=True)]
-        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
-        self._restore_dtypes([index for group in groups for index in group["params"]], state)
+                could cast them to the parameters' dtype; its 0 or NaN (never measured rightly) is measured anew.
 
-    def _restore_dtypes(self, indices: list[Any], saved: dict[Any, Any]) -> None:
-        """Put everything back whose dtype torch has changed in loading to its parameter's."""
-        params = [(p, group["momentum_dtype"]) for group in self.param_groups for p in group["params"]]
-        for index, (p, momentum_dtype) in zip(indices, params, strict=True):
-            for key in saved.get(index, {}).keys() & MEAN_SQUARES:
-                self.state[p][key] = saved[index][key].to(p.device, copy=True)
-            momentum = {key: value for key, value in saved.get(index, {}).items() if key.startswith("momentum_")}
-            if momentum and (momentum_dtype is not None or momentum["momentum_buffer"].dtype != p.dtype):
-                for key in momentum:
-                    del self.state[p][key]
-                self.state[p].update(convert_momentum(momentum, p, momentum_dtype))
+        Raises:
+            ValueError: The state was written by another optimizer, or for other parameters; nothing is loaded then.
+        """
+
+        def part(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            loaded, self._incoming = read(loaded, self.param_groups)
+            return loaded
+
+        hook = self.register_load_state_dict_pre_hook(part)  # the last one: it sees what all others have made
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+            self._incoming = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters; with ``gradient_release``, after an interrupted backward pass, too."""
+        if self._releases is not None:
+            self._releases.clear()
+        super().zero_grad(set_to_none)
+
+    @property
+    def layout(self) -> Layout:
+        """How the parameters lie in this process, found anew when groups or states have changed."""
+        if self._layout is None:
+            self._layout = find_layout(self)
+        return self._layout
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Tells GradScaler to leave unscaling to the fused kernel."""
-        if self._gradient_release:
+        if self._releases is not None:
             raise ValueError("gradient_release updates with gradients that GradScaler has not unscaled; use bfloat16.")
-        if any(is_slice(p) for p in self._params()) or self._find_engine() is not None:
+        if not self.layout.whole:
             return False  # the scaler must unscale by itself, and agree with the other ranks on infinities
         return all(
             group["fused"]
-            and group["normalize_gradient"] is None
+            and group["update"] == "published"
             and group["momentum_dtype"] is None
             and not group["stochastic_rounding"]
-            and all(map(can_fuse, group["params"]))
+            and all(can_unscale(p, _choice(group)) for p in group["params"])
             for group in self.param_groups
         )
 
@@ -270,57 +288,104 @@ class SGDSaI(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._steps += 1
-        self._released.clear()
-        if not self._engine_is_known:
-            self._engine, self._engine_is_known = self._find_engine(), True
-            self._check_engine()
-        if self._engine is not None and not isinstance(self._engine, FlatSlices):
-            self._engine.step(self)
-        else:
-            self._step_parameters()
+        if self._releases is not None:
+            self._releases.clear()
+        parts = self.layout.parts()
+        new = self.layout.unmeasured(parts)
+        unscaling = {key: getattr(self, key) for key in ("grad_scale", "found_inf") if hasattr(self, key)}
+        if new and unscaling:
+            # Measuring looks at the gradients anyway, so unscale them here; the momentum starts from true gradients.
+            unscaling = self._unscaled(parts, **unscaling)
+        if unscaling is not None:
+            self._advance(parts, new, unscaling)
         if self._steps == WARN_UNMEASURED_AFTER:
             self._warn_unmeasured()
         return loss
 
-    def _step_parameters(self) -> None:
-        """The step, unless DeepSpeed has flattened the parameters."""
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        pending = self._pending(self.param_groups)
-        if pending and grad_scale is not None:
-            # Measuring looks at the gradients anyway, so unscale them here; the momentum starts from true gradients.
-            if found_inf is not None and found_inf.item():
-                return
-            torch._foreach_div_([p.grad for p in self._params() if p.grad is not None], grad_scale)
-            grad_scale = found_inf = None
-        self._measure(pending)
-        if isinstance(self._engine, FlatSlices):
-            self._engine.measure(self.param_groups, self.state)
-        factors = self._gradient_factors(self.param_groups, pending)
-
+    def _advance(self, parts: Sequence[Part], new: Sequence[Part], unscaling: dict[str, Tensor | None]) -> None:
+        """Algorithm 1 for these parts: measure the new ones, then gradient, momentum and parameter by their rules."""
+        # --- g-SNR, once: G = ||g|| / sigma(g)
+        gsnr.measure(new)
+        for part in new:
+            self._allocate(part)
+        parts = [part for part in parts if part.gsnr != UNMEASURED]
+        # --- the rule's gradient
+        factors: dict[int, tuple[Tensor, ...]] = {}
+        for name, rule in RULES.items():
+            own = [part for part in parts if part.group["update"] == name]
+            factors |= zip((part.number for part in own), rule.factors(own), strict=True)
+        # --- m = g at first
+        for part in parts:
+            if part.group["momentum"] == 0:
+                momenta.drop(part)
+            elif part.fresh or "momentum_buffer" not in part.state:
+                part.grad = multiplied(part.grad, factors[part.number])
+                factors[part.number] = ()
+                momenta.start(part)
+        # --- m = mu m + (1 - mu) g, theta = (1 - lr wd) theta - lr G m
         largest = self._largest_gsnr()
-        for group in self.param_groups:
-            self._update(group, largest, factors, grad_scale, found_inf)
+        by_group: dict[int, list[Part]] = defaultdict(list)
+        for part in parts:
+            by_group[id(part.group)].append(part)
+        for own in by_group.values():
+            self._update(own, [factors[part.number] for part in own], largest, unscaling)
+
+    def _allocate(self, part: Part) -> None:
+        """Give a parameter's state its keys, measured or not.
+
+        torch.distributed.checkpoint builds its loading template from a step on zero gradients.
+        """
+        if part.grad is None:
+            return
+        part.state.setdefault("gsnr", part.gsnr)
+        RULES[part.group["update"]].allocate(part)
+        if part.group["momentum"] != 0:
+            momenta.allocate(part)
+
+    def _update(
+        self,
+        parts: Sequence[Part],
+        factors: Sequence[tuple[Tensor, ...]],
+        largest: dict[Any, float],
+        unscaling: dict[str, Tensor | None],
+    ) -> None:
+        """Update parts of one group."""
+        group = parts[0].group
+        rule = RULES[group["update"]]
+        unit = largest[group.get("normalize_over")] if group["normalize"] else 1.0
+        names = ("lr", "momentum", "weight_decay", "maximize", "stochastic_rounding", "foreach", "fused")
+        options: dict[str, Any] = {**{name: group[name] for name in names}, **unscaling}
+        lists = (
+            [part.param for part in parts],
+            [part.grad for part in parts],
+            [momenta.momentum_of(part) if group["momentum"] != 0 else None for part in parts],
+            [rule.scale(part.gsnr, part.shape.numel()) / unit for part in parts],
+        )
+        if not (group["stochastic_rounding"] and in_many_processes()):
+            sgd_sai(*lists, grad_factors=factors, **options)
+            return
+        # One by one: of a sharded parameter ranks may draw fewer numbers, and replicas must be rounded alike.
+        group["rounding_step"] = group.get("rounding_step", 0) + 1
+        for part, own, *one in zip(parts, factors, *lists, strict=True):
+            with draw_alike(part.param.device, part.gsnr, part.number, group["rounding_step"]):
+                sgd_sai(*([value] for value in one), grad_factors=[own], **options)
+
+    def _unscaled(
+        self, parts: Sequence[Part], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> dict[str, Tensor | None] | None:
+        """Undo GradScaler's scale; None if the step is to be skipped."""
+        if found_inf is not None and found_inf.item():
+            return None
+        if grad_scale is not None:
+            for part in parts:
+                part.grad.div_(grad_scale.to(part.grad.device))
+        return {}
 
     @torch.no_grad()
     def update_released(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Update one parameter by itself, for ``gradient_release``; its gradient may be freed afterwards.
-
-        Raises:
-            ValueError: It has been updated since the last ``step()``: gradients are being accumulated.
-        """
-        if p in self._released:
-            raise ValueError(
-                "gradient_release: a parameter was given a second gradient before optimizer.step(). Gradients cannot "
-                "be accumulated (gradient_accumulation_steps=1), nor come in parts (use_reentrant=False in "
-                "gradient checkpointing), since the first has been applied and freed."
-            )
-        self._released.add(p)
-        alone = {**group, "params": [p]}
-        pending = self._pending([alone])
-        self._measure(pending)
-        factors = self._gradient_factors([alone], pending)
-        self._update(alone, {}, factors, None, None)
+        """Update one parameter by itself, for ``gradient_release``; its gradient may be freed afterwards."""
+        part = self.layout.part(p, group)
+        self._advance([part], self.layout.unmeasured([part]), {})
 
     def gsnr_report(self, named_parameters: Iterable[tuple[str, Tensor]] | None = None) -> GSNRReport:
         """The g-SNR of every non-empty parameter, and who is still unmeasured.
@@ -331,189 +396,58 @@ class SGDSaI(Optimizer):
         Returns:
             A report to iterate, query (``report.unmeasured``) or show (``str(report)``).
         """
-        names = {} if named_parameters is None else {id(p): name for name, p in named_parameters}
-        engine = self._engine or self._find_engine()
-        if engine is not None and not isinstance(engine, FlatSlices):
-            return GSNRReport(tuple(engine.rows(self, names)))
-        rows = []
-        for number, group in enumerate(self.param_groups):
-            for index, (p, shape) in enumerate(zip(group["params"], full_shapes(group["params"]), strict=True)):
-                if shape.numel() == 0:
-                    continue
-                known = group["param_names"][index] if "param_names" in group else f"group {number} parameter {index}"
-                gsnr = self._gsnr(p)
-                rows.append(
-                    GSNRRow(
-                        name=names.get(id(p), known),
-                        group=str(group.get("name", number)),
-                        shape=tuple(shape),
-                        gsnr=gsnr if gsnr != UNMEASURED else None,
-                        ratio=gsnr / math.sqrt(shape.numel()) if gsnr != UNMEASURED else None,
-                    )
-                )
-        return GSNRReport(tuple(rows))
-
-    def _reset_engine(self) -> None:
-        """Look again at the next step for what keeps the parameters in pieces."""
-        self._engine = None
-        self._engine_is_known = False
-        self._all_groups = self.param_groups  # DeepSpeed shows one group at a time
-
-    def _find_engine(self) -> Zero | FlatSlices | None:
-        """What keeps the parameters in pieces that do not say whose they are: DeepSpeed ZeRO, FSDP1 or nothing."""
-        if self._engine_is_known:
-            return self._engine
-        params = list(self._params())
-        for p in params:
-            refuse_flat_parameter(p)
-        if any(map(is_slice, params)):
-            return FlatSlices(params)
-        if "deepspeed.runtime.base_optimizer" in sys.modules:
-            from hf_sai.distributed.zero import find_zero
-
-            return find_zero(self)
-        return None
-
-    def _check_engine(self) -> None:
-        """Refuse what is not done for parameters in pieces, before the first update."""
-        if self._engine is None:
-            return
-        for group in self._all_groups:
-            for option in ("momentum_dtype", "stochastic_rounding", "normalize_gradient"):
-                if group[option]:
-                    cure = "use torch.bfloat16 with FSDP2" if group[option] in QUANTIZED else "use FSDP2"
-                    raise ValueError(
-                        f"{option}={group[option]!r} does not work under FSDP1 and DeepSpeed ZeRO, which hand the "
-                        f"optimizer pieces of parameters. Leave it out, or {cure} (fsdp_version: 2)."
-                    )
-
-    def _gsnr(self, p: Tensor) -> float:
-        """A parameter's g-SNR, also where this rank has no part of it."""
-        stored = self.state[p].get("gsnr", UNMEASURED) if p in self.state else UNMEASURED
-        return self._engine.gsnr.get(p, stored) if isinstance(self._engine, FlatSlices) else stored
-
-    def _params(self) -> Iterable[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
-
-    def _pending(self, groups: list[dict[str, Any]]) -> list[tuple[Tensor, dict[str, Any]]]:
-        """The unmeasured parameters that have a gradient, each with its group."""
-        return [
-            (p, group)
-            for group in groups
-            for p in group["params"]
-            if p.grad is not None
-            and p.numel() > 0
-            and self.state[p].get("gsnr", UNMEASURED) == UNMEASURED
-            and not is_slice(p)
-        ]
-
-    def _measure(self, pending: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        """Measure the pending parameters and start their momentum at the gradient.
-
-        Those that cannot be measured yet get their state's keys all the same: torch.distributed.checkpoint
-        builds its loading template from a step on zero gradients.
-        """
-        gradients = [cast(Tensor, p.grad) for p, _ in pending]
-        for gradient in gradients:
-            if gradient.is_sparse:
-                raise ValueError(
-                    "SGD-SaI does not support sparse gradients, and a parameter of shape "
-                    f"{tuple(gradient.shape)} has one. Build its torch.nn.Embedding with sparse=False."
-                )
-        eps = [group["eps"] for _, group in pending]
-        for (p, group), gsnr in zip(pending, measure_gsnr(gradients, eps=eps), strict=True):
-            state = self.state[p]
-            state["gsnr"] = gsnr
-            allocate_mean_squares(state, p, group["normalize_gradient"])
-            if group["momentum"] != 0:
-                allocate_momentum(state, p, group["momentum_dtype"])
-                if gsnr != UNMEASURED and not group["normalize_gradient"]:
-                    self._start_momentum(p, group)
-
-    def _start_momentum(self, p: Tensor, group: dict[str, Any]) -> None:
-        """At the gradient, which must be normalised if it is to be."""
-        gradient = cast(Tensor, p.grad)
-        allocate_momentum(self.state[p], p, group["momentum_dtype"])
-        set_momentum(self.state[p], p, -gradient if group["maximize"] else gradient)
-
-    def _gradient_factors(
-        self, groups: list[dict[str, Any]], pending: list[tuple[Tensor, dict[str, Any]]]
-    ) -> dict[Tensor, tuple[Tensor, ...]]:
-        """What ``normalize_gradient`` multiplies gradients by; where the momentum starts at them it is done here."""
-        result: dict[Tensor, tuple[Tensor, ...]] = {}
-        measured_now = {p for p, _ in pending}
-        for how in NORMALIZED:
-            chosen = [group for group in groups if group["normalize_gradient"] == how]
-            owners = {p: group for group in chosen for p in group["params"] if self._gsnr(p) != UNMEASURED}
-            for p in owners:  # measured before the option was switched on
-                allocate_mean_squares(self.state[p], p, how)
-            compiled = any(wants_compiled(group["params"], group["foreach"], group["fused"]) for group in chosen)
-            result |= gradient_factors(owners, how, self.state, compiled=compiled)
-            for p, group in owners.items():
-                starts = p in measured_now or "momentum_buffer" not in self.state[p]
-                if p in result and starts and group["momentum"] != 0:
-                    for factor in result.pop(p):
-                        local_shard(cast(Tensor, p.grad)).mul_(factor)
-                    self._start_momentum(p, group)
-        return result
+        return gsnr.report(self.layout, {id(p): name for name, p in named_parameters or ()})
 
     def _largest_gsnr(self) -> dict[Any, float]:
         """The largest measured g-SNR of each ``normalize_over`` (None: all groups without one)."""
-        largest: dict[Any, float] = {}
-        for group in self.param_groups:
-            if group["normalize"]:
-                measured = map(self._gsnr, group["params"])
-                key = group.get("normalize_over")
-                largest[key] = max(largest.get(key, UNMEASURED), max(measured, default=UNMEASURED))
+        largest: dict[Any, float] = defaultdict(float)
+        if any(group["normalize"] for group in self.param_groups):
+            for *_, value, group in self.layout.measured():
+                if group["normalize"]:
+                    key = group.get("normalize_over")
+                    largest[key] = max(largest[key], value)
         return largest
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        largest: dict[Any, float],
-        grad_factors: dict[Tensor, tuple[Tensor, ...]],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        """Update the measured parameters of one group that have a gradient: of sharded ones the local shards."""
-        params, grads, buffers, scales, factors = [], [], [], [], []
-        for p in group["params"]:
-            if p.grad is None or p.numel() == 0:
-                continue
-            state = self.state[p]
-            if state["gsnr"] == UNMEASURED:
-                continue
-            if group["momentum"] != 0 and "momentum_buffer" not in state:  # momentum was 0 until now
-                self._start_momentum(p, group)
-            params.append(local_shard(p))
-            grads.append(local_shard(p.grad, like=p))
-            buffers.append(momentum_of(state, p) if group["momentum"] != 0 else None)
-            unit = largest[group.get("normalize_over")] if group["normalize"] else 1.0
-            factors.append(grad_factors.get(p, ()))
-            scales.append(state["gsnr"] / (math.sqrt(p.numel()) if group["normalize_gradient"] else unit))
-        options = {
-            key: group[key]
-            for key in ("lr", "momentum", "weight_decay", "maximize", "stochastic_rounding", "foreach", "fused")
-        }
-        options |= {"grad_scale": grad_scale, "found_inf": found_inf}
-        if not (group["stochastic_rounding"] and in_many_processes()):
-            sgd_sai(params, grads, buffers, scales, grad_factors=factors, **options)
-            return
-        # One by one: of a sharded parameter ranks may draw fewer numbers, and replicas must be rounded alike.
-        each = zip(params, grads, buffers, scales, factors, strict=True)
-        for number, (p, g, m, scale, own_factors) in enumerate(each):
-            with draw_alike((self._steps << 20) + number, p.device):
-                sgd_sai([p], [g], [m], [scale], grad_factors=[own_factors], **options)
-
     def _warn_unmeasured(self) -> None:
-        unmeasured = self.gsnr_report().unmeasured
-        if unmeasured:
-            names = ", ".join(row.name for row in unmeasured[:10]) + (", ..." if len(unmeasured) > 10 else "")
+        trained = [(p, row) for row, p in gsnr.rows(self.layout) if p.requires_grad]
+        still = [row.name for _, row in trained if not row.measured]
+        if not still:
+            return
+        if len(still) == len(trained) and any(p.grad is not None and not p.grad.isfinite().all() for p, _ in trained):
             logger.warning(
-                "After %d steps %d parameters have had no finite, non-zero gradient and are not being trained: %s. "
-                "This is right for parameters that the data has not reached yet (experts, unseen tokens); otherwise "
-                "freeze them (requires_grad=False) or check that the loss depends on them.",
+                "After %d steps nothing is being trained: all gradients have been zero, infinite or NaN, as of a loss "
+                "that is not finite. Look at the loss of the first step.",
                 self._steps,
-                len(unmeasured),
-                names,
+            )
+            return
+        logger.warning(
+            "After %d steps %d parameters have had no finite, non-zero gradient and are not being trained: %s. "
+            "This is right for parameters that the data has not reached yet (experts, unseen tokens); otherwise "
+            "freeze them (requires_grad=False) or check that the loss depends on them.",
+            self._steps,
+            len(still),
+            ", ".join(still[:10]) + (", ..." if len(still) > 10 else ""),
+        )
+
+
+def _choice(group: dict[str, Any]) -> Choice:
+    return Choice(group["foreach"], group["fused"], group["stochastic_rounding"])
+
+
+def _identities(group: dict[str, Any]) -> list[tuple[weakref.ref[Tensor], torch.Size]]:
+    return [(weakref.ref(p), p.shape) for p in group["params"]]
+
+
+def _check_group(options: dict[str, Any]) -> None:
+    check_options(options)
+    momenta.require_quantizer(options["momentum_dtype"])
+
+
+def _check_params(group: dict[str, Any]) -> None:
+    """Raise ValueError for a parameter that cannot be trained."""
+    for index, p in enumerate(group["params"]):
+        if p.is_complex():
+            raise ValueError(
+                f"Parameter {name_of(group, index) or f'number {index}'} is complex ({p.dtype}), which SGD-SaI does not "
+                "support. Make its real view the parameter: torch.nn.Parameter(torch.view_as_real(p.detach()))."
             )

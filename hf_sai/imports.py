@@ -1,0 +1,89 @@
+"""Calls a function when a module is imported, or at once if it is there already; imports nothing by itself."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import logging
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+__all__ = ["when_imported"]
+
+logger = logging.getLogger(__name__)
+
+_waiting: dict[str, list[Callable[[ModuleType], None]]] = {}
+_lock = threading.Lock()
+
+
+def when_imported(module: str, call: Callable[[ModuleType], None]) -> None:
+    """Call a function with a module as soon as somebody has imported it; at once if it is imported.
+
+    What the function raises is logged as a warning: an import of theirs never fails because of us.
+
+    Args:
+        module: Its full name.
+        call: Called once, with the module, after its code has run.
+    """
+    with _lock:
+        there = sys.modules.get(module)
+        if there is None or getattr(there.__spec__, "_initializing", False):
+            _waiting.setdefault(module, []).append(call)
+            if _FINDER not in sys.meta_path:
+                sys.meta_path.insert(0, _FINDER)
+            return
+    _call(call, there)
+
+
+def _call(call: Callable[[ModuleType], None], module: ModuleType) -> None:
+    try:
+        call(module)
+    except Exception as error:
+        logger.warning("hf-sai could not prepare %s: %s: %s", module.__name__, type(error).__name__, error)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds what the others find, and lets their loader tell when it is done."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in _waiting:
+            return None
+        for finder in sys.meta_path:
+            if finder is not self and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(fullname, path, target)
+                if spec is not None:
+                    if spec.loader is not None:
+                        spec.loader = _Loader(spec.loader)
+                    return spec
+        return None
+
+
+class _Loader(importlib.abc.Loader):
+    """The loader that was found, and then our calls. Everything else is asked of that loader."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The module keeps its own loader: inspect and pkgutil look at it.
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        with _lock:
+            calls = _waiting.pop(module.__name__, [])
+        for call in calls:
+            _call(call, module)
+
+
+_FINDER = _Finder()

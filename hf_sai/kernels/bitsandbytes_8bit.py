@@ -1,0 +1,51 @@
+"""bitsandbytes' update with an 8-bit momentum, which on CUDA is one kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_sai.optim.momentum import Momentum, QuantizedMomentum, codes_table
+from hf_sai.optim.update import Choice, is_ordinary
+
+__all__ = ["takes", "update"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: tuple[Tensor, ...], choice: Choice) -> bool:
+    """Whether the kernel takes these: dense, of 16- or 32-bit float dtypes, the momentum in 8 bits."""
+    if choice.stochastic_rounding and p.dtype == torch.bfloat16:
+        return False
+    if not (isinstance(m, QuantizedMomentum) and m.is_8bit and m.shape == p.shape == g.shape):
+        return False
+    return p.is_contiguous() and is_ordinary(p) and p.dtype in _DTYPES
+
+
+def update(params, grads, momentum_buffers, scales, *, lr, momentum, weight_decay, maximize):
+    """The step of :func:`hf_sai.sgd_sai`."""
+    for p, g, m, scale in zip(params, grads, momentum_buffers, scales, strict=True):
+        p.mul_(1 - lr * weight_decay)
+        _update_one(p, -g if maximize else g, m, float(lr * scale), momentum)
+
+
+def _update_one(p: Tensor, g: Tensor, m: QuantizedMomentum, step: float, momentum: float) -> None:
+    """m = momentum m + (1 - momentum) g, p = p - step m."""
+    torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
+        "momentum",
+        g.to(p.dtype).contiguous(),
+        p,
+        m.codes,
+        None,
+        momentum,
+        *(0.0, 0.0, 0.0, 0.0),  # what other optimizers use: beta2, beta3, alpha, eps
+        2,  # in step 1 it would start the momentum at (1 - momentum) g
+        step,
+        codes_table(p.device),
+        None,
+        m.scales,
+        None,
+        0.0,  # its weight decay is not decoupled
+        1 - momentum,  # a factor of the gradient
+        False,
+    )

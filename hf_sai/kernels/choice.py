@@ -1,0 +1,99 @@
+"""Which kernel updates a tensor: the table of all kernels, in the order in which they are asked."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sai.kernels import bitsandbytes_8bit, torch_fused
+from hf_sai.optim.layout import Part
+from hf_sai.optim.momentum import Momentum, QuantizedMomentum
+from hf_sai.optim.rules.factored import FASTER
+from hf_sai.optim.update import KERNELS, Choice, Kernel, is_ordinary
+
+__all__ = ["compiled_module"]
+
+
+def compiled_module(name: str) -> ModuleType | None:
+    """A module of this folder; None if what it is written in is not installed, and while torch.compile traces."""
+    return None if torch.compiler.is_compiling() else _imported(f"hf_sai.kernels.{name}")
+
+
+@functools.cache
+def _imported(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ImportError:  # or not for this numpy or Python
+        return None
+
+
+def _compiled(
+    name: str, device_type: str, when: Callable[[Tensor, Any, tuple[Tensor, ...], Choice], bool], **more: bool
+) -> Kernel:
+    """A kernel in a module of its own, which is imported when a tensor of its device first asks for it."""
+
+    def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: tuple[Tensor, ...], choice: Choice) -> bool:
+        if p.device.type != device_type or not is_ordinary(p) or not when(p, m, factors, choice):
+            return False
+        module = compiled_module(name)
+        return module is not None and module.can_update(p, g, m)
+
+    def update(*lists: Any, **options: Any) -> None:
+        module = compiled_module(name)
+        assert module is not None
+        module.update(*lists, **options)
+
+    return Kernel(name, takes, update, **more)
+
+
+def _is_low_bit(p: Tensor, m: Momentum | None, factors: tuple[Tensor, ...], choice: Choice) -> bool:
+    return isinstance(m, QuantizedMomentum) or (m is not None and m.dtype != p.dtype)
+
+
+def _is_normalised(p: Tensor, m: Momentum | None, factors: tuple[Tensor, ...], choice: Choice) -> bool:
+    return bool(factors)
+
+
+def _is_plain(p: Tensor, m: Momentum | None, factors: tuple[Tensor, ...], choice: Choice) -> bool:
+    return True
+
+
+def _suits_triton(p: Tensor, m: Momentum | None, factors: tuple[Tensor, ...], choice: Choice) -> bool:
+    # Only if asked: nobody has timed it. Its table of addresses is made anew each step, and a captured graph would
+    # replay the old one.
+    rounds = choice.stochastic_rounding and p.dtype == torch.bfloat16
+    quantised = isinstance(m, QuantizedMomentum)
+    return bool(choice.fused) and not rounds and not quantised and not torch.cuda.is_current_stream_capturing()
+
+
+KERNELS[:] = [
+    _compiled("numba_factored", "cpu", _is_normalised, multiplies=True),
+    _compiled("numba_lowbit", "cpu", _is_low_bit),
+    _compiled("numba_plain", "cpu", _is_plain, unscales=True),
+    _compiled("triton_plain", "cuda", _suits_triton, unscales=True),
+    Kernel("bitsandbytes_8bit", bitsandbytes_8bit.takes, bitsandbytes_8bit.update),
+    Kernel("torch_fused", torch_fused.takes, torch_fused.update, unscales=True),
+]
+
+
+def _factors_by_numba(parts: Sequence[Part]) -> dict[int, tuple[Tensor, ...]]:
+    """Factors of ``update="factored"`` for those parts that numba takes, by their index."""
+    mine = {
+        index: part
+        for index, part in enumerate(parts)
+        if part.param.is_cpu
+        and not part.holders()
+        and Choice(part.group["foreach"], part.group["fused"]).kernels
+        and is_ordinary(part.param)
+    }
+    module = compiled_module("numba_factored") if mine else None
+    return {} if module is None else module.factors(mine)
+
+
+FASTER[:] = [_factors_by_numba]

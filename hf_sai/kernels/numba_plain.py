@@ -1,0 +1,149 @@
+"""One pass over CPU memory a step by numba: parameter, gradient and momentum read, two of them written, once.
+
+numba brings its own compiler (LLVM), so this needs none on the machine. Every element is computed alike, whatever
+thread or part of a vector it falls to: the number of threads changes no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_sai.kernels import numba_loops
+from hf_sai.optim.momentum import Momentum
+
+__all__ = ["addresses", "can_update", "coefficients", "in_shares", "is_dense", "shares", "update"]
+
+#: numpy's dtype for each of torch's that the kernels take.
+DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+
+#: With fewer elements in all, starting threads takes longer than they save.
+_MIN_ELEMENTS_FOR_THREADS = 1 << 22
+
+#: Threads meet at multiples of this many elements, so that no two write to one cache line.
+_ALIGNMENT = 64
+
+
+def is_dense(tensor: Tensor, p: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether a kernel may go through this tensor's memory from its address as it goes through the parameter's."""
+    return (
+        tensor.is_cpu and tensor.dtype == (dtype or p.dtype) and tensor.numel() == p.numel() and tensor.is_contiguous()
+    )
+
+
+def can_update(p: Tensor, g: Tensor, m: Momentum | None) -> bool:
+    """Whether the kernel takes these: dense, of one dtype and size, float32 or float64; not for Tensor's subclasses."""
+    if p.dtype not in DTYPES or not is_dense(p, p) or not is_dense(g, p):
+        return False
+    return m is None or (isinstance(m, Tensor) and is_dense(m, p))
+
+
+def update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | None],
+    scales: Sequence[float],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One step of :func:`hf_sai.sgd_sai`, whose arguments these are; tensors that :func:`can_update` accepts."""
+    if found_inf is not None and found_inf.item() > 0:
+        return
+    sign = (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else grad_scale.item())
+    lists: list[Sequence[Any]] = [params, grads] if momentum == 0 else [params, grads, momentum_buffers]
+    for dtype, indices in by_dtype(params).items():
+        table = addresses(*([of_kind[i] for i in indices] for of_kind in lists))
+        numbers = coefficients(dtype, [scales[i] for i in indices], lr, momentum, weight_decay, sign)
+        in_shares([params[i].numel() for i in indices], lambda share: numba_loops.step_plain(table, numbers, share))  # noqa: B023
+
+
+def by_dtype(params: Sequence[Tensor]) -> dict[Any, list[int]]:
+    """numpy's dtype -> the indices of the parameters that have it."""
+    result: dict[Any, list[int]] = {}
+    for index, p in enumerate(params):
+        result.setdefault(DTYPES[p.dtype], []).append(index)
+    return result
+
+
+def addresses(*lists: Sequence[Tensor]) -> np.ndarray:
+    """The table of addresses that the loops take, int64[tensors, lists]."""
+    return np.array([[t.data_ptr() for t in of_kind] for of_kind in lists], dtype=np.int64).T.copy()
+
+
+def coefficients(
+    dtype: Any, scales: Sequence[float], lr: float | Tensor, momentum: float, weight_decay: float, sign: float
+) -> np.ndarray:
+    """What the loops call decay, step, sign and weight, [tensors, 4] in the dtype in which they compute."""
+    lr = float(lr)
+    return np.array([(1 - lr * weight_decay, lr * scale, sign, 1 - momentum) for scale in scales], dtype=dtype)
+
+
+def in_shares(sizes: Sequence[int], run: Callable[[np.ndarray], None], alignment: int = _ALIGNMENT) -> None:
+    """Call ``run(share)`` in torch's number of threads, with shares that together are all elements.
+
+    Args:
+        sizes: The tensors' numbers of elements.
+        run: Does its work without Python's lock, or gains nothing. A share is int64[parts, 3]: tensor, start, stop.
+        alignment: Parts begin at multiples of it.
+    """
+    threads = torch.get_num_threads() if sum(sizes) >= _MIN_ELEMENTS_FOR_THREADS else 1
+    own, *others = (np.array(share, dtype=np.int64) for share in shares(sizes, threads, alignment) if share)
+    if not others:
+        run(own)
+        return
+    failures: list[BaseException] = []
+
+    def run_one(share: np.ndarray) -> None:
+        try:
+            run(share)
+        except BaseException as failure:  # in a thread it would only be printed
+            failures.append(failure)
+
+    # New threads each step, for a tenth of a millisecond: those that wait for the next step would not survive a fork.
+    # This one works, too: a pool beside it takes milliseconds to wake up.
+    helpers = [Thread(target=run_one, args=(share,)) for share in others]
+    for helper in helpers:
+        helper.start()
+    run_one(own)
+    for helper in helpers:
+        helper.join()
+    if failures:
+        raise failures[0]
+
+
+def shares(sizes: Sequence[int], threads: int, alignment: int = _ALIGNMENT) -> list[list[tuple[int, int, int]]]:
+    """Divide tensors of these sizes among threads, to equal numbers of elements but for the alignment.
+
+    Returns:
+        For each thread ``(tensor, start, stop)``, which together cover every element once.
+
+    Example:
+        >>> shares([100, 60], 2)
+        [[(0, 0, 64)], [(0, 64, 100), (1, 0, 60)]]
+    """
+    if threads == 1:
+        return [[(index, 0, size) for index, size in enumerate(sizes) if size]]
+    total, done = sum(sizes), 0
+    result: list[list[tuple[int, int, int]]] = [[] for _ in range(threads)]
+    thread = 0
+    for index, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            left = total * (thread + 1) // threads - done
+            stop = size if thread == threads - 1 else min(size, start + left // alignment * alignment)
+            if stop > start:
+                result[thread].append((index, start, stop))
+                done, start = done + stop - start, stop
+            if start < size:
+                thread += 1
+    return result

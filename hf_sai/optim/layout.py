@@ -1,0 +1,312 @@
+"""What each parameter is to this process: here whole tensors; other floors register parameters that lie in pieces.
+
+The optimizer asks its layout for parts and never for the engine behind them. A layout for parameters in pieces
+subclasses :class:`Part` (and :class:`Layout`, where the optimizer's tensors are not the model's) and registers itself:
+:func:`register_part` for a kind of tensor, :func:`register_layout` for an engine that changes the optimizer's groups.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from hf_sai.optim.sgd_sai import SGDSaI
+
+__all__ = [
+    "UNMEASURED",
+    "Layout",
+    "Part",
+    "find_layout",
+    "kind_of",
+    "local",
+    "look_at",
+    "name_of",
+    "refuse",
+    "register_layout",
+    "register_part",
+    "sum_over_holders",
+    "whole_shapes",
+]
+
+#: What ``state["gsnr"]`` holds while no usable gradient has come. No measured g-SNR can be 0: it is at least
+#: ``sqrt(n - 1) / (1 + MAX_EPS_SHARE)``, and 1 for one element.
+UNMEASURED = 0.0
+
+
+class Part:
+    """What this process holds of one parameter, and its state: here all of it.
+
+    Attributes:
+        group: The parameter group, with the options.
+        state: What is kept for the parameter; ``state["gsnr"]`` is its g-SNR.
+        shape: The whole parameter's.
+        param: What is updated here.
+        grad: Its gradient, of the same shape; None if there is none now.
+        number: The parameter's place among all of the optimizer's, the same on every process.
+        fresh: Whether it has been measured and its momentum has not started yet.
+    """
+
+    __slots__ = ("fresh", "grad", "group", "number", "param", "shape", "state")
+
+    #: Option -> the values of it that do not work for parts of this kind, and the cure.
+    refused: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = {}
+
+    #: What parts of this kind are called in a refusal.
+    kind = "whole parameters"
+
+    @classmethod
+    def recognises(cls, p: Tensor) -> bool:
+        """Whether an optimizer's parameter has parts of this kind."""
+        return False
+
+    @classmethod
+    def local(cls, tensor: Tensor) -> Tensor | None:
+        """What this process stores of a tensor of this kind, None for others."""
+        return None
+
+    @classmethod
+    def look_at(cls, model: torch.nn.Module) -> None:
+        """Note what a model says about tensors of this kind, which do not know by themselves whose they are."""
+
+    @classmethod
+    def whole_shape(cls, p: Tensor) -> torch.Size | None:
+        """The whole shape of a parameter that lies in pieces of this kind, None for others."""
+        return None
+
+    def __init__(self, p: Tensor, group: dict[str, Any], state: Any, number: int = 0) -> None:
+        self.group, self.state, self.number = group, state, number
+        self.shape, self.param, self.grad = p.shape, p, p.grad
+        self.fresh = False
+
+    @classmethod
+    def of_gradient(cls, gradient: Tensor, group: dict[str, Any]) -> Part:
+        """A part that is only measured: of a gradient whose parameter is not known."""
+        part = cls(gradient, group, {})
+        part.grad = part.param
+        return part
+
+    def alike(self, group: dict[str, Any]) -> Part:
+        """The same part with other options and a state of its own, empty."""
+        part = copy.copy(self)
+        part.group, part.state = group, {}
+        return part
+
+    @property
+    def gsnr(self) -> float:
+        """The g-SNR of the whole parameter, ``UNMEASURED`` (0.0) before it is measured."""
+        return self.state.get("gsnr", UNMEASURED)
+
+    @gsnr.setter
+    def gsnr(self, value: float) -> None:
+        self.state["gsnr"] = value
+
+    def holders(self, kept: Sequence[int] = ()) -> tuple[ProcessGroup, ...]:
+        """The process groups over which sums over this part add up to sums over the whole parameter.
+
+        Args:
+            kept: Dimensions over which is not summed: each of their indices has a sum of its own.
+        """
+        return ()
+
+    @property
+    def table_device(self) -> torch.device:
+        """Where a table of this part's sums must lie: where its holders communicate, and where float64 exists."""
+        return torch.device("cpu") if self.param.device.type == "mps" else self.param.device
+
+    def zeros(self, dtype: torch.dtype | None = None, kept: Sequence[int] | None = None) -> Tensor:
+        """A new state tensor of zeros that lies as the parameter does.
+
+        Args:
+            dtype: Default: the parameter's.
+            kept: The dimensions that it has in full; length 1 in the others. Default: all.
+        """
+        if kept is None:
+            return torch.zeros_like(self.param, dtype=dtype)
+        shape = [length if d in kept else 1 for d, length in enumerate(self.param.shape)]
+        return torch.zeros(shape, dtype=dtype or self.param.dtype, device=self.param.device)
+
+    def __getitem__(self, key: str) -> Tensor:
+        """A tensor of the state, as much of it as this process holds."""
+        return local(self.state[key])
+
+
+class Layout:
+    """The parts of one optimizer's parameters, each of which knows by itself how it lies.
+
+    Args:
+        optimizer: Its groups and its state are read anew whenever they are asked for.
+    """
+
+    #: Whether the optimizer's tensors are parameters, so that a process can judge by itself what it sees of them.
+    whole = True
+
+    def __init__(self, optimizer: SGDSaI) -> None:
+        # The optimizer holds this object; a strong reference back would leave both to the garbage collector.
+        self._optimizer = weakref.ref(optimizer)
+
+    @property
+    def optimizer(self) -> SGDSaI:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer
+
+    def parts(self) -> list[Part]:
+        """The parts that have a gradient, in the order of the groups."""
+        return [self.part(p, group, number) for number, p, group in _numbered(self.optimizer) if _has_gradient(p)]
+
+    def part(self, p: Tensor, group: dict[str, Any], number: int = 0) -> Part:
+        """One parameter's part."""
+        return kind_of(p)(p, group, self.optimizer.state[p], number)
+
+    def unmeasured(self, parts: Iterable[Part]) -> list[Part]:
+        """Those to be measured now; where other processes hold some, too, the same on all of them."""
+        return [part for part in parts if part.gsnr == UNMEASURED and not part.param.is_meta]
+
+    def check(self) -> None:
+        """Refuse options that do not work here, before anything is updated.
+
+        Raises:
+            ValueError: With the cure.
+        """
+        for group in self.optimizer.param_groups:
+            for kind in {kind_of(p) for p in group["params"]}:
+                refuse(kind, group)
+
+    def measured(self) -> Iterator[tuple[int, str | None, Tensor, torch.Size, float, dict[str, Any]]]:
+        """Of every parameter its group's number, its name, itself, its whole shape, its g-SNR and its group."""
+        for number, group in enumerate(self.optimizer.param_groups):
+            for index, (p, shape) in enumerate(zip(group["params"], whole_shapes(group["params"]), strict=True)):
+                yield number, name_of(group, index), p, shape, self.gsnr(p), group
+
+    def gsnr(self, p: Tensor) -> float:
+        """A parameter's g-SNR, also where this process holds nothing of it."""
+        return self.optimizer.state[p].get("gsnr", UNMEASURED) if p in self.optimizer.state else UNMEASURED
+
+
+def name_of(group: dict[str, Any], index: int) -> str | None:
+    """The name of a group's parameter, None if the optimizer was built without names."""
+    return group["param_names"][index] if "param_names" in group else None
+
+
+def sum_over_holders(sums: Iterable[tuple[Tensor, Sequence[ProcessGroup], torch.device]]) -> None:
+    """Add up each sum over its process groups, in place, with one all_reduce a group for all sums together.
+
+    All processes of a group must call this with the same sums for it, in the same order.
+
+    Args:
+        sums: Each with its groups, none where it is complete, and the device on which they communicate.
+    """
+    shared: dict[str, tuple[ProcessGroup, torch.device, list[Tensor]]] = {}
+    for total, groups, device in sums:
+        for group in groups:
+            shared.setdefault(group.group_name, (group, device, []))[2].append(total)
+    for group, device, totals in shared.values():
+        flat = torch.cat([total.flatten() for total in totals]).to(device)
+        torch.distributed.all_reduce(flat, group=group)
+        for total, part in zip(totals, flat.split([total.numel() for total in totals]), strict=True):
+            total.copy_(part.view_as(total))
+
+
+# --- kinds of tensors and engines, filled by the floors above
+
+_KINDS: list[type[Part]] = []
+_LAYOUTS: list[Callable[[SGDSaI], Layout | None]] = []
+
+# Asked several times for each parameter in each step, so the usual answer comes first.
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
+
+def register_part(kind: type[Part]) -> type[Part]:
+    """Let a kind of tensor have parts of its own; a decorator."""
+    _KINDS.append(kind)
+    return kind
+
+
+def register_layout(find: Callable[[SGDSaI], Layout | None]) -> Callable[[SGDSaI], Layout | None]:
+    """Let an engine be found that puts tensors of its own into the optimizer's groups; a decorator.
+
+    Args:
+        find: The layout of an optimizer, None if the engine has nothing to do with it.
+    """
+    _LAYOUTS.append(find)
+    return find
+
+
+def find_layout(optimizer: SGDSaI) -> Layout:
+    """The layout of an optimizer's parameters as they are now.
+
+    Raises:
+        ValueError: A group holds a tensor that it was not built with, of another shape, and no engine is known to have
+            put it there: many parameters flattened into one, of which only one g-SNR could be measured.
+    """
+    layout = next(filter(None, (find(optimizer) for find in _LAYOUTS)), None)
+    if layout is None:
+        layout = Layout(optimizer)
+        for group, built in zip(optimizer.param_groups, optimizer.built_with, strict=True):
+            shapes = [shape for _, shape in built]
+            if [p.shape for p in group["params"]] != shapes and not _same_objects(group["params"], built):
+                raise ValueError(
+                    f"A parameter group was built with {len(shapes)} parameters and now holds {len(group['params'])} "
+                    f"tensors of other shapes, such as {tuple(group['params'][0].shape)}. Something has flattened "
+                    "them, and SGD-SaI cannot tell one from the next in there. It knows FSDP2, FSDP1 with "
+                    "use_orig_params=True and DeepSpeed ZeRO: use one of these."
+                )
+    layout.check()
+    return layout
+
+
+def kind_of(p: Tensor) -> type[Part]:
+    """The kind of part that a parameter has."""
+    return next((kind for kind in _KINDS if kind.recognises(p)), Part)
+
+
+def look_at(model: torch.nn.Module) -> None:
+    """Let every kind of part look at a model whose parameters are going to be trained."""
+    for kind in _KINDS:
+        kind.look_at(model)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process stores of a tensor, sharing its memory; any ordinary tensor as it is."""
+    if type(tensor) in _ORDINARY:
+        return tensor
+    return next((mine for mine in (kind.local(tensor) for kind in _KINDS) if mine is not None), tensor)
+
+
+def whole_shapes(parameters: Iterable[Tensor]) -> list[torch.Size]:
+    """The shapes of the whole parameters, also where an engine has left a slice or an empty placeholder of them."""
+    return [
+        next((shape for shape in (kind.whole_shape(p) for kind in _KINDS) if shape is not None), p.shape)
+        for p in parameters
+    ]
+
+
+def refuse(kind: type[Part], group: dict[str, Any]) -> None:
+    """Raise ValueError for an option of a group that does not work for parts of this kind."""
+    for option, (values, cure) in kind.refused.items():
+        if group[option] in values:
+            raise ValueError(f"{option}={group[option]!r} does not work on {kind.kind}. {cure}")
+
+
+def _has_gradient(p: Tensor) -> bool:
+    return p.grad is not None and p.numel() > 0
+
+
+def _numbered(optimizer: SGDSaI) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+    number = 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            yield number, p, group
+            number += 1
+
+
+def _same_objects(params: Sequence[Tensor], built: Sequence[tuple[weakref.ref[Tensor], torch.Size]]) -> bool:
+    return len(params) == len(built) and all(p is known() for p, (known, _) in zip(params, built, strict=True))

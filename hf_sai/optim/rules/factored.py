@@ -1,0 +1,122 @@
+r"""Gradients over a running estimate of their size, from running means of rows and columns, before the momentum.
+
+.. math::
+    \hat g_{ij} = g_{ij} \Big/ \sqrt{r_i c_j / w}, \qquad
+    \theta_t = (1 - \gamma\lambda)\, \theta_{t-1} - \gamma\, \frac{G}{\sqrt n}\, m_t
+
+where r, c and w are running mean squares of the gradient's rows, of its columns and of the whole: Adafactor's factored
+second moment (arXiv 1804.04235, equation 6) with AdamW's decay and correction of the start at zero. A column is all
+that belongs to one index of the other dimensions than the first. A vector has a running mean square of each element, as
+in AdamW. Dividing before the momentum instead of after it is what LaProp does (arXiv 2002.04839).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hf_sai.optim.layout import Part, local
+from hf_sai.optim.rules.rows import Rows, mean_squares, sum_of_squares
+
+__all__ = ["FASTER", "KEPT", "MEAN_SQUARES", "Factored"]
+
+#: Keys of the running mean squares: of the whole (of each element of a vector), of rows, of columns. All float32.
+MEAN_SQUARES = ("mean_square", "row_mean_square", "column_mean_square")
+
+#: How much a running mean keeps from step to step: AdamW's beta2.
+KEPT = 0.999
+
+#: Faster ways to the factors of some parts: index -> factors. :mod:`hf_sai.kernels` fills it.
+FASTER: list[Callable[[Sequence[Part]], dict[int, tuple[Tensor, ...]]]] = []
+
+# So many squares of elements fit into the cache of a CPU's core.
+_PIECE = 1 << 18
+
+
+class Factored(Rows):
+    """State: ``MEAN_SQUARES``, with as many dimensions as the parameter, and ``averaged_steps``, an int."""
+
+    name = "factored"
+    keys = (*MEAN_SQUARES, "averaged_steps")
+
+    def kept(self, part: Part) -> dict[str, tuple[int, ...]]:
+        dims = tuple(range(len(part.shape)))
+        return dict(zip(MEAN_SQUARES, (dims,) if len(dims) < 2 else ((), dims[:1], dims[1:]), strict=False))
+
+    def allocate(self, part: Part) -> None:
+        if "averaged_steps" not in part.state:
+            part.state["averaged_steps"] = 0
+            part.state.update({key: part.zeros(torch.float32, dims) for key, dims in self.kept(part).items()})
+
+    def factors(self, parts: Sequence[Part]) -> list[tuple[Tensor, ...]]:
+        """One tensor for a vector; for others one of the rows and one of the columns. Counts a step in the state.
+
+        A gradient whose mean square is not finite leaves the running means as they are, and they divide it: NaN and
+        infinities stay where they are, and do not spread over the tensor or stay for later steps.
+        """
+        for part in parts:
+            self.allocate(part)
+        found: dict[int, tuple[Tensor, ...]] = {}
+        for faster in FASTER:
+            found |= faster(parts)
+        rest = [index for index in range(len(parts)) if index not in found]
+        found |= zip(rest, self._plain_factors([parts[index] for index in rest]), strict=True)
+        return [found[index] for index in range(len(parts))]
+
+    def _plain_factors(self, parts: Sequence[Part]) -> list[tuple[Tensor, ...]]:
+        if not parts:
+            return []
+        kept = [tuple(self.kept(part).values()) for part in parts]
+        sums = [_sums(part.grad, dims) for part, dims in zip(parts, kept, strict=True)]
+        means = _running_means(parts, mean_squares(parts, kept, sums))
+        flat = list(itertools.chain(*means))
+        torch._foreach_clamp_min_(flat, torch.finfo(torch.float32).tiny)
+        torch._foreach_sqrt_(flat)
+        for roots in means:
+            if len(roots) > 1:
+                roots[1].div_(roots.pop(0))
+        torch._foreach_reciprocal_(list(itertools.chain(*means)))
+        return [tuple(roots) for roots in means]
+
+
+def _sums(gradient: Tensor, kept: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """For each set of kept dimensions the sum of squares over the others."""
+    if len(kept) == 1:
+        return [sum_of_squares(gradient, kept[0])]
+    rows, columns = _rows_and_columns(gradient, *kept[1:])
+    return [rows.sum(tuple(range(gradient.ndim)), keepdim=True), rows, columns]
+
+
+def _rows_and_columns(gradient: Tensor, *kept: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    if not gradient.is_cpu or gradient.numel() == 0:
+        rows, columns = (sum_of_squares(gradient, dims) for dims in kept)
+        return rows, columns
+    # In pieces that stay in the cache; torch's norm over the first dimension takes 20 times as long there.
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    squares = (piece.to(dtype).square() for piece in gradient.split(max(1, _PIECE // gradient[0].numel())))
+    others = [tuple(d for d in range(gradient.ndim) if d not in dims) for dims in kept]
+    parts = [[piece.sum(dims, keepdim=True) for dims in others] for piece in squares]
+    return torch.cat([rows for rows, _ in parts]), torch.stack([columns for _, columns in parts]).sum(0)
+
+
+def _running_means(parts: Sequence[Part], means: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """Add a step's mean squares to the running ones; returns these without the share that their start at 0 has."""
+    running, taken, shares = [], [], []
+    for part, of_part in zip(parts, means, strict=True):
+        state = part.state
+        before = 1 - KEPT ** state["averaged_steps"]
+        state["averaged_steps"] += 1
+        own = [local(state[key]) for key in MEAN_SQUARES if key in state]
+        running += own
+        shares += [1 - KEPT ** state["averaged_steps"]] * len(own)
+        of_part = [mean.to(torch.float32) for mean in of_part]
+        # What is not finite counts as what the running mean expects; no step of the host waits for the answer.
+        usable = of_part[0].isfinite()  # of the whole, or of each element of a vector
+        expected = torch._foreach_div(own, before) if before else [torch.ones_like(mean) for mean in own]
+        taken += [torch.where(usable, *pair) for pair in zip(of_part, expected, strict=True)]
+    torch._foreach_lerp_(running, taken, 1 - KEPT)
+    rest = iter(torch._foreach_div(running, shares))
+    return [[next(rest) for _ in of_part] for of_part in means]

@@ -1,0 +1,50 @@
+r"""The published rule: the gradient as it is, scaled by its g-SNR. arXiv 2412.11768, Algorithm 1, lines 10 to 16.
+
+.. math::
+    m_t = \mu m_{t-1} + (1 - \mu) g_t, \qquad \theta_t = (1 - \gamma\lambda)\, \theta_{t-1} - \gamma\, G\, m_t
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from hf_sai.optim.layout import Part
+
+__all__ = ["Published"]
+
+
+class Published:
+    """What every rule answers; here for the published one."""
+
+    name = "published"
+
+    #: Keys of what the rule keeps in a parameter's state beside ``gsnr`` and the momentum.
+    keys: tuple[str, ...] = ()
+
+    def kept(self, part: Part) -> dict[str, tuple[int, ...]]:
+        """The tensors that the rule keeps for a part: key -> the dimensions they have in full, the others being 1."""
+        return {}
+
+    def allocate(self, part: Part) -> None:
+        """Give a part's state what the rule keeps, unless it is there."""
+
+    def factors(self, parts: Sequence[Part]) -> list[tuple[Tensor, ...]]:
+        """What each gradient is to be multiplied by before the momentum, one factor after the other; none for 1.
+
+        All processes that hold some of these parameters must call this with the same parts in the same order.
+
+        Args:
+            parts: Each with its gradient.
+        """
+        return [()] * len(parts)
+
+    def scale(self, gsnr: float, numel: int) -> float:
+        """The factor of the step, beside the learning rate.
+
+        Args:
+            gsnr: The parameter's g-SNR.
+            numel: The whole parameter's number of elements.
+        """
+        return gsnr

@@ -1,0 +1,200 @@
+"""Reading saved states: of this class, of its older versions, of the official code; nothing that does not fit is used.
+
+torch's own loading casts every float of the state to its parameter's dtype, so tensors go round it: they are taken out
+of the dict once all load hooks have run, and put back in the form in which the optimizer keeps them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sai.optim.layout import UNMEASURED, Part, kind_of, local
+from hf_sai.optim.momentum import MOMENTUM_KEYS, convert
+from hf_sai.optim.options import OPTIONS, upgrade_group
+from hf_sai.optim.rules import RULES
+
+__all__ = ["Incoming", "read"]
+
+logger = logging.getLogger(__name__)
+
+_OURS = frozenset({"gsnr", *MOMENTUM_KEYS, *chain.from_iterable(rule.keys for rule in RULES.values())})
+
+_FRESH = (
+    "To train on with the saved weights and a fresh state, load the weights alone (Trainer: give the checkpoint as the "
+    "model, or remove optimizer.pt and scheduler.pt from it)."
+)
+
+# What wrappers put into parameters' names, which says nothing about the parameter.
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+#: The tensors of a state and the parameter they are for, with its group as it is saved.
+Incoming = list[tuple[Tensor, dict[str, Any], dict[str, Tensor]]]
+
+
+def read(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Incoming]:
+    """Check a state dict, all of whose load hooks have run, and part it into what torch loads and what it must not.
+
+    Where saved and present parameters have the same names in another order, the state goes by the names; else, as
+    always in torch, by place. Options that were saved with the groups win, and a warning names those that differ.
+
+    Args:
+        state_dict: As ``Optimizer.state_dict()`` gives it.
+        groups: The optimizer's parameter groups as they are.
+
+    Returns:
+        The state dict without tensors, and these; every one has been brought into its form.
+
+    Raises:
+        ValueError: It was written by another optimizer, or for other parameters.
+    """
+    saved_groups = state_dict["param_groups"]
+    if any("momentum" not in group or "eps" not in group for group in saved_groups):
+        keys = ", ".join(sorted(map(str, saved_groups[0].keys() - {"params", "param_names"})))
+        raise ValueError(f"The state was written by another optimizer (its options: {keys}). {_FRESH}")
+    states = {key: _with_float_gsnr(value) for key, value in state_dict["state"].items()}
+    if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in groups]:
+        counts = [[len(group["params"]) for group in of] for of in (saved_groups, groups)]
+        raise ValueError(
+            f"The state was saved for parameter groups of {counts[0]} parameters, and this optimizer's have {counts[1]}. "
+            f"Build model and groups as they were, or start anew. {_FRESH}"
+        )
+    saved_groups = [upgrade_group(group, present) for group, present in zip(saved_groups, groups, strict=True)]
+    _warn_of_other_options(saved_groups, groups)
+    states, saved_groups = _by_name(states, saved_groups, groups)
+    incoming: Incoming = []
+    for index, name, p, group in _each(saved_groups, groups):
+        state = states.get(index)
+        if not state:
+            continue
+        _require_ours(name, state)
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        states[index] = {key: value for key, value in state.items() if key not in tensors}
+        incoming.append((p, group, _in_form(name, p, group, tensors)))
+    return {**state_dict, "state": states, "param_groups": saved_groups}, incoming
+
+
+def _each(
+    saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]
+) -> Iterator[tuple[Any, str, Tensor, dict[str, Any]]]:
+    for saved, group in zip(saved_groups, groups, strict=True):
+        names = group.get("param_names") or saved.get("param_names") or []
+        for place, (index, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
+            yield index, names[place] if place < len(names) else f"number {index}", p, saved
+
+
+def _with_float_gsnr(state: Any) -> Any:
+    """A parameter's saved state with its g-SNR as a float; of a flat tensor under DeepSpeed ZeRO it is a list."""
+    if not isinstance(state, dict) or "gsnr" not in state or isinstance(state["gsnr"], list):
+        return state
+    gsnr = float(state["gsnr"])
+    return {**state, "gsnr": gsnr if math.isfinite(gsnr) else UNMEASURED}
+
+
+def _require_ours(name: str, state: dict[str, Any]) -> None:
+    foreign = state.keys() - _OURS
+    if "gsnr" not in state and (foreign or any(isinstance(v, Tensor) and v.numel() for v in state.values())):
+        keys = ", ".join(sorted(map(str, state)))
+        raise ValueError(
+            f"The state was written by another optimizer: parameter {name} has {keys}, and no g-SNR. {_FRESH}"
+        )
+
+
+def _by_name(
+    states: dict[Any, Any], saved_groups: list[dict[str, Any]], groups: Sequence[dict[str, Any]]
+) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+    """The states in the present parameters' order, where both sides have names."""
+    both = [_names(saved_groups), _names(groups)]
+    saved, present = both
+    if saved is None or present is None or saved == present:
+        return states, saved_groups
+    if sorted(saved) == sorted(present) and len(set(saved)) == len(saved):
+        indices = list(chain.from_iterable(group["params"] for group in saved_groups))
+        index_of = dict(zip(saved, indices, strict=True))
+        moved = {
+            new: states[index_of[name]] for new, name in zip(indices, present, strict=True) if index_of[name] in states
+        }
+        return moved, [
+            {**group, "param_names": list(own["param_names"])} for group, own in zip(saved_groups, groups, strict=True)
+        ]
+    different = [pair for pair in zip(saved, present, strict=True) if not _same_name(*pair)]
+    if different:
+        old, new = different[0]
+        more = f" ({len(different)} of {len(saved)} differ)" if len(different) > 1 else ""
+        raise ValueError(
+            f"The state was saved for parameter {old} where this optimizer has {new}{more}. Build the model as it was, "
+            "or, if only names have changed, rename param_names in a hook (register_load_state_dict_pre_hook). "
+            f"{_FRESH}"
+        )
+    return states, saved_groups
+
+
+def _names(groups: Sequence[dict[str, Any]]) -> list[str] | None:
+    """The names of all parameters; None where some group has none, or has those of more parameters than tensors."""
+    if any(len(group.get("param_names") or ()) != len(group["params"]) for group in groups):
+        return None
+    return [str(name) for group in groups for name in group["param_names"]]
+
+
+def _same_name(one: str, other: str) -> bool:
+    """Whether two names differ by what wrappers add, or by a prefix, at most."""
+    for part in _WRAPPERS:
+        one, other = one.replace(part, ""), other.replace(part, "")
+    longer, shorter = sorted((one, other), key=len, reverse=True)
+    return longer == shorter or longer.endswith(f".{shorter}")
+
+
+def _in_form(name: str, p: Tensor, group: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A parameter's saved tensors on its device and in the form its group keeps them."""
+    part = kind_of(p)(p, group, {})
+    momentum = {key: tensors[key] for key in MOMENTUM_KEYS if key in tensors}
+    formed = {key: value.to(p.device) for key, value in tensors.items() if key not in momentum}
+    for key, dims in RULES[group["update"]].kept(part).items():
+        if key in formed:
+            expected = tuple(length if d in dims else 1 for d, length in enumerate(part.param.shape))
+            if tuple(local(formed[key]).shape) != expected:
+                raise _does_not_fit(name, key, formed[key], part)
+            formed[key] = formed[key].to(torch.float32)
+    if "momentum_buffer" in momentum:
+        converted = convert(momentum, part)
+        if converted is None:
+            raise _does_not_fit(name, "momentum_buffer", momentum["momentum_buffer"], part)
+        formed |= converted
+    return formed
+
+
+def _does_not_fit(name: str, key: str, value: Tensor, part: Part) -> ValueError:
+    return ValueError(
+        f"The saved {key} of parameter {name} has shape {tuple(value.shape)}, and the parameter has {tuple(part.shape)}"
+        f"{'' if tuple(part.param.shape) == tuple(part.shape) else f', of which {tuple(part.param.shape)} lie here'}: "
+        f"the state is another model's. {_FRESH}"
+    )
+
+
+def _warn_of_other_options(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
+    """One warning for all options that were asked for and that the saved ones overrule."""
+    different = {}
+    for saved, present in zip(saved_groups, groups, strict=True):
+        for name, option in OPTIONS.items():
+            # The rate as it was asked for, which schedulers keep beside the one they have come to.
+            key = "initial_lr" if name == "lr" else name
+            if option.per_group and key in saved and key in present and not _equal(saved[key], present[key]):
+                different.setdefault(name, f"{name}={saved[key]} (asked for: {present[key]})")
+    if different:
+        logger.warning(
+            "Options that were saved with the optimizer's state are in force, as always in torch: %s. To change them, "
+            "set them in optimizer.param_groups after loading, or start a fresh state.",
+            ", ".join(different.values()),
+        )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return bool(float(one) == float(other))
+    return one is other or one == other
