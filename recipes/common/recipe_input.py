@@ -244,21 +244,29 @@ def delete_checkpoints(training_args: Any) -> None:
 def check_optimizer(training_args: Any, model: Any) -> None:
     """Find out before training, and before anything is written, whether Trainer can build the optimizer.
 
-    Where its options do not hang on the model it is built once, for a small tensor.
+    It is built once, for small tensors in the place of the model's.
 
     Raises:
         InputError: It cannot, with the reason.
     """
-    import torch
     from transformers import Trainer
 
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
-        if not {"params", "model", "optimizer_dict"} & set(options):
-            kind([{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}], **options)
+        if not {"model", "optimizer_dict"} & set(options):  # else it steps within the backward pass of this model
+            groups = [_small(group) for group in options.pop("params", None) or [{}]]
+            kind(groups, **options)
     except Exception as error:  # every optimizer refuses its options in its own way
         name = getattr(training_args.optim, "value", training_args.optim)
         raise InputError(f"cannot build the optimizer {name}: {first_line(error)}") from error
+
+
+def _small(group: Any) -> dict[str, Any]:
+    """A parameter group with its settings and one small tensor."""
+    import torch
+
+    kept = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    return {**kept, "params": [torch.nn.Parameter(torch.zeros(2, 2))]}
 
 
 def first_line(error: BaseException) -> str:

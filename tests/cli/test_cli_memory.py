@@ -264,7 +264,7 @@ def test_code_of_a_models_own_runs_only_where_it_is_asked_for(tmp_path: Path, ca
 def test_what_measuring_takes_for_a_moment_is_told_and_not_part_of_the_total(capsys: Any) -> None:
     assert main(["memory", "gpt2", "--optim", "sgd_sai,adamw_torch"]) == 0
     out = capsys.readouterr().out
-    assert "SGD-SaI's first step takes 0.06 GB more for a moment" in out
+    assert "SGD-SaI's first step takes 0.03 GB more for a moment" in out
     assert main(["memory", "gpt2", "--optim", "adamw_torch"]) == 0
     assert "for a moment" not in capsys.readouterr().out
 

@@ -15,7 +15,7 @@ MODULES = [
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     if module.name.rpartition(".")[2] not in ("run", "__main__")
 ]
-NEEDS = {"hf_sai.kernels.triton_kernel": "triton"}
+NEEDS = {"hf_sai.kernels.triton_plain": "triton"}
 
 
 @pytest.mark.parametrize("name", MODULES)
