@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 import types
 import typing
 import zipfile
@@ -163,7 +164,8 @@ def _check_numbers(settings: Any) -> None:
             raise InputError("output_dir is empty; name a folder.")
         if isinstance(value, bool) or not isinstance(value, int | float) or value == option_.default:
             continue
-        least, most = _LEAST.get(name, -_LARGEST), _MOST.get(name, _LARGEST)
+        largest = _LARGEST if isinstance(value, int) else sys.float_info.max
+        least, most = _LEAST.get(name, -largest), _MOST.get(name, largest)
         if not least <= value <= most:  # NaN is neither
             allowed = f"at least {least:g}" if value < least else f"a number of at most {most:g}"
             raise InputError(f"{name} is {str(value)[:40]}; it must be {allowed}.")

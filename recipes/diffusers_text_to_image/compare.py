@@ -89,8 +89,7 @@ def read_run(folder: Path) -> dict:
     """The run's results, and the settings it was trained with as `args`."""
     if not (folder / "results.json").is_file():
         raise InputError(f"{folder} is no finished run of train.py: it has no results.json.")
-    keys = ("checkpoint", "settings.train", "settings.output_dir")
-    result = read_json(folder / "results.json", keys=keys)
+    result = read_json(folder / "results.json", keys=("checkpoint", "settings.train"))
     if result["checkpoint"] is None:
         raise InputError(f"{folder} has no saved optimizer state; train with --save_steps.")
     if result["settings"]["train"] != "lora":
