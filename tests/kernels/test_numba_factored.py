@@ -28,7 +28,7 @@ def example(shape, dtype=torch.float32, seed=0):
 def factors_of(g, how):
     p = nn.Parameter(torch.zeros_like(g))
     p.grad = g
-    optimizer = SGDSaI([p], normalize_gradient=how)
+    optimizer = SGDSaI([p], update=how)
     optimizer.step()  # allocates
     p.grad = g
     return gradient_factors([p], how, optimizer.state)[p]
@@ -110,7 +110,7 @@ def test_when_the_step_is_the_kernels(options, used, monkeypatch):
     calls = []
     monkeypatch.setattr(numba_factored, "update", lambda *args, **kwargs: calls.append(args))
     p = nn.Parameter(torch.randn(40, 130))
-    optimizer = SGDSaI([p], normalize_gradient="factored", **options)
+    optimizer = SGDSaI([p], update="factored", **options)
     p.grad = torch.randn(40, 130)
     optimizer.step()
     assert not calls  # the momentum starts at the normalised gradient
@@ -125,7 +125,7 @@ def test_many_elements_wait_for_numba(monkeypatch):
     calls = []
     monkeypatch.setattr(functional, "_factored", lambda *args, **kwargs: calls.append(args))
     p = nn.Parameter(torch.randn(40, 130))
-    optimizer = SGDSaI([p], normalize_gradient="factored")
+    optimizer = SGDSaI([p], update="factored")
     for _ in range(2):
         p.grad = torch.randn(40, 130)
         optimizer.step()
@@ -134,7 +134,7 @@ def test_many_elements_wait_for_numba(monkeypatch):
 
 def test_a_momentum_that_is_switched_on_starts_at_the_normalised_gradient():
     p = nn.Parameter(torch.zeros(4, 4))
-    optimizer = SGDSaI([p], normalize_gradient="rows", momentum=0.0)
+    optimizer = SGDSaI([p], update="rows", momentum=0.0)
     for _ in range(2):
         p.grad = 100 * torch.rand(4, 4)
         optimizer.step()
