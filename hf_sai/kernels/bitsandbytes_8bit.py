@@ -17,7 +17,7 @@ def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: tuple[Tensor, ...],
     """Whether the kernel takes these: dense, of 16- or 32-bit float dtypes, the momentum in 8 bits."""
     if choice.stochastic_rounding and p.dtype == torch.bfloat16:
         return False
-    if not (isinstance(m, QuantizedMomentum) and m.is_8bit and m.shape == p.shape == g.shape):
+    if not (isinstance(m, QuantizedMomentum) and m.is_8bit and m.fits(p) and g.shape == p.shape):
         return False
     return p.is_contiguous() and is_ordinary(p) and p.dtype in _DTYPES
 

@@ -27,7 +27,7 @@ _PIECE = 1 << 20
 
 def can_update(p: Tensor, g: Tensor, m: Momentum | None) -> bool:
     """Whether the kernel takes these: dense, of one dtype, float32 or float64, with a momentum."""
-    return m is not None and numba_plain.can_update(p, g, m)
+    return m is not None and p.numel() > 0 and numba_plain.can_update(p, g, m)
 
 
 def factors(parts: Mapping[int, Part]) -> dict[int, tuple[Tensor, ...]]:

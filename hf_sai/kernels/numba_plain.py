@@ -97,10 +97,12 @@ def in_shares(sizes: Sequence[int], run: Callable[[np.ndarray], None], alignment
         alignment: Parts begin at multiples of it.
     """
     threads = torch.get_num_threads() if sum(sizes) >= _MIN_ELEMENTS_FOR_THREADS else 1
-    own, *others = (np.array(share, dtype=np.int64) for share in shares(sizes, threads, alignment) if share)
-    if not others:
-        run(own)
+    parts = [np.array(share, dtype=np.int64) for share in shares(sizes, threads, alignment) if share]
+    if len(parts) < 2:
+        for share in parts:
+            run(share)
         return
+    own, *others = parts
     failures: list[BaseException] = []
 
     def run_one(share: np.ndarray) -> None:

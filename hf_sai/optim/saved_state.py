@@ -154,7 +154,8 @@ def _in_form(name: str, p: Tensor, group: dict[str, Any], tensors: dict[str, Ten
     """A parameter's saved tensors on its device and in the form its group keeps them."""
     part = kind_of(p)(p, group, {})
     momentum = {key: tensors[key] for key in MOMENTUM_KEYS if key in tensors}
-    formed = {key: value.to(p.device) for key, value in tensors.items() if key not in momentum}
+    # Copied: no two optimizers may share running means. Of a momentum that fits torch keeps the tensor it was given.
+    formed = {key: value.to(p.device, copy=True) for key, value in tensors.items() if key not in momentum}
     for key, dims in RULES[group["update"]].kept(part).items():
         if key in formed:
             expected = tuple(length if d in dims else 1 for d, length in enumerate(part.param.shape))

@@ -21,7 +21,7 @@ from hf_sai.optim import gsnr
 from hf_sai.optim import momentum as momenta
 from hf_sai.optim.gradient_release import Releases, refuse_normalize
 from hf_sai.optim.gsnr import GSNRReport
-from hf_sai.optim.layout import UNMEASURED, Layout, Part, find_layout, name_of
+from hf_sai.optim.layout import UNMEASURED, Layout, Part, admit, find_layout, name_of
 from hf_sai.optim.options import DEFAULTS, OPTIONS, check_options, upgrade_group
 from hf_sai.optim.rules import RULES
 from hf_sai.optim.saved_state import Incoming, read
@@ -446,6 +446,7 @@ def _check_group(options: dict[str, Any]) -> None:
 def _check_params(group: dict[str, Any]) -> None:
     """Raise ValueError for a parameter that cannot be trained."""
     for index, p in enumerate(group["params"]):
+        admit(p)
         if p.is_complex():
             raise ValueError(
                 f"Parameter {name_of(group, index) or f'number {index}'} is complex ({p.dtype}), which SGD-SaI does not "

@@ -109,7 +109,7 @@ def sgd_sai(
         found_inf: GradScaler's flag, 1.0 to skip the update (``fused`` only).
 
     Raises:
-        ValueError: ``grad_scale`` or ``found_inf`` is given for tensors that no fused kernel takes.
+        ValueError: Shapes differ, or ``grad_scale`` or ``found_inf`` is given for tensors that no fused kernel takes.
 
     Example:
         >>> import torch
@@ -118,6 +118,10 @@ def sgd_sai(
         >>> theta
         tensor([0.5000, 1.5000])
     """
+    for p, g, m in zip(params, grads, momentum_buffers, strict=True):
+        if g.shape != p.shape or not (m is None or momentum == 0 or m.shape == p.shape):
+            shapes = f"gradient {tuple(g.shape)} and momentum {'none' if m is None else tuple(m.shape)}"
+            raise ValueError(f"A parameter of shape {tuple(p.shape)} came with {shapes}; give all three one shape.")
     choice = Choice(foreach, fused, stochastic_rounding)
     all_factors = grad_factors or [()] * len(params)
     buckets: dict[tuple[Any, torch.device], list[int]] = defaultdict(list)

@@ -92,10 +92,13 @@ def test_normalize_and_grad_scaler_are_refused():
     model = make_model()
     optimizer = SGDSaI(model.parameters(), gradient_release=True)
     scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(model(torch.randn(2, 16)).sum()).backward()
+    with pytest.raises(ValueError, match="GradScaler"):  # not only in scaler.step, after backward has updated
+        scaler.scale([model(torch.randn(2, 16)).sum()])
+    other = make_model()
+    scaler.scale(other(torch.randn(2, 16)).sum()).backward()
     with pytest.raises(ValueError, match="GradScaler"):
         scaler.step(optimizer)
-    with pytest.raises(ValueError, match="gradient_release must be True or False"):
+    with pytest.raises(ValueError, match="gradient_release must be true or false"):
         SGDSaI(model.parameters(), gradient_release="yes")
 
 
