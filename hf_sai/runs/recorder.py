@@ -267,11 +267,8 @@ class RunRecorder:
         record.results = {**old.results, **record.results}
         record.samples, record.images = old.samples + record.samples, old.images + record.images
         record.data = record.data or old.data
-        # Steps between the checkpoint and the kill are made again: their share of the time is not this run's.
-        timed = old.timing.get("steps", 0)
-        share = min(1.0, step / timed) if timed else 1.0
-        self._before = {key: share * float(old.timing.get(key) or 0.0) for key in self._before}
-        self._timed_steps = min(timed, step)
+        self._before = {key: float(old.timing.get(key) or 0.0) for key in self._before}
+        self._timed_steps = old.timing.get("steps", 0)
 
     def _measure(self) -> None:
         """Bring everything up to date that is read from the optimizer and the watches."""
