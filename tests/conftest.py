@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 #: Folders, files and tests that bear the marker ``longer``; a test may bear it in its own file, too.
 LONGER = (
     "cli/test_run.py",
-    "test_core_import.py::test_the_optimizer_works_where_transformers_peft_and_accelerate_cannot_be",
+    "test_core_import.py",
     "distributed",
     "docs/test_scaling.py",
     "groups/test_groups.py::test_grouping_needs_torch_alone",
