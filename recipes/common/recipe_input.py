@@ -86,7 +86,7 @@ def parse_config_and_flags(kinds: Sequence[Any], argv: Sequence[str], usage: str
 
     parser = TrlParser(tuple(kinds))
     parser.usage = usage
-    parser.error = _refuse  # else argparse prints the usage of 200 options
+    setattr(parser, "error", _refuse)  # noqa: B010  (argparse prints the usage of 200 options before what is wrong)
     arguments = ["--config", *argv] if argv and not argv[0].startswith("-") else list(argv)
     try:
         if argv and not argv[0].startswith("-"):
