@@ -46,8 +46,8 @@ def factors(parts: Mapping[int, Part]) -> dict[int, Sequence[Tensor]]:
                 taken.setdefault(g.dtype, {})[index] = part, means
     result: dict[int, Sequence[Tensor]] = {}
     for dtype, own in taken.items():
-        of_dtype, means = [part for part, _ in own.values()], [at for _, at in own.values()]
-        result |= zip(own, _factors_of_one_dtype(of_dtype, means, dtype), strict=True)
+        of_dtype, addresses_of_means = [part for part, _ in own.values()], [at for _, at in own.values()]
+        result |= zip(own, _factors_of_one_dtype(of_dtype, addresses_of_means, dtype), strict=True)
     return result
 
 

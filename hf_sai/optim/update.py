@@ -123,18 +123,17 @@ def sgd_sai(
     """
     choice = Choice(foreach, fused, stochastic_rounding, torch.compiler.is_compiling())
     all_factors = grad_factors or [()] * len(params)
-    buckets: dict[tuple[Kernel, int], list[int]] = defaultdict(list)
+    buckets: dict[tuple[Kernel, torch.device], list[int]] = defaultdict(list)
     for i, (p, g, m, factors) in enumerate(zip(params, grads, momentum_buffers, all_factors, strict=True)):
-        buckets[_path(p, g, None if momentum == 0 else m, factors, choice), p.get_device()].append(i)
+        buckets[_path(p, g, None if momentum == 0 else m, factors, choice), p.device].append(i)
     unscaling = {"grad_scale": grad_scale, "found_inf": found_inf}
     if any(value is not None for value in unscaling.values()) and not all(path.unscales for path, _ in buckets):
         raise ValueError(
             "grad_scale and found_inf need tensors that a fused kernel takes; unscale the gradients before."
         )
-    for (path, _), indices in buckets.items():
+    for (path, device), indices in buckets.items():
         lists: list[Any] = [params, grads, momentum_buffers, scales, all_factors]
         own_params, own_grads, own_momenta, own_scales, own_factors = ([of[i] for i in indices] for of in lists)
-        device = own_params[0].device
         extra: dict[str, Any] = {}
         if path.unscales:
             extra |= {key: _on(value, device) for key, value in unscaling.items()}
