@@ -76,7 +76,9 @@ class Slice(Part):
         "update": (tuple(RULES)[1:], "Leave it out, or use FSDP2 (fsdp_version: 2)."),
     }
 
-    recognises = staticmethod(_is_slice)
+    @classmethod
+    def recognises(cls, p: Tensor) -> bool:
+        return _is_slice(p)
 
     @classmethod
     def admit(cls, p: Tensor) -> None:
@@ -101,11 +103,12 @@ class Slice(Part):
 
     def __init__(self, p: Tensor, group: dict[str, Any], state: Any, number: int = 0) -> None:
         super().__init__(p, group, state, number)
-        self._parameter, self._layout = p, None
+        self._parameter = p
+        self._layout: Any = None
 
     def within(self, layout: Slices) -> Slice:
         """The slice as a layout knows it: with the shape of the whole, and with what all ranks know of its g-SNR."""
-        self._layout: Any = layout
+        self._layout = layout
         self.shape = layout.home[self._parameter].shape
         return self
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ __all__ = ["takes", "update"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: tuple[Tensor, ...], choice: Choice) -> bool:
+def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
     """Whether the kernel takes these: dense, of 16- or 32-bit float dtypes, the momentum in 8 bits."""
     if choice.stochastic_rounding and p.dtype == torch.bfloat16:
         return False

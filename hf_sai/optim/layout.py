@@ -57,6 +57,14 @@ class Part:
 
     __slots__ = ("fresh", "grad", "group", "number", "param", "shape", "state")
 
+    grad: Any  # a Tensor wherever there is something to do
+    param: Tensor
+    shape: torch.Size
+    group: dict[str, Any]
+    state: Any
+    number: int
+    fresh: bool
+
     #: Option -> the values of it that do not work for parts of this kind, and the cure.
     refused: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = {}
 
@@ -273,7 +281,10 @@ def find_layout(optimizer: SGDSaI) -> Layout:
 
 def kind_of(p: Tensor) -> type[Part]:
     """The kind of part that a parameter has."""
-    return next((kind for kind in _KINDS if kind.recognises(p)), Part)
+    for kind in _KINDS:
+        if kind.recognises(p):
+            return kind
+    return Part
 
 
 def admit(p: Tensor) -> None:

@@ -32,8 +32,8 @@ from common import (
 )
 
 from hf_sai import SGDSaI
-from hf_sai.optim.layout import whole_shapes as full_shapes
 from hf_sai.groups.param_groups import no_decay_names
+from hf_sai.optim.layout import whole_shapes as full_shapes
 
 warnings.filterwarnings("ignore")
 RANK, WORLD = join()
