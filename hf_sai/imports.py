@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.abc
 import importlib.machinery
 import logging
@@ -22,20 +24,29 @@ _lock = threading.Lock()
 def when_imported(module: str, call: Callable[[ModuleType], None]) -> None:
     """Call a function with a module as soon as somebody has imported it; at once if it is imported.
 
-    What the function raises is logged as a warning: an import of theirs never fails because of us.
+    What the function raises is logged as a warning: an import of theirs never fails because of us. A module whose
+    import fails is waited for again. One that another thread is importing right now is waited for here.
 
     Args:
         module: Its full name.
         call: Called once, with the module, after its code has run.
     """
+    there = sys.modules.get(module)
+    if there is not None and _is_initializing(there):
+        with contextlib.suppress(Exception):  # of an import that is not ours
+            importlib.import_module(module)  # returns when the other thread is done
     with _lock:
         there = sys.modules.get(module)
-        if there is None or getattr(there.__spec__, "_initializing", False):
+        if there is None or _is_initializing(there):
             _waiting.setdefault(module, []).append(call)
             if _FINDER not in sys.meta_path:
                 sys.meta_path.insert(0, _FINDER)
             return
     _call(call, there)
+
+
+def _is_initializing(module: ModuleType) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
 def _call(call: Callable[[ModuleType], None], module: ModuleType) -> None:
@@ -57,7 +68,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             if finder is not self and hasattr(finder, "find_spec"):
                 spec = finder.find_spec(fullname, path, target)
                 if spec is not None:
-                    if spec.loader is not None:
+                    if hasattr(spec.loader, "exec_module"):
                         spec.loader = _Loader(spec.loader)
                     return spec
         return None
