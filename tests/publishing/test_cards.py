@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from test_callbacks import tiny_gpt2, trainer_for
+from trainer_cases import tiny_gpt2, trainer_for
 from test_plots import make_record
 from transformers import PreTrainedTokenizerFast
 
