@@ -47,6 +47,7 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # Apart from .venv, since transformers and peft behave differently where torchao is installed.
 .venv-bench/.installed: pyproject.toml constraints.txt
