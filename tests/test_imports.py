@@ -89,3 +89,15 @@ def test_a_module_that_another_thread_is_importing_is_not_missed(module):
         assert seen == [1]
     finally:
         del sys.modules["test_gate"]
+
+
+def test_a_module_that_asks_for_itself_on_the_way_is_not_missed(module):
+    name, seen = module("import test_gate\ntest_gate.ask(__name__)\nvalue = 1\n"), []
+    gate = sys.modules["test_gate"] = type(sys)("test_gate")
+    gate.ask = lambda name: when_imported(name, lambda loaded: seen.append(loaded.value))
+    try:
+        loaded = importlib.import_module(name)
+        assert seen == [1]
+        assert type(loaded.__spec__) is importlib.machinery.ModuleSpec
+    finally:
+        del sys.modules["test_gate"]

@@ -87,6 +87,7 @@ def add_new_parameters(trainer: Trainer, *, created: bool) -> None:
     if created:
         trainer._hf_sai_left_out = (weakref.ref(optimizer), set(outside))  # type: ignore[attr-defined]
         return
+    known: Any
     known, left_out = getattr(trainer, "_hf_sai_left_out", (lambda: None, set()))
     new = {key: name for key, name in outside.items() if key not in left_out}
     if known() is not optimizer or not new:
