@@ -4,9 +4,7 @@ Importing this package imports torch alone. The name is there as soon as transfo
 of the two is imported first.
 """
 
-# Imported for what they tell the optimizer.
-import hf_sai.distributed
-import hf_sai.kernels  # noqa: F401
+from hf_sai import distributed, kernels  # noqa: F401 - they register what they know with the optimizer
 from hf_sai.groups.param_groups import create_sgd_sai_optimizer, param_groups
 from hf_sai.optim.gsnr import GSNRReport, GSNRRow, measure_gsnr
 from hf_sai.optim.sgd_sai import SGDSaI

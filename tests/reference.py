@@ -1,4 +1,4 @@
-"""SGD-SaI with every rule, written as plainly as possible in float64: what every path of the optimizer is compared with.
+"""SGD-SaI with every rule, as plainly as possible in float64: what every path of the optimizer is compared with.
 
 Paths are compared by how far parameters moved, relative to the movement: an absolute tolerance on the parameters would
 let a step pass that was never made.

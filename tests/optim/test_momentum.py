@@ -10,8 +10,8 @@ from reference import ReferenceSGDSaI
 from torch import nn
 
 from hf_sai import SGDSaI
-from hf_sai.comparison import optimizer_state_bytes
 from hf_sai.optim.momentum import load, momentum_of
+from hf_sai.runs.meters import state_bytes
 
 SHAPES = [(96, 64), (4100,), (30, 7), (5,)]  # the last three are too small or too odd for some format
 
@@ -71,7 +71,7 @@ def test_bytes_of_state_per_element(momentum_dtype, most):
     p = nn.Parameter(torch.randn(256, 512))
     optimizer = SGDSaI([p], momentum_dtype=momentum_dtype)
     train([p], optimizer, 1)
-    assert optimizer_state_bytes(optimizer.state_dict()) - 8 <= most * p.numel()  # 8: the g-SNR
+    assert state_bytes(optimizer) - 8 <= most * p.numel()  # 8: the g-SNR
 
 
 @pytest.mark.parametrize("momentum_dtype", ["8bit", "4bit"])

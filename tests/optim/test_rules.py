@@ -1,4 +1,4 @@
-"""The rules ``rows`` and ``factored``: near the reference in every path, for gradients of any size; refused where it cannot be."""
+"""The rules ``rows`` and ``factored``: near the reference in every path, for gradients of any size."""
 
 import copy
 import math

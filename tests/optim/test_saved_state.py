@@ -81,7 +81,9 @@ def test_other_names_are_refused_with_the_way_out():
     saved = copy.deepcopy(trained().state_dict())
     saved["param_groups"][0]["param_names"] = ["k.lora_A", "k.lora_B", "p2"]
     other = SGDSaI(named(), lr=1e-2)
-    with pytest.raises(ValueError, match=r"parameter k.lora_A where this optimizer has p0 \(2 of 3 differ\).*fresh state"):
+    with pytest.raises(
+        ValueError, match=r"parameter k.lora_A where this optimizer has p0 \(2 of 3 differ\).*fresh state"
+    ):
         other.load_state_dict(saved)
     assert not other.state
 
@@ -101,7 +103,9 @@ def test_a_state_of_other_shapes_is_refused_and_nothing_is_loaded(options):
     small = SGDSaI([("a", nn.Parameter(torch.randn(4, 8)))], **options)
     train(small, 2)
     large = SGDSaI([("a", nn.Parameter(torch.randn(8, 8)))], **options)
-    with pytest.raises(ValueError, match=r"of parameter a has shape \(.*\), and the parameter has \(8, 8\).*fresh state"):
+    with pytest.raises(
+        ValueError, match=r"of parameter a has shape \(.*\), and the parameter has \(8, 8\).*fresh state"
+    ):
         large.load_state_dict(small.state_dict())
     assert not large.state
     train(large, 2)
