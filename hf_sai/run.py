@@ -28,7 +28,7 @@ from types import ModuleType, TracebackType
 from hf_sai.imports import when_imported
 from hf_sai.startup import following
 
-__all__ = ["main", "run_target"]
+__all__ = ["main", "run_target", "show_error"]
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
         parser.error(f"no script {options.target!r} in {os.getcwd()!r}; for a module write -m {options.target}")
 
     _follow(record=options.record)
-    sys.excepthook = _without_runner_frames
+    sys.excepthook = lambda kind, error, trace: show_error(error, trace)
     try:
         run_target(options.target, options.arguments, is_module=options.is_module)
     except SystemExit as end:
@@ -71,6 +71,7 @@ def run_target(target: str, arguments: Sequence[str], *, is_module: bool) -> Non
     """
     sys.argv = [target, *arguments]
     if is_module:
+        sys.path[0] = os.getcwd()
         runpy.run_module(target, run_name="__main__", alter_sys=True)
         return
     if os.path.isdir(target) or zipfile.is_zipfile(target):
@@ -92,6 +93,18 @@ def run_target(target: str, arguments: Sequence[str], *, is_module: bool) -> Non
         code = compile(file.read(), path, "exec")
     sys.modules["__main__"] = module
     exec(code, vars(module))
+
+
+def show_error(error: BaseException, traceback: TracebackType | None = None) -> None:
+    """Show an uncaught exception as Python does, from the script's first frame on."""
+    own = {__file__, sys.modules[__name__].__file__, runpy.__file__, "<frozen runpy>"}
+    first = traceback = traceback or error.__traceback__
+    while first is not None and first.tb_frame.f_code.co_filename not in own:
+        first = first.tb_next  # what called run_target
+    traceback = first or traceback
+    while traceback is not None and traceback.tb_frame.f_code.co_filename in own:
+        traceback = traceback.tb_next
+    sys.__excepthook__(type(error), error.with_traceback(traceback), traceback)
 
 
 def _follow(*, record: bool) -> None:
@@ -130,7 +143,7 @@ def _say_if_ours_was_not_used(arguments: Sequence[str]) -> None:
 
 def _end_as_python_does(interrupt: KeyboardInterrupt) -> None:
     """End by the signal that came, so that shells and launchers see an interruption (130 in a shell)."""
-    _without_runner_frames(type(interrupt), interrupt, interrupt.__traceback__)
+    show_error(interrupt)
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
@@ -141,14 +154,6 @@ def _end_as_python_does(interrupt: KeyboardInterrupt) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)
     sys.exit(130)
-
-
-def _without_runner_frames(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Show an uncaught exception as Python does, from the script's first frame on."""
-    own = {__file__, runpy.__file__, "<frozen runpy>"}
-    while traceback is not None and traceback.tb_frame.f_code.co_filename in own:
-        traceback = traceback.tb_next
-    sys.__excepthook__(kind, error.with_traceback(traceback), traceback)
 
 
 if __name__ == "__main__":

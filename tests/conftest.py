@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 #: Folders, files and tests that bear the marker ``longer``; a test may bear it in its own file, too.
 LONGER = (
     "cli/test_run.py",
-    "test_core_import.py::test_the_optimizer_works_where_transformers_peft_and_accelerate_cannot_be",
+    "test_core_import.py",
     "distributed",
     "docs/test_scaling.py",
     "groups/test_groups.py::test_grouping_needs_torch_alone",
@@ -38,7 +38,9 @@ LONGER = (
     "trainer/test_callbacks.py::test_the_record_and_a_plain_loop_need_no_transformers",
     "trainer/test_range_test.py",
     "trainer/test_registration.py::test_a_spawned_worker",
+    "trainer/test_registration.py::test_the_names_are_there_in_whatever_order",
     "trainer/test_registration.py::test_training_args_bin_loads",
+    "trainer/test_registration.py::test_transformers_that_has_changed",
 )
 _OURS = ("python", "accelerate", "torchrun", "hf-sai", "bash", "sh")
 _started: list[str] = []
