@@ -27,19 +27,20 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _never_ends_training(method: Method) -> Method:
-    """What fails in a method costs one warning and that method from then on: the record, never the training."""
+    """What fails in a method costs a warning, once, and a part of the record, never the training."""
 
     @functools.wraps(method)
     def guarded(self: RunRecorder, *args: Any, **kwargs: Any) -> Any:
-        if not self.active or method in self._failed:
+        if not self.active:
             return None
         try:
             return method(self, *args, **kwargs)
         except Exception as error:
-            self._failed.add(method)
-            kind = type(error).__name__
-            logger.warning("The run record is incomplete (%s: %s: %s). Training goes on.", method.__name__, kind, error)
+            words = (method.__name__, type(error).__name__, error)
+            level = logging.DEBUG if method in self._failed else logging.WARNING
+            logger.log(level, "The run record is incomplete (%s: %s: %s). Training goes on.", *words)
             logger.debug("Where it failed:", exc_info=True)
+            self._failed.add(method)
             return None
 
     return guarded  # type: ignore[return-value]
@@ -228,7 +229,6 @@ class RunRecorder:
             found["sai/overhead"] = self._spent / elapsed
         return found
 
-    @_never_ends_training
     def add(
         self,
         *,
@@ -238,12 +238,22 @@ class RunRecorder:
         data: Iterable[Mapping[str, Any]] = (),
     ) -> None:
         """Add final figures, generated samples (``title``, ``text``), pictures (``title``, ``file``), data sources."""
-        self.record.results.update(to_json(dict(results or {})))
+        self._add(results or {}, samples, images, data)
+        if self._optimizer is not None:
+            self.save()
+
+    @_never_ends_training
+    def _add(
+        self,
+        results: Mapping[str, Any],
+        samples: Iterable[Mapping[str, Any]] = (),
+        images: Iterable[Mapping[str, Any]] = (),
+        data: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
+        self.record.results.update(to_json(dict(results)))
         self.record.samples.extend(to_json(dict(sample)) for sample in samples)
         self.record.images.extend(to_json(dict(image)) for image in images)
         self.record.data.extend(to_json(dict(source)) for source in data)
-        if self._optimizer is not None:
-            self.save()
 
     @_never_ends_training
     def save(self, directory: str | Path | None = None) -> None:
@@ -263,7 +273,9 @@ class RunRecorder:
     def finish(self, results: Mapping[str, Any] | None = None) -> None:
         """Mark the run as finished, add its final figures, and write the record."""
         self.record.run["status"] = "finished"
-        self.add(results=results)
+        self._add(results or {})
+        if self._optimizer is not None:
+            self.save()
 
     @_never_ends_training
     def _describe(self, model: nn.Module, step: int, settings: Mapping[str, Any]) -> None:
@@ -295,8 +307,11 @@ class RunRecorder:
         record.results = {**old.results, **record.results}
         record.samples, record.images = old.samples + record.samples, old.images + record.images
         record.data = record.data or old.data
-        self._before = {key: float(old.timing.get(key) or 0.0) for key in self._before}
-        self._timed_steps = min(step, old.timing.get("steps", 0))
+        # A killed run may have timed steps that are about to be made again.
+        timed = old.timing.get("steps", 0)
+        self._timed_steps = min(step, timed)
+        kept_part = self._timed_steps / max(1, timed)
+        self._before = {key: kept_part * float(old.timing.get(key) or 0.0) for key in self._before}
 
     @_never_ends_training
     def _measure(self) -> None:

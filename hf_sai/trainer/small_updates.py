@@ -36,6 +36,13 @@ class _Watch:
         self._hook = optimizer.register_step_post_hook(self._after)
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
+        try:
+            self._judge(optimizer)
+        except Exception as error:  # advice never ends a training
+            self._hook.remove()
+            logger.debug("The size of the updates was not judged: %s", error)
+
+    def _judge(self, optimizer: Optimizer) -> None:
         rates = [(float(group["lr"]), float(group.get("initial_lr", group["lr"]))) for group in optimizer.param_groups]
         now, full = max(rates, default=(0.0, 0.0))
         self._steps += now > 0
