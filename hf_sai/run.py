@@ -97,7 +97,7 @@ def run_target(target: str, arguments: Sequence[str], *, is_module: bool) -> Non
 
 def show_error(error: BaseException, traceback: TracebackType | None = None) -> None:
     """Show an uncaught exception as Python does, from the script's first frame on."""
-    own = {__file__, sys.modules[__name__].__file__, runpy.__file__, "<frozen runpy>"}
+    own = {__file__, runpy.__file__, "<frozen runpy>"}
     first = traceback = traceback or error.__traceback__
     while first is not None and first.tb_frame.f_code.co_filename not in own:
         first = first.tb_next  # what called run_target

@@ -115,12 +115,12 @@ def test_a_wrong_target_is_a_clear_error(folder, arguments, message):
 
 
 def both_ways(folder, source, *arguments):
-    """The end of a script with and without the runner: exit status, standard output, last line of standard error."""
+    """The end of a script with and without the runner: exit status, standard output, standard error."""
     (folder / "same.py").write_text(textwrap.dedent(source))
     ends = []
     for runner in ([], ["-m", "hf_sai.run"]):
         done = launch(folder, sys.executable, *runner, "same.py", *arguments)
-        ends.append((done.returncode, done.stdout, done.stderr.splitlines()[-1:]))
+        ends.append((done.returncode, done.stdout, done.stderr))
     return ends
 
 
@@ -130,6 +130,7 @@ def both_ways(folder, source, *arguments):
         "raise KeyboardInterrupt",
         "import os, signal; print('x'); os.kill(os.getpid(), signal.SIGINT)",
         "import os, sys; os.chdir('/'); print(open(__file__).read(), __file__, sys.argv, __spec__, __name__)",
+        "def f():\n  try: 1/0\n  except Exception as e: raise ValueError('x') from e\nf()",
         "import atexit; X = 1; atexit.register(lambda: print('bye', X))",
         "import pickle, __main__\nclass A: pass\nprint(pickle.loads(pickle.dumps(A())).__class__, __main__.A is A)",
         "import sys; sys.exit('no data')",
