@@ -22,7 +22,8 @@ _lock = threading.Lock()
 def when_imported(module: str, call: Callable[[ModuleType], None]) -> None:
     """Call a function with a module as soon as somebody has imported it; at once if it is imported.
 
-    What the function raises is logged as a warning: an import of theirs never fails because of us.
+    What the function raises is logged as a warning: an import of theirs never fails because of us. A module whose
+    import fails is waited for again.
 
     Args:
         module: Its full name.
@@ -30,12 +31,20 @@ def when_imported(module: str, call: Callable[[ModuleType], None]) -> None:
     """
     with _lock:
         there = sys.modules.get(module)
-        if there is None or getattr(there.__spec__, "_initializing", False):
+        if there is None:
             _waiting.setdefault(module, []).append(call)
             if _FINDER not in sys.meta_path:
                 sys.meta_path.insert(0, _FINDER)
             return
-    _call(call, there)
+    if _is_initializing(there):
+        # Another thread is importing it, or this one is, and came here on the way: its spec says when that is over.
+        _TellingSpec.tell(there, lambda: when_imported(module, call))
+    else:
+        _call(call, there)
+
+
+def _is_initializing(module: ModuleType) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
 def _call(call: Callable[[ModuleType], None], module: ModuleType) -> None:
@@ -57,7 +66,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             if finder is not self and hasattr(finder, "find_spec"):
                 spec = finder.find_spec(fullname, path, target)
                 if spec is not None:
-                    if spec.loader is not None:
+                    if hasattr(spec.loader, "exec_module"):
                         spec.loader = _Loader(spec.loader)
                     return spec
         return None
@@ -84,6 +93,39 @@ class _Loader(importlib.abc.Loader):
             calls = _waiting.pop(module.__name__, [])
         for call in calls:
             _call(call, module)
+
+
+class _TellingSpec(importlib.machinery.ModuleSpec):
+    """The spec of a module whose import is under way, for as long as it is: calls when the import machinery is done."""
+
+    @classmethod
+    def tell(cls, module: ModuleType, call: Callable[[], None]) -> None:
+        spec = module.__spec__
+        assert spec is not None
+        with _lock:
+            over = not spec._initializing  # type: ignore[attr-defined]
+            if not over:
+                vars(spec).setdefault("_hf_sai_calls", []).append(call)
+                spec.__class__ = cls
+                if not _is_initializing(module):  # it ended in between, unnoticed
+                    vars(spec)["_hf_sai_calls"].remove(call)
+                    over = True
+        if over:
+            call()
+
+    @property
+    def _initializing(self) -> bool:
+        return bool(vars(self)["_initializing"])
+
+    @_initializing.setter
+    def _initializing(self, value: bool) -> None:
+        vars(self)["_initializing"] = value
+        if not value:
+            with _lock:
+                self.__class__ = importlib.machinery.ModuleSpec  # type: ignore[assignment]
+                calls = vars(self).pop("_hf_sai_calls", [])
+            for call in calls:
+                call()
 
 
 _FINDER = _Finder()

@@ -2,19 +2,33 @@
 
 Works wherever Python runs a module: ``torchrun ... -m hf_sai.run script.py ...``,
 ``accelerate launch ... -m hf_sai.run script.py ...``; and for modules: ``python -m hf_sai.run -m trl.scripts.sft ...``.
-The script sees its own ``sys.argv``, ``__main__``, import path, working directory, exit code and traceback.
+The script sees its own ``sys.argv``, ``__main__``, import path, working directory, exit code and traceback. Processes
+that it starts know the name, too. With ``--record`` before the script, every Trainer leaves a record.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
+import builtins
+import contextlib
+import importlib.machinery
+import io
 import os
 import runpy
+import shutil
+import signal
 import sys
+import tempfile
+import threading
+import zipfile
 from collections.abc import Sequence
-from types import TracebackType
+from types import ModuleType, TracebackType
 
-__all__ = ["main", "run_target"]
+from hf_sai.imports import when_imported
+from hf_sai.startup import following
+
+__all__ = ["main", "run_target", "show_error"]
 
 
 def main() -> None:
@@ -26,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m hf_sai.run", description="Run an unmodified script in which --optim sgd_sai is known."
     )
+    parser.add_argument("--record", action="store_true", help="every Trainer leaves run_record.json in its output_dir")
     parser.add_argument("-m", dest="is_module", action="store_true", help="the target is a module, as in python -m")
     parser.add_argument("target", help="path of a script, or the name of a module after -m")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="everything after the target is the script's own")
@@ -33,8 +48,17 @@ def main() -> None:
     if not options.is_module and not os.path.exists(options.target):
         parser.error(f"no script {options.target!r} in {os.getcwd()!r}; for a module write -m {options.target}")
 
-    sys.excepthook = _without_runner_frames
-    run_target(options.target, options.arguments, is_module=options.is_module)
+    _follow(record=options.record)
+    sys.excepthook = lambda kind, error, trace: show_error(error, trace)
+    try:
+        run_target(options.target, options.arguments, is_module=options.is_module)
+    except SystemExit as end:
+        if end.code in (None, 0):
+            _say_if_ours_was_not_used(options.arguments)
+        raise
+    except KeyboardInterrupt as interrupt:
+        _end_as_python_does(interrupt)
+    _say_if_ours_was_not_used(options.arguments)
 
 
 def run_target(target: str, arguments: Sequence[str], *, is_module: bool) -> None:
@@ -47,19 +71,89 @@ def run_target(target: str, arguments: Sequence[str], *, is_module: bool) -> Non
     """
     sys.argv = [target, *arguments]
     if is_module:
+        sys.path[0] = os.getcwd()
         runpy.run_module(target, run_name="__main__", alter_sys=True)
-    else:
-        # ``python -m`` put the working directory first on the import path; a script has its own folder there.
-        sys.path[0] = os.path.dirname(os.path.realpath(target))
+        return
+    if os.path.isdir(target) or zipfile.is_zipfile(target):
+        del sys.path[0]  # the target itself takes its place
         runpy.run_path(target, run_name="__main__")
+        return
+    # ``python -m`` put the working directory first on the import path; a script has its own folder there.
+    sys.path[0] = os.path.dirname(os.path.realpath(target))
+    if target.endswith(".pyc"):
+        runpy.run_path(target, run_name="__main__")
+        return
+    # As Python does it: an absolute __file__, for a script may go elsewhere, and sys.argv as it was given, neither of
+    # which runpy leaves so; and a module that is still there when threads and atexit's functions run.
+    path = os.path.abspath(target)
+    module = ModuleType("__main__")
+    loader = importlib.machinery.SourceFileLoader("__main__", path)
+    vars(module).update(__file__=path, __cached__=None, __loader__=loader, __builtins__=builtins)
+    with io.open_code(path) as file:
+        code = compile(file.read(), path, "exec")
+    sys.modules["__main__"] = module
+    exec(code, vars(module))
 
 
-def _without_runner_frames(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+def show_error(error: BaseException, traceback: TracebackType | None = None) -> None:
     """Show an uncaught exception as Python does, from the script's first frame on."""
     own = {__file__, runpy.__file__, "<frozen runpy>"}
+    first = traceback = traceback or error.__traceback__
+    while first is not None and first.tb_frame.f_code.co_filename not in own:
+        first = first.tb_next  # what called run_target
+    traceback = first or traceback
     while traceback is not None and traceback.tb_frame.f_code.co_filename in own:
         traceback = traceback.tb_next
-    sys.__excepthook__(kind, error.with_traceback(traceback), traceback)
+    sys.__excepthook__(type(error), error.with_traceback(traceback), traceback)
+
+
+def _follow(*, record: bool) -> None:
+    """Prepare this process and, by their environment, those that the script will start."""
+    if following.NOTES not in os.environ:
+        folder = os.environ[following.NOTES] = tempfile.mkdtemp(prefix="hf-sai-run-")
+        atexit.register(_remove, folder, os.getpid())
+    when_imported("torch.optim.optimizer", following.note_steps)
+    if record:
+        os.environ[following.RECORD] = "1"
+        when_imported("transformers.trainer", following.record_every_trainer)
+    startup = os.path.dirname(os.path.abspath(following.__file__))
+    path = os.environ.get("PYTHONPATH", "")
+    if startup not in path.split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [startup, path]))
+
+
+def _remove(folder: str, process: int) -> None:
+    if os.getpid() == process:  # not a fork of it
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _say_if_ours_was_not_used(arguments: Sequence[str]) -> None:
+    """One line at the end of a run that trained with other optimizers than the one that it was started for."""
+    others = following.stepped()
+    if following.OURS in others or os.environ.get("RANK", "0") != "0":
+        return
+    if not others and "sgd_sai" not in " ".join(arguments):
+        return  # such as --help
+    did = f"stepped {', '.join(sorted(others))}, and SGD-SaI was not among them" if others else "stepped no optimizer"
+    sys.stderr.write(
+        f"hf_sai.run: this run {did}. A Trainer script takes --optim sgd_sai; one that makes its optimizer itself, by "
+        "an option of its own, does not know the name.\n"
+    )
+
+
+def _end_as_python_does(interrupt: KeyboardInterrupt) -> None:
+    """End by the signal that came, so that shells and launchers see an interruption (130 in a shell)."""
+    show_error(interrupt)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+    sys.exit(130)
 
 
 if __name__ == "__main__":

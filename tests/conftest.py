@@ -38,7 +38,9 @@ LONGER = (
     "trainer/test_callbacks.py::test_the_record_and_a_plain_loop_need_no_transformers",
     "trainer/test_range_test.py",
     "trainer/test_registration.py::test_a_spawned_worker",
+    "trainer/test_registration.py::test_the_names_are_there_in_whatever_order",
     "trainer/test_registration.py::test_training_args_bin_loads",
+    "trainer/test_registration.py::test_transformers_that_has_changed",
 )
 _OURS = ("python", "accelerate", "torchrun", "hf-sai", "bash", "sh")
 _started: list[str] = []

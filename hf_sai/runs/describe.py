@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_sai.optim.rules import RULES
 from hf_sai.runs.environment import short_path, versions
 from hf_sai.runs.meters import group_names, state_bytes
 from hf_sai.runs.record import to_json
@@ -56,7 +57,8 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
 def describe_optimizer(optimizer: Any) -> dict[str, Any]:
     """Class, options, groups with their counts and rates, and the bytes of its state as they are now."""
     kind = type(optimizer)
-    groups, default = [], _number(optimizer.defaults.get("lr"))
+    options = _options_in_force(optimizer)
+    groups, base = [], _number(options.get("lr"))
     for name, group in zip(group_names(optimizer), optimizer.param_groups, strict=True):
         begun_at = _number(group.get("initial_lr", group.get("lr")))
         groups.append(
@@ -65,17 +67,45 @@ def describe_optimizer(optimizer: Any) -> dict[str, Any]:
                 "tensors": len(group["params"]),
                 "elements": sum(p.numel() for p in group["params"]),
                 "lr": begun_at,
-                "lr_ratio": begun_at / default if begun_at is not None and default else None,
+                "lr_ratio": begun_at / base if begun_at is not None and base else None,
                 "weight_decay": _number(group.get("weight_decay")),
             }
         )
     return {
         "name": kind.__name__,
         "class": f"{kind.__module__}.{kind.__qualname__}",
-        "options": to_json({key: value for key, value in optimizer.defaults.items() if key != "params"}),
+        "options": to_json(options),
         "groups": to_json(groups),
         "state_bytes": state_bytes(optimizer),
     }
+
+
+def _options_in_force(optimizer: Any) -> dict[str, Any]:
+    """What the groups say, which is what the optimizer goes by: a loaded state changes them and not the defaults.
+
+    Where groups differ it is the default if some group has it, else what most elements have; of the weight decay,
+    which is 0 on purpose for some, the largest.
+    """
+    options = {}
+    for key, default in optimizer.defaults.items():
+        values: list[tuple[int, Any]] = []
+        for group in optimizer.param_groups:
+            value = group.get("initial_lr", group.get("lr")) if key == "lr" else group.get(key, default)
+            values.append((sum(p.numel() for p in group["params"]), value))
+        if key == "params" or not values:
+            continue
+        if key == "weight_decay":
+            options[key] = max((value for _, value in values), default=default)
+        elif any(_same(value, default) for _, value in values):
+            options[key] = default
+        else:
+            options[key] = max(values, key=lambda pair: pair[0])[1]
+    return options
+
+
+def _same(one: Any, other: Any) -> bool:
+    numbers = all(hasattr(value, "item") or isinstance(value, (int, float)) for value in (one, other))
+    return float(one) == float(other) if numbers else bool(one == other)
 
 
 def optimizer_line(optimizer: Any, **more: Any) -> str:
@@ -145,22 +175,32 @@ def effective_rates(optimizer: Any) -> Iterator[tuple[str, float]]:
     if not hasattr(optimizer, "gsnr_report"):
         yield from ((f"sai/lr/{name}", _number(group["lr"]) or 0.0) for name, group in zip(names, groups, strict=True))
         return
-    rows = defaultdict(list)  # the report, not the parameters: DeepSpeed ZeRO keeps many of them in one flat tensor
-    for row in optimizer.gsnr_report():
-        rows[row.group].append((math.prod(row.shape), row.gsnr or 0.0))
-    mine = [rows[str(group.get("name", index))] for index, group in enumerate(groups)]
+    frozen = {
+        name
+        for group in groups
+        for name, p in zip(group.get("param_names", ()), group["params"], strict=False)
+        if not p.requires_grad
+    }
+    # The report, not the parameters: DeepSpeed ZeRO keeps many of them in one flat tensor.
+    rows = [row for row in optimizer.gsnr_report() if row.name not in frozen]
+    by_group = defaultdict(list)
+    for row in rows:
+        by_group[row.group].append(row)
+    mine = [by_group[str(group.get("name", index))] for index, group in enumerate(groups)]
     largest: dict[Any, float] = defaultdict(float)
-    for group, scales in zip(groups, mine, strict=True):
+    for group, own in zip(groups, mine, strict=True):
         key = group.get("normalize_over")
-        largest[key] = max([largest[key], *(scale for _, scale in scales)])
-    for name, group, scales in zip(names, groups, mine, strict=True):
-        if group.get("update", "published") != "published":  # the gradient's size is in the step no more
-            scales = [(elements, scale / math.sqrt(elements)) for elements, scale in scales]
+        largest[key] = max([largest[key], *(row.gsnr or 0.0 for row in own)])
+    for name, group, own in zip(names, groups, mine, strict=True):
+        rule = RULES[group["update"]]
+        scales = [
+            (math.prod(row.shape), rule.scale(row.gsnr, math.prod(row.shape)) if row.gsnr else 0.0) for row in own
+        ]
         mean = sum(map(math.prod, scales)) / max(1, sum(elements for elements, _ in scales))
-        if group.get("normalize"):
+        if group["normalize"]:
             mean /= largest[group.get("normalize_over")] or 1.0
         yield f"sai/lr/{name}", (_number(group["lr"]) or 0.0) * mean
-    yield "sai/unmeasured", float(sum(not scale for scales in rows.values() for _, scale in scales))
+    yield "sai/unmeasured", float(sum(not row.measured for row in rows))
 
 
 def _number(value: Any) -> float | None:

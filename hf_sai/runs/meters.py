@@ -115,37 +115,50 @@ class UpdateMeter:
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self._weights: dict[tuple[int, ...], Tensor] = {}
-        self._before: list[Tensor] = []
-        self._ratios: Tensor | None = None
+        self._before: list[list[Tensor]] = []
+        self._sums: Tensor | None = None
 
     @torch.no_grad()
     def before(self) -> None:
         """Call right before the optimizer's step."""
-        self._before = [self._sample(group["params"]) for group in self._optimizer.param_groups]
+        self._before = [
+            [self._sample(params) for params in _by_device(group["params"])] for group in self._optimizer.param_groups
+        ]
 
     @torch.no_grad()
     def after(self) -> None:
         """Call right after the step; does nothing without ``before``. The result stays on the device for now."""
-        if not self._before:
+        groups, before, self._before = self._optimizer.param_groups, self._before, []
+        if not before or len(before) != len(groups):  # groups were added in between
             return
-        ratios = []
-        for before, group in zip(self._before, self._optimizer.param_groups, strict=True):
-            weights = self._element_weights(group["params"], before.device)
-            moved = (self._sample(group["params"]) - before).square_().mul_(weights).sum()
-            ratios.append((moved / before.square().mul_(weights).sum()).sqrt())
-        self._before = []
-        self._ratios = torch.stack([ratio.to(ratios[0].device) for ratio in ratios])
+        sums: list[Tensor] = []
+        for samples, group in zip(before, groups, strict=True):
+            both = torch.zeros(2)
+            for old, params in zip(samples, _by_device(group["params"]), strict=True):
+                weights = self._element_weights(params, old.device)
+                moved = (self._sample(params) - old).square_().mul_(weights).sum()
+                both = both.to(old.device) + torch.stack([moved, old.square().mul_(weights).sum()])
+            sums.append(both)
+        self._sums = torch.stack([both.to(sums[0].device) for both in sums])
 
     def ratios(self) -> dict[str, float] | None:
         """Group name to ratio in the last measured step, once; None if none was measured since the last call.
 
         A group whose weights are all zero (LoRA's B at the start) has no ratio and is left out.
         """
-        if self._ratios is None:
+        if self._sums is None:
             return None
-        values, self._ratios = self._ratios.tolist(), None
+        values, self._sums = (self._sums[:, 0] / self._sums[:, 1]).sqrt().tolist(), None
         pairs = zip(group_names(self._optimizer), values, strict=True)
         return {name: value for name, value in pairs if math.isfinite(value)}
+
+    def whole_ratio(self) -> float | None:
+        """As ``ratios``, of all groups together; None also where all weights are zero."""
+        if self._sums is None:
+            return None
+        (moved, there), self._sums = self._sums.sum(0).tolist(), None
+        ratio = math.sqrt(moved / there) if there > 0 else math.inf
+        return ratio if math.isfinite(ratio) else None
 
     def _sample(self, params: Iterable[Tensor]) -> Tensor:
         views = [_local(p)[:: _stride(p)] for p in params if _local(p).numel()]
@@ -158,6 +171,13 @@ class UpdateMeter:
             parts = [torch.full((math.ceil(n / _stride_of(n)),), float(_stride_of(n))) for n in sizes if n]
             self._weights[sizes] = torch.cat(parts).to(device) if parts else torch.zeros(0)
         return self._weights[sizes]
+
+
+def _by_device(params: Iterable[Tensor]) -> list[list[Tensor]]:
+    found: dict[torch.device, list[Tensor]] = {}
+    for p in params:
+        found.setdefault(p.device, []).append(p)
+    return list(found.values())
 
 
 def _stride_of(elements: int) -> int:

@@ -157,6 +157,11 @@ class RunRecord:
                 has the wrong type.
         """
         path = _record_file(path)
+        if not path.exists():
+            raise ValueError(
+                f"cannot read {path}: No such file. A run leaves it while it trains: Trainer(..., "
+                "callbacks=[RunRecordCallback()]), or for any script python -m hf_sai.run --record script.py ..."
+            )
         text = read_text(path, MAX_RECORD_BYTES)
         try:
             content = json.loads(text)

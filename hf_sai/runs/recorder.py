@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +22,28 @@ from hf_sai.runs.record import RunRecord, to_json
 __all__ = ["RunRecorder"]
 
 logger = logging.getLogger(__name__)
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _never_ends_training(method: Method) -> Method:
+    """What fails in a method costs a warning, once, and a part of the record, never the training."""
+
+    @functools.wraps(method)
+    def guarded(self: RunRecorder, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return None
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            words = (method.__name__, type(error).__name__, error)
+            level = logging.DEBUG if method in self._failed else logging.WARNING
+            logger.log(level, "The run record is incomplete (%s: %s: %s). Training goes on.", *words)
+            logger.debug("Where it failed:", exc_info=True)
+            self._failed.add(method)
+            return None
+
+    return guarded  # type: ignore[return-value]
 
 
 class RunRecorder:
@@ -41,7 +64,8 @@ class RunRecorder:
         recorder.finish({"eval_loss": evaluate()})
 
     Every process may call it; only the main one measures and writes. After a resume call ``start`` with the step that
-    training goes on from. A disk that is full or read-only costs a warning, never the training.
+    training goes on from. A disk that is full or read-only, or a model that cannot be described, costs a warning, never
+    the training.
 
     Args:
         directory: Where ``run_record.json`` goes.
@@ -82,8 +106,10 @@ class RunRecorder:
         self._spent = self._save_cost = self._measure_cost = 0.0
         self._timed_steps = 0
         self._warned = False
+        self._failed: set[Callable[..., Any]] = set()
         self._before: dict[str, float] = {"step_seconds": 0.0, "optimizer_seconds": 0.0, "record_seconds": 0.0}
 
+    @_never_ends_training
     def start(
         self, model: nn.Module, optimizer: Any, *, step: int = 0, settings: Mapping[str, Any] | None = None
     ) -> None:
@@ -96,8 +122,6 @@ class RunRecorder:
                 up to that step stay, later ones are about to be made again.
             settings: Training arguments.
         """
-        if not self.active:
-            return
         if self._optimizer is not None and step == 0:  # trained again from the start
             self.record = RunRecord(data=self.record.data)
         self._model, self._optimizer = model, unwrap_optimizer(optimizer)
@@ -107,13 +131,7 @@ class RunRecorder:
         self._spent, self._timed_steps = 0.0, 0
         if step > 0:
             self._continue(step)
-        now, record = _now(), self.record
-        record.run = {"name": self._name, "created": now, "sessions": [], **record.run}
-        record.run.update(status="running", steps=step, card=self._card)
-        record.run["sessions"].append({"command": command_line(), "started": now, "from_step": step})
-        record.versions, record.hardware = versions(), hardware()
-        record.settings = _short(to_json(dict(settings or {})))
-        record.model = describe_model(model)
+        self._describe(model, step, settings or {})
         self.save()
         self._spent = 0.0  # what it takes to begin is no cost of a step
 
@@ -131,30 +149,30 @@ class RunRecorder:
         yield
         self.update_ends()
 
+    @_never_ends_training
     def step_begins(self) -> None:
         """As ``step()``, where a loop offers events instead of a block."""
-        if self.active:
-            self._step_watch.start()
+        self._step_watch.start()
 
-    def step_ends(self) -> None:
-        """The end of ``step_begins``."""
-        if self.active:
-            self._step_watch.stop()
-            self._timed_steps += 1
+    @_never_ends_training
+    def step_ends(self, step: int | None = None) -> None:
+        """The end of ``step_begins``; ``step`` is the number of steps done, where nobody logs it."""
+        self._step_watch.stop()
+        self._timed_steps += 1
+        if step is not None:
+            self.record.run["steps"] = max(step, self.record.run.get("steps", 0))
 
+    @_never_ends_training
     def update_begins(self, *, measure: bool = False) -> None:
         """As ``update()``."""
-        if not self.active:
-            return
         if measure and self._affordable(self._measure_cost):
             with self._spending():
                 self._meter.before()
         self._update_watch.start()
 
+    @_never_ends_training
     def update_ends(self) -> None:
         """The end of ``update_begins``."""
-        if not self.active:
-            return
         self._update_watch.stop()
         with self._spending() as spent:
             self._meter.after()
@@ -176,10 +194,9 @@ class RunRecorder:
         self.append(step, entry)
         return entry
 
+    @_never_ends_training
     def append(self, step: int, values: Mapping[str, Any]) -> None:
         """Add an entry to the history as it is, and write the record if the budget allows."""
-        if not self.active:
-            return
         with self._spending():
             self.record.history.append({**to_json(dict(values)), "step": step})
         if self._optimizer is not None:
@@ -197,8 +214,10 @@ class RunRecorder:
             ``sai/overhead``: the part of the step time so far that the optimizer and this recorder took. For other
             optimizers the rate is the group's and nothing is unmeasured.
         """
-        if not self.active or self._optimizer is None:
-            return {}
+        return (self._scalars() if self._optimizer is not None else None) or {}
+
+    @_never_ends_training
+    def _scalars(self) -> dict[str, float]:
         with self._spending():
             found = dict(effective_rates(self._optimizer))
             ratios = self._meter.ratios() or {}
@@ -219,18 +238,26 @@ class RunRecorder:
         data: Iterable[Mapping[str, Any]] = (),
     ) -> None:
         """Add final figures, generated samples (``title``, ``text``), pictures (``title``, ``file``), data sources."""
-        if self.active:
-            self.record.results.update(to_json(dict(results or {})))
-            self.record.samples.extend(to_json(dict(sample)) for sample in samples)
-            self.record.images.extend(to_json(dict(image)) for image in images)
-            self.record.data.extend(to_json(dict(source)) for source in data)
-            if self._optimizer is not None:
-                self.save()
+        self._add(results or {}, samples, images, data)
+        if self._optimizer is not None:
+            self.save()
 
+    @_never_ends_training
+    def _add(
+        self,
+        results: Mapping[str, Any],
+        samples: Iterable[Mapping[str, Any]] = (),
+        images: Iterable[Mapping[str, Any]] = (),
+        data: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
+        self.record.results.update(to_json(dict(results)))
+        self.record.samples.extend(to_json(dict(sample)) for sample in samples)
+        self.record.images.extend(to_json(dict(image)) for image in images)
+        self.record.data.extend(to_json(dict(source)) for source in data)
+
+    @_never_ends_training
     def save(self, directory: str | Path | None = None) -> None:
         """Write the record now, into ``directory`` or the run's own."""
-        if not self.active:
-            return
         with self._spending() as spent:
             self._measure()
             self.record.run["updated"] = _now()
@@ -242,11 +269,24 @@ class RunRecorder:
                 self._warned = True
         self._save_cost = spent[0]
 
+    @_never_ends_training
     def finish(self, results: Mapping[str, Any] | None = None) -> None:
         """Mark the run as finished, add its final figures, and write the record."""
-        if self.active:
-            self.record.run["status"] = "finished"
-            self.add(results=results)
+        self.record.run["status"] = "finished"
+        self._add(results or {})
+        if self._optimizer is not None:
+            self.save()
+
+    @_never_ends_training
+    def _describe(self, model: nn.Module, step: int, settings: Mapping[str, Any]) -> None:
+        """What is known before the first step."""
+        now, record = _now(), self.record
+        record.run = {"name": self._name, "created": now, "sessions": [], **record.run}
+        record.run.update(status="running", steps=step, card=self._card)
+        record.run["sessions"].append({"command": command_line(), "started": now, "from_step": step})
+        record.versions, record.hardware = versions(), hardware()
+        record.model = describe_model(model)
+        record.settings = _short(to_json(dict(settings)))
 
     def _continue(self, step: int) -> None:
         """Take over the record of an earlier session up to ``step``."""
@@ -267,9 +307,13 @@ class RunRecorder:
         record.results = {**old.results, **record.results}
         record.samples, record.images = old.samples + record.samples, old.images + record.images
         record.data = record.data or old.data
-        self._before = {key: float(old.timing.get(key) or 0.0) for key in self._before}
-        self._timed_steps = old.timing.get("steps", 0)
+        # A killed run may have timed steps that are about to be made again.
+        timed = old.timing.get("steps", 0)
+        self._timed_steps = min(step, timed)
+        kept_part = self._timed_steps / max(1, timed)
+        self._before = {key: kept_part * float(old.timing.get(key) or 0.0) for key in self._before}
 
+    @_never_ends_training
     def _measure(self) -> None:
         """Bring everything up to date that is read from the optimizer and the watches."""
         if self._optimizer is None:

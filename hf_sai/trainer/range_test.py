@@ -17,6 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_sai.trainer.building import without_advice
+
 __all__ = ["RangeTest", "range_test"]
 
 #: Weight of the past in the smoothed loss.
@@ -27,6 +29,8 @@ DIVERGED_AT = 1.5
 SAFETY = 3.0
 #: A smoothed loss that has not fallen by this part of the loss at the start says nothing.
 LEAST_FALL = 0.01
+#: Of what the smoothed loss has fallen, it must rise again by this part before there is a suggestion.
+RISEN_AGAIN = 0.5
 #: So many losses make the loss at the start.
 START_STEPS = 5
 
@@ -74,16 +78,28 @@ class RangeTest:
         return not last <= DIVERGED_AT * self.start  # also NaN
 
     @property
-    def suggestion(self) -> float | None:
-        """A learning rate to start from: a third of the one with the smallest smoothed loss; None if it never fell.
+    def fell(self) -> bool:
+        """Whether the smoothed loss went below where it started, by enough to say something."""
+        return self._smallest[0] < (1 - LEAST_FALL) * self.start
 
-        The first five steps are left out: one easy batch there would pass for the smallest loss.
+    @property
+    def suggestion(self) -> float | None:
+        """A learning rate to start from: a third of the one with the smallest smoothed loss.
+
+        None if the loss never fell, or if it has not risen again by the last rate: then the test has not come to what
+        is too large, and where its smallest loss happens to lie says nothing.
         """
-        finite = [(loss, index) for index, loss in enumerate(self.smoothed) if math.isfinite(loss)]
-        loss, index = min(finite[START_STEPS:], default=(math.inf, 0))
-        if not loss < (1 - LEAST_FALL) * self.start:
+        smallest, index = self._smallest
+        last = self.smoothed[-1]
+        if not self.fell or last < smallest + RISEN_AGAIN * (self.start - smallest):  # NaN has risen
             return None
         return self.learning_rates[index] / SAFETY
+
+    @property
+    def _smallest(self) -> tuple[float, int]:
+        """The smallest smoothed loss and its step, without the first five: one easy batch there would pass for it."""
+        finite = [(loss, index) for index, loss in enumerate(self.smoothed) if math.isfinite(loss)]
+        return min(finite[START_STEPS:], default=(math.inf, 0))
 
 
 def range_test(
@@ -123,7 +139,11 @@ def range_test(
             "a range test cannot put the weights of a sharded model back; run it without FSDP and DeepSpeed."
         )
     rates = [smallest * (largest / smallest) ** (step / (steps - 1)) for step in range(steps)]
-    with tqdm(total=steps, desc="learning rates", unit="step", disable=not progress) as bar, _put_back(trainer):
+    with (
+        tqdm(total=steps, desc="learning rates", unit="step", disable=not progress) as bar,
+        _put_back(trainer),
+        without_advice(),
+    ):
         tester = _Tester(rates, bar)
         _prepare(trainer, tester, rates)
         trainer.train()

@@ -1,5 +1,6 @@
 """``python -m hf_sai.run``: unmodified scripts and modules, under python, torchrun and accelerate launch."""
 
+import json
 import os
 import subprocess
 import sys
@@ -44,14 +45,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def launch(folder, *command):
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+def launch(folder, *command, **more):
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **more}
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
 
 
 def read(folder, rank=0):
-    import json
-
     return json.loads((folder / f"out.{rank}.json").read_text())
 
 
@@ -64,7 +63,7 @@ def test_a_script_sees_its_own_arguments_main_and_working_directory(folder):
     seen = read(folder)
     assert seen["argv"] == ["scripts/script.py", *OPTIONS, "-m"]
     assert seen["name"] == "__main__"
-    assert seen["main"] == "scripts/script.py"
+    assert seen["main"] == str(folder.resolve() / "scripts" / "script.py")
     assert seen["cwd"] == str(folder.resolve())
     assert seen["optim"] == "sgd_sai"
 
@@ -82,7 +81,7 @@ def test_the_traceback_is_the_scripts_own(folder):
     assert done.returncode == 1
     assert done.stderr.rstrip().endswith("RuntimeError: as the script says")
     traceback = done.stderr[done.stderr.index("Traceback") :]
-    assert 'File "scripts/script.py", line' in traceback
+    assert f'File "{folder.resolve()}/scripts/script.py", line' in traceback
     assert "hf_sai" not in traceback
     assert "runpy" not in traceback
 
@@ -110,3 +109,126 @@ def test_a_wrong_target_is_a_clear_error(folder, arguments, message):
     done = launch(folder, sys.executable, "-m", "hf_sai.run", *arguments)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+# --- what a script under the runner is like
+
+
+def both_ways(folder, source, *arguments):
+    """The end of a script with and without the runner: exit status, standard output, standard error."""
+    (folder / "same.py").write_text(textwrap.dedent(source))
+    ends = []
+    for runner in ([], ["-m", "hf_sai.run"]):
+        done = launch(folder, sys.executable, *runner, "same.py", *arguments)
+        ends.append((done.returncode, done.stdout, done.stderr))
+    return ends
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "raise KeyboardInterrupt",
+        "import os, signal; print('x'); os.kill(os.getpid(), signal.SIGINT)",
+        "import os, sys; os.chdir('/'); print(open(__file__).read(), __file__, sys.argv, __spec__, __name__)",
+        "def f():\n  try: 1/0\n  except Exception as e: raise ValueError('x') from e\nf()",
+        "import atexit; X = 1; atexit.register(lambda: print('bye', X))",
+        "import pickle, __main__\nclass A: pass\nprint(pickle.loads(pickle.dumps(A())).__class__, __main__.A is A)",
+        "import sys; sys.exit('no data')",
+        "def f(:\n  pass",
+    ],
+)
+def test_a_script_ends_as_it_does_without_the_runner(folder, source):
+    plain, under_runner = both_ways(folder, source)
+    assert plain == under_runner
+
+
+TRAINS = """
+    import sys
+    import torch.multiprocessing
+
+    def train(rank, optim, context):
+        from small import plain_trainer
+        trainer = plain_trainer(f"out-{context}", optim=optim, max_steps=2)
+        trainer.train()
+        print(context, type(trainer.optimizer.optimizer).__name__, flush=True)
+
+    if __name__ == "__main__":
+        for context in sys.argv[2:]:
+            if context == "here":
+                train(0, sys.argv[1], context)
+            else:
+                torch.multiprocessing.start_processes(train, (sys.argv[1], context), nprocs=1, start_method=context)
+"""
+
+
+@pytest.fixture
+def trains(folder):
+    (folder / "trains.py").write_text(textwrap.dedent(TRAINS))
+    (folder / "small.py").write_text(SMALL)
+    return folder
+
+
+SMALL = """
+import torch
+from transformers import Trainer, TrainingArguments
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 1)
+
+    def forward(self, x, labels):
+        return {"loss": (self.linear(x).squeeze(-1) - labels).square().mean()}
+
+def plain_trainer(folder, **options):
+    options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", **options}
+    rows = [{"x": x, "labels": x.sum()} for x in torch.randn(16, 4)]
+    return Trainer(Model(), TrainingArguments(folder, learning_rate=0.01, **options), train_dataset=rows)
+"""
+
+
+def test_workers_of_every_kind_know_the_name(trains):
+    done = launch(trains, sys.executable, "-m", "hf_sai.run", "trains.py", "sgd_sai", "here", "spawn", "forkserver")
+    assert done.returncode == 0, done.stderr
+    words = [line for line in done.stdout.splitlines() if line.endswith("SGDSaI")]
+    assert words == ["here SGDSaI", "spawn SGDSaI", "forkserver SGDSaI"]
+    assert "hf_sai.run:" not in done.stderr
+
+
+def test_a_program_that_a_script_starts_knows_the_name_and_its_own_sitecustomize_runs(trains):
+    (trains / "theirs").mkdir()
+    (trains / "theirs" / "sitecustomize.py").write_text("import os; os.environ['THEIRS'] = 'yes'")
+    (trains / "starter.py").write_text(
+        "import os, subprocess, sys\n"
+        'code = \'import os, sys; print(os.environ.get("THEIRS"), any("startup" in p for p in sys.path))\'\n'
+        "subprocess.run([sys.executable, '-c', code], check=True)\n"
+        "subprocess.run([sys.executable, 'trains.py', *sys.argv[1:]], check=True)\n"
+    )
+    path = os.pathsep.join([str(trains / "theirs"), os.environ.get("PYTHONPATH", "")])
+    done = launch(trains, sys.executable, "-m", "hf_sai.run", "starter.py", "sgd_sai", "here", PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert "yes False" in done.stdout
+    assert "here SGDSaI" in done.stdout
+
+
+def test_a_run_without_our_optimizer_says_so_in_one_line(trains):
+    done = launch(trains, sys.executable, "-m", "hf_sai.run", "trains.py", "adamw_torch", "here", "spawn")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("hf_sai.run:")]
+    assert "this run stepped AdamW, and SGD-SaI was not among them" in line
+    done = launch(trains, sys.executable, "-m", "hf_sai.run", "trains.py", "sgd_sai")
+    assert "this run stepped no optimizer" in done.stderr
+
+
+def test_a_run_that_steps_nothing_and_was_not_asked_to_says_nothing(folder):
+    done = launch(folder, sys.executable, "-m", "hf_sai.run", "scripts/script.py", "--help")
+    assert "hf_sai.run:" not in done.stderr
+
+
+def test_record_leaves_a_record_of_a_script_that_is_not_edited(trains):
+    done = launch(trains, sys.executable, "-m", "hf_sai.run", "--record", "trains.py", "sgd_sai", "here", "spawn")
+    assert done.returncode == 0, done.stderr
+    for context in ("here", "spawn"):
+        record = json.loads((trains / f"out-{context}" / "run_record.json").read_text())
+        assert record["run"]["status"] == "finished"
+        assert record["optimizer"]["name"] == "SGDSaI"

@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from test_callbacks import tiny_gpt2, trainer_for
 from test_plots import make_record
+from trainer_cases import tiny_gpt2, trainer_for
 from transformers import PreTrainedTokenizerFast
 
 from hf_sai.cli.main import main

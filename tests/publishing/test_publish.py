@@ -13,7 +13,7 @@ import pytest
 import torch
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants, snapshot_download
-from test_callbacks import arguments, tiny_gpt2
+from trainer_cases import arguments, tiny_gpt2
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_sai.cli.main import main
@@ -342,7 +342,7 @@ def test_a_lost_connection_during_training_costs_a_warning_and_the_end_publishes
 WHOLE_WAY = """
 import sys
 from transformers import AutoModelForCausalLM, Trainer
-from test_callbacks import arguments, tiny_gpt2
+from trainer_cases import arguments, tiny_gpt2
 from hf_sai.cli.main import main
 
 assert main(["publish", sys.argv[1], "counting", "--yes"]) == 0

@@ -138,8 +138,8 @@ def test_a_resumed_run_keeps_its_history_up_to_the_checkpoint(tmp_path):
     assert record.run["created"] == first.run["created"]
     assert record.data == first.data
     assert [session["from_step"] for session in record.run["sessions"]] == [0, 2]
-    assert record.timing["step_seconds"] > first.timing["step_seconds"]
-    assert record.timing["steps"] == 7
+    assert record.timing["step_seconds"] > 0.5 * first.timing["step_seconds"]  # two of its four steps remain
+    assert record.timing["steps"] == record.run["steps"] == 5
 
 
 def test_a_new_run_in_the_same_process_starts_a_new_history(tmp_path):

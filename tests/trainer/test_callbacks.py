@@ -7,45 +7,16 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from trainer_cases import ROWS, arguments, plain_trainer, tiny_gpt2, trainer_for
+from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import hf_sai
-from hf_sai.runs.describe import optimizer_line
+from hf_sai.runs import meters
+from hf_sai.runs import recorder as recorder_module
+from hf_sai.runs.describe import effective_rates, optimizer_line
 from hf_sai.runs.record import RECORD_FILE, RunRecord
 from hf_sai.runs.recorder import RunRecorder
 from hf_sai.trainer.callbacks import RunRecordCallback
-
-ROWS = [{"input_ids": [1, 2, 3, 4, 5, 6, 7, i % 9], "labels": [1, 2, 3, 4, 5, 6, 7, i % 9]} for i in range(64)]
-
-
-def tiny_gpt2():
-    torch.manual_seed(0)
-    ids = {"bos_token_id": 0, "eos_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=16, n_positions=64, **ids))
-
-
-def arguments(folder, **more):
-    options = {
-        "optim": "sgd_sai",
-        "learning_rate": 1e-2,
-        "weight_decay": 0.1,
-        "max_steps": 6,
-        "logging_steps": 2,
-        "per_device_train_batch_size": 4,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-    return TrainingArguments(str(folder), **{**options, **more})
-
-
-def trainer_for(folder, callback=None, model=None, **more):
-    callbacks = [callback or RunRecordCallback(budget=1.0, data=[{"name": "counting", "license": "cc0-1.0"}])]
-    return Trainer(
-        model or tiny_gpt2(), arguments(folder, **more), train_dataset=ROWS, eval_dataset=ROWS[:8], callbacks=callbacks
-    )
 
 
 def test_one_line_leaves_a_record_beside_the_model(tmp_path):
@@ -233,6 +204,134 @@ def test_an_accelerate_loop_without_trainer_writes_the_same_record(tmp_path):
     assert record.run["status"] == "finished"
     elements = sum(p.numel() for p in model.parameters())
     assert record.state_bytes == 4 * elements + 8 * len(record.gsnr["parameters"])
+
+
+# --- a recorder never ends a training, and tells what was in force
+
+
+def test_a_callback_that_is_added_to_a_trainer_later_records_as_well(tmp_path):
+    trainer = plain_trainer(tmp_path)
+    trainer.add_callback(RunRecordCallback)
+    trainer.train()
+    record = RunRecord.load(tmp_path)
+    assert record.run["status"] == "finished"
+    assert [step for step, _ in record.curve("loss")] == [2, 4, 6]
+
+
+def test_scalars_of_a_callback_that_is_not_ours_are_none_of_our_business(tmp_path):
+    class Theirs(TrainerCallback):
+        scalars = None
+
+    trainer = trainer_for(tmp_path)
+    trainer.add_callback(Theirs())
+    trainer.train()
+    assert RunRecord.load(tmp_path).run["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    "broken", ["describe_model", "describe_gsnr", "versions", "short_path", "effective_rates", "meter", "to_json"]
+)
+def test_what_fails_in_the_recorder_costs_a_warning_and_no_training(tmp_path, monkeypatch, caplog, broken):
+    def fail(*args, **kwargs):
+        raise RuntimeError("nobody thought of this")
+
+    target = recorder_module.UpdateMeter if broken == "meter" else recorder_module
+    trainer = trainer_for(tmp_path)
+    monkeypatch.setattr(target, "before" if broken == "meter" else broken, fail)
+    trainer.train()
+    assert trainer.state.global_step == 6
+    warnings = [r.message for r in caplog.records if "The run record is incomplete" in r.message]
+    assert len(set(warnings)) == len(warnings) == (3 if broken == "to_json" else 1)
+    assert "RuntimeError: nobody thought of this" in warnings[0]
+    record = RunRecord.load(tmp_path)
+    assert record.run["status"] == "finished"
+    if broken != "to_json":
+        assert [step for step, _ in record.curve("loss")] == [2, 4, 6]
+
+
+def test_a_home_that_does_not_exist_ends_no_training(tmp_path, monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", nobody)
+    trainer_for(tmp_path).train()
+    assert RunRecord.load(tmp_path).run["status"] == "finished"
+
+
+@pytest.mark.parametrize("options", [{"logging_strategy": "no"}, {"logging_steps": 1000}])
+def test_without_logging_the_record_is_still_of_the_whole_run(tmp_path, options):
+    trainer_for(tmp_path, **options).train()
+    record = RunRecord.load(tmp_path)
+    assert record.run["status"] == "finished"
+    assert record.run["steps"] == record.timing["steps"] == 6
+
+
+def test_a_group_on_two_devices_is_measured():
+    from hf_sai.runs.meters import UpdateMeter
+
+    here, there = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4, device="meta"))
+    meter = UpdateMeter(torch.optim.SGD([{"params": [here]}], lr=0.1))
+    meter._optimizer.param_groups[0]["params"] = [here, torch.nn.Parameter(torch.ones(2))]
+    assert len(meters._by_device([here, there, here])) == 2
+    meter.before()
+    with torch.no_grad():
+        here.add_(0.5)
+    meter.after()
+    assert meter.whole_ratio() == pytest.approx((4 * 0.25 / 6) ** 0.5)
+
+
+def test_every_trial_of_a_search_has_its_own_record(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.hp_params", dict)
+    trainer = Trainer(
+        None, arguments(tmp_path), train_dataset=ROWS, callbacks=[RunRecordCallback(budget=1.0)],
+        model_init=lambda trial: tiny_gpt2(),
+    )  # fmt: skip
+    for rate in (1e-2, 2e-2):
+        trainer.args.learning_rate = rate
+        trainer.train(trial={"learning_rate": rate})
+    records = [RunRecord.load(tmp_path / f"run-{number}") for number in (0, 1)]
+    assert [record.optimizer["options"]["lr"] for record in records] == [1e-2, 2e-2]
+    assert [record.run["status"] for record in records] == ["finished"] * 2
+
+
+def test_the_batch_size_that_auto_find_came_to_is_recorded(tmp_path):
+    class OutOfMemoryAbove2(Trainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            if len(inputs["input_ids"]) > 2:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    callback = RunRecordCallback(budget=1.0)
+    trainer = plain_trainer(tmp_path, cls=OutOfMemoryAbove2, callbacks=[callback], auto_find_batch_size=True)
+    trainer.train()
+    record = RunRecord.load(tmp_path)
+    assert record.settings["per_device_train_batch_size"] == trainer.state.train_batch_size <= 2
+    assert [step for step, _ in record.curve("loss")] == [2, 4, 6]
+
+
+def test_options_that_a_loaded_state_overrules_are_recorded_as_they_are_in_force(tmp_path, caplog):
+    trainer_for(tmp_path / "a", save_strategy="steps", save_steps=4, max_steps=4, optim_args="momentum=0.8").train()
+    resumed = trainer_for(tmp_path / "b", optim_args="momentum=0.5", learning_rate=2e-2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    options = RunRecord.load(tmp_path / "b").optimizer["options"]
+    assert (options["momentum"], options["lr"], options["weight_decay"]) == (0.8, 1e-2, 0.1)
+    assert "momentum=0.8 (asked for: 0.5)" in caplog.text
+    assert "momentum=0.8" in optimizer_line(resumed.optimizer.optimizer)
+
+
+def test_a_missing_record_is_refused_with_the_ways_to_one(tmp_path):
+    with pytest.raises(ValueError, match=r"run_record.json: No such.*RunRecordCallback.*hf_sai.run --record"):
+        RunRecord.load(tmp_path)
+
+
+def test_frozen_parameters_do_not_count_as_unmeasured():
+    model = tiny_gpt2()
+    for name, p in model.named_parameters():
+        p.requires_grad_("ln_" in name)
+    optimizer = hf_sai.SGDSaI(model.named_parameters(), lr=1e-2)
+    model(input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long)).loss.backward()
+    optimizer.step()
+    assert dict(effective_rates(optimizer))["sai/unmeasured"] == 0.0
 
 
 def test_the_callback_alone_says_what_it_needs():

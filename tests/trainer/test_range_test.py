@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import subprocess
 import sys
 
 import numpy
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_sai import SGDSaI
+from hf_sai.cli import lr_find
 from hf_sai.cli.main import main
 from hf_sai.trainer.range_plot import plot_range_test
 from hf_sai.trainer.range_test import RangeTest, range_test
@@ -215,10 +217,20 @@ def test_suggestion_is_a_third_of_the_rate_with_the_smallest_smoothed_loss():
 
 
 def test_an_easy_first_batch_is_not_taken_for_the_smallest_loss():
-    losses = (0.1, 4.0, 4.0, 4.0, 4.0, 4.0, 3.0, 2.0, 1.0, 1.0)
-    test = RangeTest(tuple(10.0**power for power in range(-6, 4)), losses)
+    losses = (0.1, 4.0, 4.0, 4.0, 4.0, 4.0, 3.0, 2.0, 1.0, 1.0, 9.0)
+    test = RangeTest(tuple(10.0**power for power in range(-6, 5)), losses)
     assert min(test.smoothed) == test.smoothed[0]
     assert test.suggestion == pytest.approx(10.0 ** (3) / 3)
+
+
+def test_there_is_no_suggestion_where_the_loss_falls_and_stays_low():
+    rates = tuple(10.0**power for power in range(-6, 6))
+    still_falling = RangeTest(rates, (4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0))
+    flat = RangeTest(rates, (4.0, 4.0, 4.0, 4.0, 4.0, 3.0, 1.0, 1.0, 1.0, 1.1, 1.0, 1.2))
+    assert still_falling.fell
+    assert flat.fell
+    assert still_falling.suggestion is None
+    assert flat.suggestion is None
 
 
 def test_there_is_no_suggestion_where_the_loss_never_fell():
@@ -257,12 +269,33 @@ def script(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["hf-sai"])
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     return str(path)
 
 
-def test_command_tests_an_unmodified_script_in_the_place_of_its_training(script, tmp_path, capsys):
-    own = ["--optim", "sgd_sai", "--output_dir", "run", "--use_cpu", "true", "--report_to", "none"]
-    assert main(["lr-find", "--steps", "40", "--smallest", "1e-4", "--out", "found", script, *own]) == 0
+class EndedError(BaseException):
+    """In the place of the end of the process."""
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    statuses = []
+
+    def end(status):
+        statuses.append(status)
+        raise EndedError
+
+    monkeypatch.setattr(lr_find, "_end", end)
+    return statuses
+
+
+OWN = ["--optim", "sgd_sai", "--output_dir", "run", "--use_cpu", "true", "--report_to", "none"]
+
+
+def test_command_tests_an_unmodified_script_in_the_place_of_its_training(script, tmp_path, capsys, ended, caplog):
+    with pytest.raises(EndedError):
+        main(["lr-find", "--steps", "40", "--smallest", "1e-4", "--out", "found", script, *OWN])
+    assert ended == [0]
     output = capsys.readouterr().out
     numbers = json.loads((tmp_path / "found" / "lr_find.json").read_text())
     assert f"try --learning_rate {numbers['suggestion']:.1e}, then a third and three times that" in output
@@ -271,9 +304,75 @@ def test_command_tests_an_unmodified_script_in_the_place_of_its_training(script,
         assert str(tmp_path / "found" / name) in output
         assert (tmp_path / "found" / name).read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "trained").exists()
-    assert not list((tmp_path / "run").glob("*"))
+    assert not (tmp_path / "run").exists()
+    assert "learning_rate is 5e-05, the default" not in caplog.text
     assert Trainer.train.__name__ == "train"
     assert Trainer.train.__module__.startswith("transformers")
+
+
+SAVES = """
+import atexit, contextlib
+@contextlib.contextmanager
+def saving():
+    try:
+        yield
+    finally:
+        trainer.save_model()
+atexit.register(lambda: Path("run/atexit").touch())
+with saving():
+    try:
+        trainer.train()
+    finally:
+        trainer.save_model()
+"""
+
+
+def test_nothing_that_a_script_does_after_its_training_is_done_with_the_untrained_model(script, tmp_path):
+    (tmp_path / "saves.py").write_text(SCRIPT.replace("trainer.train()", SAVES))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.safetensors").write_text("the trained one")
+    command = [sys.executable, "-m", "hf_sai.cli", "lr-find", "--steps", "12", "-m", "saves", *OWN]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "run" / "model.safetensors").read_text() == "the trained one"
+    assert "12 steps, learning rate 1e-05" in done.stdout
+
+
+def test_a_module_of_the_working_directory_is_found_by_the_installed_command(script, tmp_path, ended, monkeypatch):
+    monkeypatch.setattr(sys, "path", ["/nowhere/bin", *sys.path[1:]])
+    with pytest.raises(EndedError):
+        main(["lr-find", "--steps", "10", "-m", "train", *OWN])
+    assert ended == [0]
+
+
+def test_only_the_main_process_says_and_saves(script, tmp_path, ended, monkeypatch, capsys):
+    monkeypatch.setattr(Trainer, "is_world_process_zero", lambda self: False)
+    with pytest.raises(EndedError):
+        main(["lr-find", "--steps", "10", "--out", "found", script, *OWN])
+    assert ended == [0]
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "found").exists()
+
+
+@pytest.mark.parametrize("place", ["trainer =", "x.sum()}"])
+def test_a_fault_of_the_script_is_shown_with_file_and_line(script, tmp_path, capsys, ended, place):
+    faulty = {"trainer =": SCRIPT.replace("trainer =", "int('no number')\ntrainer ="),
+              "x.sum()}": SCRIPT.replace("return {", "int('no number'); return {")}[place]  # fmt: skip
+    (tmp_path / "faulty.py").write_text(faulty)
+    with pytest.raises((SystemExit, EndedError)) as end:
+        main(["lr-find", "--steps", "10", "faulty.py", *OWN])
+    assert ended == [1] or end.value.code == 1
+    shown = capsys.readouterr().err
+    assert f'File "{tmp_path}/faulty.py", line' in shown
+    assert shown.rstrip().endswith("ValueError: invalid literal for int() with base 10: 'no number'")
+    assert "Traceback" in shown
+
+
+def test_losses_that_are_not_finite_are_null_in_the_file(tmp_path):
+    test = RangeTest((1e-3, 1e-2, 1e-1), (2.0, math.nan, math.inf))
+    lr_find._save(test, tmp_path)
+    assert json.loads((tmp_path / "lr_find.json").read_text())["losses"] == [2.0, None, None]
 
 
 def test_command_refuses_a_missing_script_and_one_that_never_trains(script, tmp_path, capsys):

@@ -15,7 +15,8 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, Tr
 from transformers.training_args import OptimizerNames
 
 import hf_sai
-from hf_sai.trainer import registration
+from hf_sai.trainer import building
+from hf_sai.trainer.registration import OPTIMIZER_NAMES, register
 
 
 class Regression(nn.Module):
@@ -90,10 +91,71 @@ def test_trl_configs_and_parser_accept_the_name(tmp_path):
     assert args.optim == "sgd_sai"
 
 
+ORDERS = {
+    "hf_sai first": "import hf_sai; from transformers import TrainingArguments, HfArgumentParser",
+    "transformers first": "import transformers, hf_sai; from transformers import TrainingArguments, HfArgumentParser",
+    "arguments first": "from transformers import TrainingArguments, HfArgumentParser; import hf_sai",
+    "Trainer first": "from transformers import Trainer, TrainingArguments, HfArgumentParser; import hf_sai",
+    "a thread": """
+import threading, hf_sai
+threads = [threading.Thread(target=__import__, args=(f"transformers.{m}",)) for m in ("trainer", "training_args")]
+[t.start() for t in threads]; [t.join() for t in threads]
+from transformers import TrainingArguments, HfArgumentParser""",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_names_are_there_in_whatever_order_one_imports(order):
+    done = run_python(
+        ORDERS[order]
+        + """
+parser = HfArgumentParser(TrainingArguments)
+(args,) = parser.parse_args_into_dataclasses(["--output_dir", "out", "--optim", "sgd_sai_factored_8bit", "--use_cpu"])
+from transformers import Trainer
+print(args.optim.value, Trainer.get_optimizer_cls_and_kwargs(args)[1]["momentum_dtype"])
+"""
+    )
+    assert done.stdout.split() == ["sgd_sai_factored_8bit", "8bit"], done.stderr
+
+
+def test_six_names_stand_for_two_rules_and_three_momenta():
+    assert sorted(OPTIMIZER_NAMES) == [
+        "sgd_sai", "sgd_sai_4bit", "sgd_sai_8bit", "sgd_sai_factored", "sgd_sai_factored_4bit", "sgd_sai_factored_8bit",
+    ]  # fmt: skip
+    assert set(OPTIMIZER_NAMES) <= {name.value for name in OptimizerNames}
+    assert OptimizerNames.SGD_SAI is OptimizerNames("sgd_sai") is OptimizerNames["SGD_SAI"]
+    assert OptimizerNames.SGD_SAI_FACTORED_4BIT.value == "sgd_sai_factored_4bit"
+
+
+def test_transformers_that_has_changed_costs_a_warning_and_a_clear_error_when_the_name_is_used():
+    done = run_python(
+        """
+        import hf_sai
+        from hf_sai.trainer import registration
+        def changed(trainer):
+            raise AttributeError("no get_optimizer_cls_and_kwargs")
+        import hf_sai.imports as imports
+        imports._waiting.clear()
+        registration._wrap_trainer = changed
+        registration.register()
+        from transformers import Trainer, TrainingArguments
+        import torch
+        Trainer(torch.nn.Linear(1, 1), TrainingArguments("out", report_to=[], use_cpu=True))
+        try:
+            Trainer(torch.nn.Linear(1, 1), TrainingArguments("out", optim="sgd_sai", report_to=[], use_cpu=True))
+        except ValueError as error:
+            print(error)
+        """
+    )
+    assert "transformers.trainer is not as hf-sai knows it (AttributeError: no get_optim" in done.stdout, done.stderr
+    assert "create_sgd_sai_optimizer" in done.stdout
+    assert done.stderr.count("is not as hf-sai knows it") == 1
+
+
 def test_registering_twice_is_harmless():
     before = list(OptimizerNames)
     seam = Trainer.get_optimizer_cls_and_kwargs
-    hf_sai.trainer.registration.register()
+    register()
     assert list(OptimizerNames) == before
     assert Trainer.get_optimizer_cls_and_kwargs is seam
     assert [name.value for name in OptimizerNames].count("sgd_sai") == 1
@@ -221,7 +283,7 @@ def test_accelerate_load_state_keeps_gsnr(tmp_path):
         ("momentum", "'momentum' in 'momentum' is not of the form key=value"),
         ("momentum=0.9,", "is not of the form key=value"),
         ("betas=0.9", "unknown key 'betas'"),
-        ("momentum=1.5", r"momentum must be a number in \[0, 1\), but is 1.5"),
+        ("momentum=1.5", r"momentum must be a number in \[0, 1\), but is '1.5'"),
         ("weight_decay=0.1", "set by --weight_decay"),
         ("lr_ratios=lora_B:4", "lora_B"),
     ],
@@ -245,13 +307,14 @@ def test_without_a_model_the_caller_groups_and_grouping_options_are_refused(tmp_
 
 
 def test_the_default_learning_rate_is_warned_about_once(tmp_path, caplog):
-    registration._warn_once.cache_clear()
+    building._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="hf_sai"):
         for _ in range(2):
             Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, learning_rate=5e-5), Regression())
         Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path), Regression())
     assert len(caplog.records) == 1
     assert "try --learning_rate 1e-2" in caplog.text
+    assert "sgd_sai_factored, which takes AdamW's" in caplog.text
 
 
 def test_the_table_of_transformers_knows_the_name():
@@ -279,6 +342,24 @@ def test_low_bit_names_set_the_momentum(name, optim_args, expected, tmp_path):
     assert not run.optimizer.optimizer.gsnr_report().unmeasured
 
 
+def test_the_factored_names_bring_a_momentum_that_optim_args_may_change(tmp_path):
+    _, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim="sgd_sai_factored"))
+    assert (kwargs["update"], kwargs["momentum"]) == ("factored", 0.8)
+    changed = arguments(tmp_path, optim="sgd_sai_factored", optim_args="momentum=0.9,update=factored")
+    assert Trainer.get_optimizer_cls_and_kwargs(changed)[1]["momentum"] == 0.9
+    run = trainer(tmp_path, optim="sgd_sai_factored", learning_rate=1e-3)
+    run.train()
+    assert {(group["update"], group["momentum"]) for group in run.optimizer.param_groups} == {("factored", 0.8)}
+
+
+def test_a_name_and_another_rule_contradict(tmp_path):
+    args = arguments(tmp_path, optim="sgd_sai_factored_8bit", optim_args="update=rows")
+    with pytest.raises(
+        ValueError, match="update=rows contradicts --optim sgd_sai_factored_8bit; use --optim sgd_sai_8bit"
+    ):
+        Trainer.get_optimizer_cls_and_kwargs(args)
+
+
 def test_a_low_bit_name_and_another_momentum_dtype_contradict(tmp_path):
     with pytest.raises(ValueError, match=r"momentum_dtype=torch.float32 contradicts --optim sgd_sai_8bit"):
         trainer(tmp_path, optim="sgd_sai_8bit", optim_args="momentum_dtype=float32").create_optimizer()
@@ -293,7 +374,11 @@ def test_gradient_release_through_trainer_trains_alike(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({}, "--max_grad_norm 1.0"), ({"max_grad_norm": 0, "gradient_accumulation_steps": 2}, "steps 2")],
+    [
+        ({}, "--max_grad_norm 1.0"),
+        ({"max_grad_norm": 0, "gradient_accumulation_steps": 2}, "steps 2"),
+        ({"max_grad_norm": 0, "auto_find_batch_size": True}, "--auto_find_batch_size True"),
+    ],
 )
 def test_gradient_release_refuses_what_excludes_it(options, named, tmp_path):
     with pytest.raises(ValueError, match=f"{named} exclude each other"):

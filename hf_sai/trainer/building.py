@@ -1,0 +1,172 @@
+"""What Trainer builds for each of our names: the options that a name stands for, the class, its arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import logging
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from hf_sai.groups.param_groups import param_groups
+from hf_sai.optim.sgd_sai import SGDSaI
+from hf_sai.runs.meters import unwrap_optimizer
+from hf_sai.trainer.grouping import named_groups
+from hf_sai.trainer.optim_args import parse_optim_args
+from hf_sai.trainer.small_updates import watch_updates
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+__all__ = ["OPTIMIZER_NAMES", "add_new_parameters", "optimizer_cls_and_kwargs", "without_advice"]
+
+logger = logging.getLogger(__name__)
+
+_RULES: dict[str, dict[str, Any]] = {"sgd_sai": {}, "sgd_sai_factored": {"update": "factored", "momentum": 0.8}}
+_MOMENTA: dict[str, dict[str, Any]] = {"": {}, "_8bit": {"momentum_dtype": "8bit"}, "_4bit": {"momentum_dtype": "4bit"}}
+
+#: Name of an optimizer for Trainer -> the options of ``SGDSaI`` that it stands for.
+OPTIMIZER_NAMES: dict[str, dict[str, Any]] = {
+    rule + momentum: {**_RULES[rule], **_MOMENTA[momentum]} for rule in _RULES for momentum in _MOMENTA
+}
+
+# What a name says itself, and optim_args cannot change: which part of the name to leave out for that.
+_SAID_BY_NAME = {"update": ("_factored",), "momentum_dtype": ("_8bit", "_4bit")}
+
+
+def optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[type[SGDSaI], dict[str, Any]]:
+    """What Trainer needs to build the optimizer: its class and its keyword arguments, without ``params``.
+
+    Args:
+        args: ``learning_rate``, ``weight_decay`` and ``optim_args`` (see :func:`parse_optim_args`) are read.
+        model: The model to train. Without one the caller names the groups.
+
+    Returns:
+        ``SGDSaI`` and its arguments. With a model, a class that makes an ``SGDSaI`` of whatever groups Trainer, a
+        subclass or a caller of its own has computed, with names and PEFT's roles added to them.
+
+    Raises:
+        ValueError: ``optim_args`` is wrong, or needs a model to group.
+    """
+    given = parse_optim_args(args.optim_args)
+    name = str(getattr(args.optim, "value", args.optim))
+    options = {**OPTIMIZER_NAMES[name], **given}
+    _refuse_what_contradicts(name, given)
+    grouping: dict[str, Any] = {key: options.pop(key) for key in ("lr_ratios", "freeze") if key in options}
+    if options.get("gradient_release"):
+        _refuse_what_excludes_gradient_release(args)
+    advises = options.get("update", "published") == "published" and _ADVISING.get() and args.process_index == 0
+    if advises:
+        _warn_of_default_learning_rate(args)
+    kwargs = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **options}
+    if model is not None:
+        return _class_for(model, grouping, advises), kwargs
+    if grouping:
+        raise ValueError(f"optim_args {', '.join(grouping)} need the model, but get_optimizer_cls_and_kwargs got none.")
+    return SGDSaI, kwargs
+
+
+def add_new_parameters(trainer: Trainer, *, created: bool) -> None:
+    """Give an optimizer that Trainer has built the parameters that became trainable since, such as a second adapter's.
+
+    Trainer keeps its optimizer from one ``train()`` to the next and never looks at the model again. What was trainable
+    at first and in no group stays out: somebody has left it out on purpose. So do optimizers that Trainer was given.
+
+    Args:
+        trainer: Whose ``optimizer`` and ``model`` to look at.
+        created: Whether the optimizer has just been made.
+    """
+    optimizer: Any = unwrap_optimizer(trainer.optimizer)
+    model = trainer.model
+    if not isinstance(optimizer, SGDSaI) or model is None:
+        return
+    held = {id(p) for group in optimizer.all_groups for p in group["params"]}
+    outside = {id(p): name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
+    if created:
+        trainer._hf_sai_left_out = (weakref.ref(optimizer), set(outside))  # type: ignore[attr-defined]
+        return
+    known: Any
+    known, left_out = getattr(trainer, "_hf_sai_left_out", (lambda: None, set()))
+    new = {key: name for key, name in outside.items() if key not in left_out}
+    if known() is not optimizer or not new:
+        return
+    if not optimizer.layout.whole:
+        logger.warning("%d parameters became trainable since the optimizer was made, and it does not train them: %s, "
+                       "... Make a new Trainer.", len(new), next(iter(new.values())))  # fmt: skip
+        return
+    options = parse_optim_args(trainer.args.optim_args)
+    grouping = {key: options[key] for key in ("lr_ratios", "freeze") if key in options}
+    args = trainer.args
+    for group in param_groups(model, lr=args.learning_rate, weight_decay=args.weight_decay, **grouping):
+        params = [(name, p) for name, p in group["params"] if id(p) in new]
+        if params:
+            optimizer.add_param_group({**group, "params": params})
+
+
+@contextlib.contextmanager
+def without_advice() -> Iterator[None]:
+    """Say nothing about learning rates within, where rates are tried on purpose."""
+    token = _ADVISING.set(False)
+    try:
+        yield
+    finally:
+        _ADVISING.reset(token)
+
+
+_ADVISING = contextvars.ContextVar("_ADVISING", default=True)
+
+
+def _class_for(model: Any, grouping: dict[str, Any], advises: bool) -> type[SGDSaI]:
+    # Trainer calls optimizer_cls(groups, **kwargs), and takes for a factory what is no subclass of Optimizer.
+    class SGDSaIWithNames(SGDSaI):
+        def __new__(cls, params: Any, **options: Any) -> SGDSaI:  # type: ignore[misc]
+            groups = named_groups(model, params, options["lr"], options["weight_decay"], **grouping)
+            optimizer = SGDSaI(groups, **options)
+            if advises:
+                watch_updates(optimizer)
+            return optimizer
+
+    return SGDSaIWithNames
+
+
+def _refuse_what_contradicts(name: str, given: dict[str, Any]) -> None:
+    for key, parts in _SAID_BY_NAME.items():
+        said = OPTIMIZER_NAMES[name].get(key)
+        if said is not None and given.get(key, said) != said:
+            other = name
+            for part in parts:
+                other = other.replace(part, "")
+            raise ValueError(f"optim_args: {key}={given[key]} contradicts --optim {name}; use --optim {other}.")
+
+
+def _refuse_what_excludes_gradient_release(args: TrainingArguments) -> None:
+    excluded = {
+        "gradient_accumulation_steps": (args.gradient_accumulation_steps > 1, "1"),
+        "max_grad_norm": (bool(args.max_grad_norm), "0"),
+        "fp16": (args.fp16, "false (bf16 works)"),
+        # A backward pass that runs out of memory has already moved some of the weights.
+        "auto_find_batch_size": (args.auto_find_batch_size, "false"),
+    }
+    for name, (given, cure) in excluded.items():
+        if given:
+            raise ValueError(
+                f"optim_args: gradient_release=true and --{name} {getattr(args, name)} exclude each other, since the "
+                f"gradients are applied and freed within the backward pass. Set --{name} to {cure}."
+            )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _warn_of_default_learning_rate(args: TrainingArguments) -> None:
+    default = type(args).__dataclass_fields__["learning_rate"].default
+    if args.learning_rate == default:
+        _warn_once(
+            f"learning_rate is {default:g}, the default of {type(args).__name__}, which is meant for AdamW. SGD-SaI "
+            "needs a larger one and will hardly learn: try --learning_rate 1e-2, then a third and three times that; or "
+            "--optim sgd_sai_factored, which takes AdamW's."
+        )
