@@ -19,9 +19,9 @@ from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from hf_sai.publishing.card_merge import MAX_CARD_BYTES, is_hub_id, load_card, merge_data, merge_text
 from hf_sai.publishing.card_text import code_block, environment, usage_code
 from hf_sai.runs.files import atomic_write, read_text
-from hf_sai.runs.record import RunRecord
+from hf_sai.runs.record import RECORD_FILE, RunRecord
 
-__all__ = ["CARD_FILE", "TEMPLATE", "card_data", "card_for_hub", "render_card", "write_card"]
+__all__ = ["CARD_FILE", "TEMPLATE", "card_data", "card_for_hub", "prepare_card", "render_card", "write_card"]
 
 CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
@@ -102,22 +102,50 @@ def write_card(
         ValueError: The record, the template or the card that is there cannot be read.
         OSError: The card cannot be written; the old one is unchanged.
     """
+    files = prepare_card(directory, twins=twins, template=template, repo_id=repo_id)
+    return [atomic_write(path, text) for path, text in files.items()][-1]
+
+
+def prepare_card(
+    directory: str | Path,
+    *,
+    twins: Iterable[str | Path] = (),
+    template: str | Path | None = None,
+    repo_id: str | None = None,
+    pictures: Iterable[str] = (),
+) -> dict[Path, str]:
+    """What :func:`write_card` would write, without writing it.
+
+    Args:
+        directory: As for :func:`write_card`.
+        twins: As for :func:`write_card`.
+        template: As for :func:`write_card`.
+        repo_id: As for :func:`write_card`.
+        pictures: Names of files that ``pictures/`` is about to get, beside those that are there.
+
+    Returns:
+        Path to text, to be written in this order: the record if there are new twins, the copy of a card that is
+        replaced, and the card.
+
+    Raises:
+        ValueError: As for :func:`write_card`.
+    """
     directory = Path(directory)
-    record = RunRecord.load(directory)
+    record, files = RunRecord.load(directory), {}
     summaries = [RunRecord.load(twin).summary() for twin in twins]
     if summaries:
         record.twins = summaries
-        record.save(directory)
-    pictures = [path.name for path in sorted((directory / "pictures").glob("*.png"))]
-    card = render_card(record, template=template, repo_id=repo_id, pictures=pictures)
+        files[directory / RECORD_FILE] = record.to_text()
+    known = {path.name for path in (directory / "pictures").glob("*.png")}
+    card = render_card(record, template=template, repo_id=repo_id, pictures=sorted({*known, *pictures}))
     path = directory / CARD_FILE
     if path.exists():
         old = load_card(path)
         text, replaced = merge_text(old.text, card.text)
         if replaced and not (directory / BACKUP_FILE).exists():
-            atomic_write(directory / BACKUP_FILE, old.content)
+            files[directory / BACKUP_FILE] = old.content
         card = _card(merge_data(old.data, card.data), text)
-    return atomic_write(path, str(card))
+    return {**files, path: str(card)}
 
 
 def render_card(

@@ -138,9 +138,12 @@ class RunRecord:
         Raises:
             OSError: It cannot be written; an older record is unchanged.
         """
+        return atomic_write(_record_file(path), self.to_text(secrets))
+
+    def to_text(self, secrets: Iterable[str] = ()) -> str:
+        """The record as :meth:`save` writes it: JSON without secrets."""
         content = redact(to_json(asdict(self)), secrets)
-        text = json.dumps({"format": "hf-sai run record", "version": RECORD_VERSION, **content}, indent=1)
-        return atomic_write(_record_file(path), text + "\n")
+        return json.dumps({"format": "hf-sai run record", "version": RECORD_VERSION, **content}, indent=1) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> RunRecord:

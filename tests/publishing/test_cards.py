@@ -75,7 +75,7 @@ def test_a_card_tells_everything_that_makes_the_result(run):
         "| base/decay | ",
         "| max_steps | 6 |",
         "## g-SNR",
-        "pictures/gsnr-light.png",
+        "pictures/gsnr.png",
         "| counting (this one) | SGDSaI | 0.01 | 6 |",
         "| counting-adamw | AdamW | 0.001 | 6 |",
         "Counts to nine.",
@@ -85,7 +85,7 @@ def test_a_card_tells_everything_that_makes_the_result(run):
         assert part in text, part
     command = RunRecord.load(run).run["sessions"][0]["command"]
     assert command in text
-    assert (run / "pictures" / "loss-dark.png").exists()
+    assert (run / "pictures" / "loss.png").exists()
 
 
 def test_metadata_holds_what_was_measured(run):
@@ -397,7 +397,6 @@ def test_a_full_disk_is_told_and_leaves_card_and_record_as_they_were(tmp_path, m
     commands = (
         ["card", tmp_path],
         ["plot", tmp_path, "--out", tmp_path],
-        ["report", tmp_path, "--out", tmp_path / "r"],
     )
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)

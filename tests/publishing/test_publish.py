@@ -396,7 +396,7 @@ def test_a_recipe_publishes_its_run(recipe, weights, tmp_path):
     with HubServer() as server:
         done = run_with(server, list(map(str, command)), tmp_path / "hf")
     files = server.hub.files("tester/made", "v1")
-    assert {"README.md", RECORD_FILE, "pictures/gsnr-dark.png", weights} <= set(files)
+    assert {"README.md", RECORD_FILE, "pictures/gsnr.png", weights} <= set(files)
     assert b"'tester/made', revision='v1')" in files["README.md"]
     assert server.hub.commits[0][2] == "Training in progress, step 1"
     assert server.hub.repos["tester/made"]["private"] is True
