@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
+import time
 from pathlib import Path
 
 __all__ = ["atomic_write", "read_text"]
+
+#: Nobody takes so many seconds to write a file: a part that is older was left by a process that was killed.
+_OLD_PART = 60
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> Path:
@@ -29,6 +35,10 @@ def atomic_write(path: str | Path, content: str | bytes) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError):  # another process may clear it at the same time
+            if time.time() - old.stat().st_mtime > _OLD_PART:
+                old.unlink()
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
