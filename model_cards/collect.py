@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_sai.publishing.artifacts import finish_run
 from hf_sai.comparison import markdown_table
+from hf_sai.publishing.artifacts import finish_run
 from hf_sai.runs.record import RECORD_FILE, RunRecord
 from hf_sai.runs.units import human_bytes
 

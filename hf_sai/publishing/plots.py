@@ -1,7 +1,8 @@
 """Pictures of runs, drawn from their records: loss curves, g-SNR per layer and role, update-to-weight ratios.
 
-Needs matplotlib (``pip install "hf-sai[plots]"``). Every picture has its own light background, so that it reads on light
-and on dark pages. Colours are told apart by people with any of the common colour deficiencies, and each line has its own dashes and marker besides.
+Needs matplotlib (``pip install "hf-sai[plots]"``). Every picture has its own light background, so that it reads on
+every page. Colours are told apart by people with any of the common colour deficiencies, and each line has its own
+dashes and marker besides.
 """
 
 from __future__ import annotations

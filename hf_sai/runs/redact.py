@@ -5,10 +5,19 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-__all__ = ["REDACTED", "is_secret_name", "known_secrets", "redact", "redact_text", "redact_words"]
+__all__ = [
+    "REDACTED",
+    "is_secret_name",
+    "known_secrets",
+    "named_values",
+    "redact",
+    "redact_text",
+    "redact_words",
+    "shaped_secrets",
+]
 
 REDACTED = "<redacted>"
 
@@ -30,16 +39,121 @@ _HARMLESS_VARIABLES = ("PWD", "OLDPWD", "SSH_AUTH_SOCK", "KEY")
 _TOKEN_NAME = re.compile(r"(?:^|[_.-])(?:(?P<kind>[A-Za-z0-9]+)[_-])?token$", re.IGNORECASE)
 #: A token that lets somebody in, by the word before "token"; "token" alone is one, too.
 _ACCESS = frozenset(
-    "hub hf huggingface face auth access api secret bearer session refresh security id wandb github gh gitlab bot slack "
-    "openai aws azure gcp google private personal deploy jwt oauth oauth2 read write service account user login admin "
-    "client comet neptune clearml kaggle telegram discord npm pypi sas csrf".split()
+    [
+        "hub",
+        "hf",
+        "huggingface",
+        "face",
+        "auth",
+        "access",
+        "api",
+        "secret",
+        "bearer",
+        "session",
+        "refresh",
+        "security",
+        "id",
+        "wandb",
+        "github",
+        "gh",
+        "gitlab",
+        "bot",
+        "slack",
+        "openai",
+        "aws",
+        "azure",
+        "gcp",
+        "google",
+        "private",
+        "personal",
+        "deploy",
+        "jwt",
+        "oauth",
+        "oauth2",
+        "read",
+        "write",
+        "service",
+        "account",
+        "user",
+        "login",
+        "admin",
+        "client",
+        "comet",
+        "neptune",
+        "clearml",
+        "kaggle",
+        "telegram",
+        "discord",
+        "npm",
+        "pypi",
+        "sas",
+        "csrf",
+    ]
 )
 #: A token of a tokenizer, of which a run has to be told.
 _SPECIAL = frozenset(
-    "eos bos pad unk sep cls mask image img video audio speech vision boi eoi bov eov boa eoa start end begin stop "
-    "special placeholder initializer modifier trigger class instance concept system assistant think response "
-    "instruction fill prefix suffix middle decoder encoder bot eot next last first max min per new target source lang "
-    "language forced eom sot newline cap".split()
+    [
+        "eos",
+        "bos",
+        "pad",
+        "unk",
+        "sep",
+        "cls",
+        "mask",
+        "image",
+        "img",
+        "video",
+        "audio",
+        "speech",
+        "vision",
+        "boi",
+        "eoi",
+        "bov",
+        "eov",
+        "boa",
+        "eoa",
+        "start",
+        "end",
+        "begin",
+        "stop",
+        "special",
+        "placeholder",
+        "initializer",
+        "modifier",
+        "trigger",
+        "class",
+        "instance",
+        "concept",
+        "system",
+        "assistant",
+        "think",
+        "response",
+        "instruction",
+        "fill",
+        "prefix",
+        "suffix",
+        "middle",
+        "decoder",
+        "encoder",
+        "bot",
+        "eot",
+        "next",
+        "last",
+        "first",
+        "max",
+        "min",
+        "per",
+        "new",
+        "target",
+        "source",
+        "lang",
+        "language",
+        "forced",
+        "eom",
+        "sot",
+        "newline",
+        "cap",
+    ]
 )
 _SPECIAL_VALUE = re.compile(r"<[^<>]{0,60}>|\[[^\[\]]{0,60}\]|<\|[^<>]{0,60}\|>|\{[^{}]{0,60}\}")
 _NO_SECRETS = ("", "true", "false", "none", "null")
@@ -57,13 +171,17 @@ _URL_LOGIN = re.compile(r"(?<=://)[^/\s:@\"'<>]*:[^/\s@\"'<>]+(?=@)")
 #: A header as a whole, and "Bearer" before what can be no word.
 _HEADER = re.compile(
     r"(?P<head>Authorization\\?[\"']?\s*[:=]\s*\\?[\"']?(?:Bearer|Basic|Token)\s+|\bBearer\s+(?=\S*\d|\S{16}))"
-    r"(?!<redacted>)[\w.~+/=-]+",
+    r"(?P<secret>(?!<redacted>)[\w.~+/=-]+)",
     re.IGNORECASE,
 )
-_PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z0-9 ]*-----|\Z)", re.DOTALL)
+_PRIVATE_KEY = re.compile(
+    r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z0-9 ]*-----|\Z)", re.DOTALL
+)
 _VALUE = r"(?P<value>\\\"[^\"\\]*\\\"|\"[^\"]*\"|'[^']*'(?:\"'\"'[^']*')*|[^\s\"'&,;}\])][^\s\"'&,;}\]]*)"
 #: ``--flag value``, ``--flag=value``, ``trainer.flag=value``, ``?flag=value``, ``NAME=value``.
-_OPTION = re.compile(r"(?<![\w.-])(?P<head>(?P<name>-{1,2}[A-Za-z][\w.-]*)(?:=|\s+)|\+{0,2}(?P<key>[A-Za-z_][\w.-]*)=)" + _VALUE)
+_OPTION = re.compile(
+    r"(?<![\w.-])(?P<head>(?P<name>-{1,2}[A-Za-z][\w.-]*)(?:=|\s+)|\+{0,2}(?P<key>[A-Za-z_][\w.-]*)=)" + _VALUE
+)
 #: ``"flag": "value"`` of JSON and Python, also escaped, and ``some_flag: value`` of YAML.
 _ENTRY = re.compile(
     r"(?<![\w.-])(?P<head>(?P<quote>\\?[\"'])(?P<name>[A-Za-z_][\w.-]*)(?P=quote)\s*[:=]\s*"
@@ -160,6 +278,21 @@ def redact_words(words: Sequence[str]) -> list[str]:
     return shown
 
 
+def shaped_secrets(text: str) -> Iterator[int]:
+    """Where in a text a secret begins that its shape gives away, whatever stands around it."""
+    for pattern in (_SECRET_SHAPES, _URL_LOGIN, _PRIVATE_KEY):
+        yield from (match.start() for match in pattern.finditer(text) if REDACTED not in match.group())
+
+
+def named_values(text: str) -> Iterator[tuple[int, str, str]]:
+    """(position, name, value) of what stands in a text under the name of a secret, and of headers that carry one."""
+    for pattern in (_OPTION, _ENTRY):
+        for match in pattern.finditer(text):
+            if _is_secret(match):
+                yield match.start(), (match["name"] or match["key"]), match["value"].strip("\\\"'")
+    yield from ((match.start(), "Authorization", match["secret"]) for match in _HEADER.finditer(text))
+
+
 def redact(value: Any, secrets: Iterable[str] = ()) -> Any:
     """Redact every string of a JSON-like value, and whatever stands under a key such as ``hub_token``.
 
@@ -220,12 +353,17 @@ def _clean(text: str, secrets: frozenset[str]) -> str:
     return _HEADER.sub(rf"\g<head>{REDACTED}", text)
 
 
-def _without_value(match: re.Match[str]) -> str:
+def _is_secret(match: re.Match[str]) -> bool:
     name, value = match["name"] or match["key"], match["value"]
     bare = value.strip("\\\"'")
     if bare.startswith(REDACTED) or bare.lower() in _NO_SECRETS or not is_secret_name(name, bare):
+        return False
+    return not (bare == value and bare.isdigit() and _TOKEN_NAME.search(name))  # the number of a token
+
+
+def _without_value(match: re.Match[str]) -> str:
+    if not _is_secret(match):
         return match.group()
-    if bare == value and bare.isdigit() and _TOKEN_NAME.search(name):  # the number of a token
-        return match.group()
-    marks = value[: len(value) - len(value.lstrip("\\\"'"))] if value[0] in "\\\"" else ""
+    value = match["value"]
+    marks = value[: len(value) - len(value.lstrip("\\\"'"))] if value[0] in '\\"' else ""
     return f"{match['head']}{marks}{REDACTED}{marks}"

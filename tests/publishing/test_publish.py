@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from hf_sai.cli.main import main
 from hf_sai.publishing.artifacts import finish_run
-from hf_sai.publishing.publish import PublishError, plan_files, publish
+from hf_sai.publishing.files_to_publish import plan_files
+from hf_sai.publishing.publish import PublishError, publish
 from hf_sai.runs.record import RECORD_FILE, RunRecord
 from hf_sai.runs.recorder import RunRecorder
 from hf_sai.trainer.callbacks import RunRecordCallback
