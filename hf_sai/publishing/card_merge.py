@@ -46,7 +46,7 @@ class Card(ModelCard):
     def __init__(self, data: CardData, text: str, source: str = "") -> None:
         self.data, self.text, self.source = data, text, source
 
-    @property  # type: ignore[override]
+    @property  # type: ignore[misc]
     def content(self) -> str:
         """The card with its metadata."""
         return f"---\n{dump_metadata(self.data.to_dict())}\n---\n{self.text}"

@@ -33,14 +33,11 @@ class _Date(str):
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
 
 class _Dumper(yaml.SafeDumper):
-    # What either version of YAML would take for something else than a word gets quotes.
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        key: list(value) for key, value in yaml.SafeDumper.yaml_implicit_resolvers.items()
-    }
+    """Puts quotes around what either version of YAML would take for something else than a word."""
 
 
 def load_metadata(block: str) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 The text comes from a Jinja template (``templates/model_card.md.jinja``, or the user's own), which sees:
 ``record`` (:class:`hf_sai.runs.record.RunRecord`), ``runs`` (its summary, then its twins'), ``metric_names``,
 ``pictures`` (the files in ``pictures/``), ``usage``, ``commands``, ``settings``, ``options``, ``versions``,
-``samples``, ``images`` and a few short texts; and the filters ``md`` (escapes text for Markdown), ``code`` (a fenced block),
-``number``, ``count``, ``bytes``.
+``samples``, ``images`` and a few short texts; and the filters ``md`` (escapes text for Markdown), ``code`` (a fenced
+block), ``number``, ``count``, ``bytes``.
 """
 
 from __future__ import annotations

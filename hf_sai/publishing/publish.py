@@ -131,8 +131,8 @@ def create_repository(
     full_name = _call(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id, repo_id, token)
     if private and not _call(lambda: api.model_info(full_name).private, full_name, token):
         raise PublishError(
-            f"{full_name} is public: say so if this run is to be (--public, private=False, --hub_private_repo false), or "
-            "choose another name"
+            f"{full_name} is public: say so if this run is to be (--public, private=False, --hub_private_repo false), "
+            "or choose another name"
         )
     if not update:
         branch, files = _call(lambda: _branch_and_files(api, full_name, revision), full_name, token)
@@ -143,8 +143,8 @@ def create_repository(
             )
         if card is not None and CARD_FILE in files and _holds_words(api, full_name, branch, card, token):
             raise PublishError(
-                f"the card of {full_name} holds words of a person that this run's card has not; put them into the run's "
-                f"{CARD_FILE}, or replace the card (--update, update=True)"
+                f"the card of {full_name} holds words of a person that this run's card has not; put them into the "
+                f"run's {CARD_FILE}, or replace the card (--update, update=True)"
             )
     if revision is not None:
         _call(lambda: api.create_branch(full_name, branch=revision, exist_ok=True), full_name, token)

@@ -37,6 +37,10 @@ _VOCABULARIES = re.compile(
 _WRITTEN_BY_MODELS = re.compile(r"(?:samples/.*|sample)\.txt")
 _PROSE, _CODE = (".md", ".txt", ".yaml", ".yml", ".toml", ".sh", ".cfg", ".ini"), (".py", ".jinja")
 _PLACEHOLDER = re.compile(r"<.*>|\$\{?\w+\}?|\{.*\}|%\(?\w+\)?s?|.*(?:your|example|xxx|\.\.\.|\*\*\*).*", re.IGNORECASE)
+_MARKS = (
+    *((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32")),
+    *((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")),
+)
 _CHUNK, _OVERLAP = 2**24, 2**12
 _MAX_HEADER = 100 * 2**20
 _MAX_MEMBER = 2**28
@@ -182,22 +186,12 @@ def _texts(path: Path) -> Iterator[tuple[str | None, str]]:
 
 def _decoded(path: Path, start: bytes) -> str | None:
     """The file's text, if it is one in UTF-8, UTF-16 or UTF-32."""
-    encoding = "utf-8"
-    for mark, encoding in (
-        (b"\xff\xfe\x00\x00", "utf-32"),
-        (b"\x00\x00\xfe\xff", "utf-32"),
-        (b"\xff\xfe", "utf-16"),
-        (b"\xfe\xff", "utf-16"),
-    ):
-        if start.startswith(mark):
-            break
-    else:
-        zeros = start.count(0)
-        encoding = "utf-8"
-        if zeros > len(start) // 4:  # UTF-16 without a mark: every other byte of plain words is zero
-            encoding = "utf-16-le" if start[1:2] == b"\x00" else "utf-16-be"
-        elif zeros:
+    encoding = next((encoding for mark, encoding in _MARKS if start.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and 0 in start:
+        if start.count(0) <= len(start) // 4:
             return None
+        # UTF-16 without a mark: every other byte of plain words is zero.
+        encoding = "utf-16-le" if start[1:2] == b"\x00" else "utf-16-be"
     try:
         return path.read_bytes().decode(encoding)
     except UnicodeDecodeError:
@@ -269,4 +263,5 @@ def _detectors() -> list[Any]:
         raise ImportError(
             'publishing looks for secrets with detect-secrets, which is missing: pip install "hf-sai[hub]"'
         ) from error
-    return [kind() for kind in get_mapping_from_secret_type_to_class().values() if kind.__name__ in _SHAPES]
+    kinds: list[Any] = list(get_mapping_from_secret_type_to_class().values())
+    return [kind() for kind in kinds if kind.__name__ in _SHAPES]

@@ -10,11 +10,11 @@ from urllib.parse import unquote
 
 __all__ = ["hide_paths", "is_local_path", "short_path"]
 
-_END = r"[^\s\"'`<>|,;=(){}\[\]\\]"
+_END = r"[^\s\"'`<>|,;:=(){}\[\]\\]"
 #: Paths within a text: of a file:// address, absolute with at least two parts, of Windows, and those that climb with
 #: ``..``. What stands before must be no part of an address, of a relative path, or of a word.
 _PATHS = re.compile(
-    rf"file:/+(?P<url>{_END}*)"
+    rf"file:/{{2,}}(?P<url>{_END}*)"
     rf"|(?<![\w./<~*+\-])(?P<absolute>/[\w.@+~\-]+(?:/{_END}*)+)"
     rf"|(?<![\w])(?P<windows>[A-Za-z]:\\[^\s\"'`<>|,;=]+)"
     rf"|(?<![\w./~])(?P<climbing>(?:\.\./)+{_END}*)"
@@ -37,7 +37,7 @@ def short_path(word: str) -> str:
         >>> short_path("data.path=file:///mnt/somebody/corpus.txt")
         'data.path=file:///path/to/corpus.txt'
     """
-    parts = re.fullmatch(r"(-[A-Za-z])(/.*)|([+-]*[A-Za-z_][\w.@-]*=)?(.*)", word, re.DOTALL)
+    parts = re.fullmatch(r"(-[A-Za-z])((?:/|\.\./).*)|([+-]*[A-Za-z_][\w.@-]*=)?(.*)", word, re.DOTALL)
     head, value = (parts[1] or parts[3] or "", parts[2] or parts[4] or "") if parts else ("", word)
     # A path as a whole may have blanks in it, which nothing within a text can.
     if (os.path.isabs(value) or value.startswith("../")) and not re.search(r"[=,;:\"'\n]", value):
@@ -74,7 +74,7 @@ def _hidden(match: re.Match[str]) -> str:
         if path.startswith("/localhost/"):
             path = path.removeprefix("/localhost")
         short = _shortened(path)
-        return f"file://{short}" if short.startswith("/") else f"file:///path/to/{Path(path).name}"
+        return f"file://{short}" if short.startswith("/") else "file:///path/to/" + short.rpartition("/")[2].replace("~", "home")
     if match["absolute"] is not None:
         return _shortened(match["absolute"])
     if match["windows"] is not None:
