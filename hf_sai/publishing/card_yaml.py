@@ -23,6 +23,7 @@ class _Written(float):
     """A number that is written again as it was: 1.10 may be a version."""
 
     text: str
+    tag: str
 
     def __str__(self) -> str:
         return self.text
@@ -70,7 +71,7 @@ def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
     if repr(value) == text or (isinstance(value, int) and abs(value) > 2**53):
         return value
     written = _Written(value)
-    written.text = text
+    written.text, written.tag = text, node.tag
     return written
 
 
@@ -90,5 +91,5 @@ for _tag, _pattern, _characters in (
 for _tag in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _number)
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", _date)
-_Dumper.add_representer(_Written, lambda dumper, value: dumper.represent_scalar("tag:yaml.org,2002:float", value.text))
+_Dumper.add_representer(_Written, lambda dumper, value: dumper.represent_scalar(value.tag, value.text))
 _Dumper.add_representer(_Date, lambda dumper, value: dumper.represent_scalar("tag:yaml.org,2002:timestamp", str(value)))

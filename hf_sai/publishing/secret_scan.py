@@ -113,6 +113,7 @@ def _named(text: str, name: str) -> tuple[int, str] | None:
     if suffix in _PROSE:
         for start, option, value in named_values(text):
             # hub_token=token of a program names a variable
+            value = value.rstrip(")")
             if not _is_harmless(value) and not (value.isidentifier() and value == value.lower() and "_" in value):
                 return start, f"a value of {option!r}"
     return _assigned(text, name) if suffix in (*_CODE, *_PROSE) else None
@@ -193,9 +194,12 @@ def _decoded(path: Path, start: bytes) -> str | None:
         # UTF-16 without a mark: every other byte of plain words is zero.
         encoding = "utf-16-le" if start[1:2] == b"\x00" else "utf-16-be"
     try:
-        return path.read_bytes().decode(encoding)
+        text = path.read_bytes().decode(encoding)
     except UnicodeDecodeError:
         return None
+    # Any bytes at all make some text in UTF-16.
+    is_text = not encoding.endswith(("le", "be")) or sum(map(str.isascii, text)) > 0.7 * len(text)
+    return text if is_text else None
 
 
 def _safetensors_header(path: Path) -> str | None:
@@ -230,6 +234,8 @@ def _png_texts(content: bytes) -> Iterator[str]:
                 except zlib.error:
                     rest = packed
             yield f"{keyword.decode('latin-1')}\n" + rest.decode("utf-8", "replace").replace("\0", "\n")
+        elif kind not in (b"IHDR", b"PLTE", b"IDAT"):
+            yield _words(data)
         position += 12 + size
 
 
@@ -253,7 +259,9 @@ def _printable(path: Path) -> Iterator[str]:
 
 
 def _words(content: bytes) -> str:
-    return "\n".join(run.replace(b"\0", b"").decode("ascii") for run in _RUNS.findall(content))
+    runs = (run.replace(b"\0", b"").decode("ascii") for run in _RUNS.findall(content))
+    # A pickle writes a text's length before it, which can look like a letter.
+    return "\n".join(f"{run}\n{run[1:]}" for run in runs)
 
 
 def _detectors() -> list[Any]:

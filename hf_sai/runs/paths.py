@@ -74,7 +74,11 @@ def _hidden(match: re.Match[str]) -> str:
         if path.startswith("/localhost/"):
             path = path.removeprefix("/localhost")
         short = _shortened(path)
-        return f"file://{short}" if short.startswith("/") else "file:///path/to/" + short.rpartition("/")[2].replace("~", "home")
+        return (
+            f"file://{short}"
+            if short.startswith("/")
+            else "file:///path/to/" + short.rpartition("/")[2].replace("~", "home")
+        )
     if match["absolute"] is not None:
         return _shortened(match["absolute"])
     if match["windows"] is not None:

@@ -252,7 +252,7 @@ def _clean(text: str, secrets: frozenset[str]) -> str:
 def _is_secret(match: re.Match[str]) -> bool:
     name, value = match["name"] or match["key"], match["value"]
     bare = value.strip("\\\"'")
-    if bare.startswith(REDACTED) or bare.lower() in _NO_SECRETS or not is_secret_name(name, bare):
+    if bare.startswith(REDACTED) or bare.lower().rstrip(")") in _NO_SECRETS or not is_secret_name(name, bare):
         return False
     return not (bare == value and bare.isdigit() and _TOKEN_NAME.search(name))  # the number of a token
 

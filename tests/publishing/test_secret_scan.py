@@ -121,10 +121,11 @@ def test_a_secret_in_the_header_of_weights_is_found_even_if_escaped(tmp_path):
 
 def test_a_secret_in_a_pickle_or_a_packed_archive_is_found(tmp_path):
     run_of(tmp_path)
+    for secret in (TOKEN, SECRETS["OpenAI"], SECRETS["OpenAI, project"], SECRETS["GitHub"]):
+        (tmp_path / "state.pkl").write_bytes(pickle.dumps({"hub": secret, "x": b"\0\1\2" * 9}, protocol=4))
+        assert "state.pkl (" in refusal(tmp_path, ["state.pkl"])
     torch.save({"hub": TOKEN}, tmp_path / "optimizer.pt")
     assert "optimizer.pt (" in refusal(tmp_path, ["optimizer.pt"])
-    (tmp_path / "state.pkl").write_bytes(pickle.dumps({"hub": TOKEN, "x": b"\0\1\2" * 9}))
-    assert "state.pkl (" in refusal(tmp_path, ["state.pkl"])
     with zipfile.ZipFile(tmp_path / "data.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.txt", f"x {TOKEN}")
     assert "data.npz (a.txt in the archive)" in refusal(tmp_path, ["data.npz"])
