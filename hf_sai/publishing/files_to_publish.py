@@ -154,7 +154,9 @@ def _parts(root: Path) -> Iterator[str]:
     modules = _index(root / _MODULES, "a list of sentence-transformers' modules")
     if isinstance(modules, list):
         folders += [str(entry.get("path")) for entry in modules if isinstance(entry, dict) and entry.get("path")]
-    for name in folders:
+    if modules is not None:  # its own names for them
+        folders += [path.name for path in sorted(root.glob("[0-9]_*")) if path.is_dir()]
+    for name in dict.fromkeys(folders):
         if re.fullmatch(r"\w[\w-]*", name):
             # Names are no patterns here: \w has none of their signs.
             yield from (f"{name}/{file}" for file in _MODEL)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from hf_sai.runs.paths import short_path
-from hf_sai.runs.redact import REDACTED, redact_words
+from hf_sai.runs.redact import REDACTED, is_secret_name, redact_words
 
-__all__ = ["command_line", "hardware", "is_main_process", "versions"]
+__all__ = ["command_line", "hardware", "is_main_process", "settings_of", "versions"]
 
 _PACKAGES = (
     "hf-sai",
@@ -94,6 +94,23 @@ def command_line() -> str:
         return "# in a notebook"
     shown = (_quoted(short_path(word)) for word in redact_words(words))
     return _ADDRESS.sub(r"\g<1>HOST", " ".join(shown))
+
+
+def settings_of(args: Any) -> dict[str, Any]:
+    """The training arguments, with a tokenizer's tokens as they are.
+
+    ``to_dict`` of transformers' arguments puts ``<EOS_TOKEN>`` in the place of every field whose name ends so.
+
+    Args:
+        args: ``TrainingArguments``.
+    """
+    settings: dict[str, Any] = args.to_dict()
+    for name, value in settings.items():
+        given = getattr(args, name, None)
+        is_telling = isinstance(given, str) and is_secret_name(name, given)
+        if value == f"<{name.upper()}>" and not is_telling:
+            settings[name] = given
+    return settings
 
 
 def is_main_process() -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_sai.runs.environment import settings_of
 from hf_sai.runs.record import RunRecord
 from hf_sai.runs.recorder import RunRecorder
 from hf_sai.trainer.registration import add_scalars_to_trainer_logs
@@ -74,7 +75,7 @@ class RunRecordCallback(TrainerCallback):
             # Resumed in another directory: Trainer's own history is in the checkpoint.
             for entry in state.log_history:
                 recorder.append(int(entry["step"]), entry)
-        recorder.start(kwargs["model"], kwargs["optimizer"], step=state.global_step, settings=args.to_dict())
+        recorder.start(kwargs["model"], kwargs["optimizer"], step=state.global_step, settings=settings_of(args))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

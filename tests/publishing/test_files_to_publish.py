@@ -42,6 +42,13 @@ def test_nothing_is_left_out_that_loading_needs(tmp_path, layout):
     assert plan_files(tmp_path).left_out == ()
 
 
+def test_a_list_of_modules_that_names_none_leaves_no_module_out(tmp_path):
+    for name in ("model.safetensors", "1_Pooling/config.json"):
+        write(tmp_path, name)
+    (tmp_path / "modules.json").write_text("{}")
+    assert "1_Pooling/config.json" in dict(plan_files(tmp_path).files)
+
+
 def test_code_that_a_configuration_names_goes_with_what_it_imports(tmp_path):
     write(tmp_path, "model.safetensors")
     write(tmp_path, "config.json", '{"auto_map": {"AutoModel": "net.Net", "AutoConfig": "other/repo--conf.C"}}')

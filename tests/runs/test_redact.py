@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from hf_sai.runs.environment import command_line
+from hf_sai.runs.environment import command_line, settings_of
 from hf_sai.runs.record import RunRecord
 from hf_sai.runs.redact import known_secrets, redact, redact_text, redact_words
 
@@ -146,3 +146,19 @@ def test_no_field_of_a_record_holds_a_secret(tmp_path):
     text = (tmp_path / "run_record.json").read_text()
     assert SECRET not in text
     assert json.loads(text)["settings"]["nested"] == [{"api_key": "<redacted>"}]
+
+
+def test_transformers_does_not_hide_a_tokenizers_tokens_from_the_record(tmp_path):
+    from dataclasses import dataclass
+
+    from transformers import TrainingArguments
+
+    @dataclass
+    class Arguments(TrainingArguments):  # as TRL's
+        eos_token: str | None = None
+        pad_token: str | None = None
+
+    settings = settings_of(Arguments(str(tmp_path), eos_token="<|im_end|>", hub_token=SECRET, report_to=[]))
+    assert settings["eos_token"] == "<|im_end|>"
+    assert settings["pad_token"] is None
+    assert SECRET not in str(settings)
