@@ -339,6 +339,7 @@ def test_a_lost_connection_during_training_costs_a_warning_and_the_end_publishes
     assert "model.safetensors" in hub.files("tester/pushed")
 
 
+TESTS = [Path(__file__).parents[1], Path(__file__).parents[1] / "trainer"]
 WHOLE_WAY = """
 import sys
 from transformers import AutoModelForCausalLM, Trainer
@@ -362,7 +363,7 @@ def run_with(server, command, home):
         "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": TOKEN,
         "HF_HOME": str(home),
-        "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([*map(str, TESTS), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(command, env={**os.environ, **place}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
