@@ -7,11 +7,15 @@ LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate_configs/cpu.
 GPT2 := recipes/gpt2_pretraining
 DIFFUSERS := recipes/diffusers_text_to_image
 
-.PHONY: bench demo demo-diffusers model-cards test test-main test-oldest test-slow test-gpu lint format clean
+.PHONY: bench results demo demo-diffusers model-cards test test-quick test-main test-oldest test-slow test-gpu lint format \
+	clean
 
 bench: .venv-bench/.installed ## Time the step beside other optimizers', into docs/step_speed.md and its pictures (10 minutes)
 	.venv-bench/bin/python benchmarks/step_speed.py gpt2 gpt2-medium:6 gpt2-xl:2 vit-h-14:4 split-16 split-1024 \
 		llama-2-7b:1 --rounds 7 --output docs/step_speed
+
+results: .venv/.installed ## Write the tables of README and docs from what the benchmarks left
+	$(BIN)/python benchmarks/results.py
 
 demo: .venv/.recipes ## Train a tiny GPT-2 with SGD-SaI and with AdamW, then lay the two side by side
 	$(LAUNCH) $(GPT2)/train.py $(GPT2)/demo.yaml
@@ -30,6 +34,9 @@ model-cards: .venv/.installed ## Fill model_cards/ from the demos' runs that are
 
 test: test-main test-oldest ## All tests that need no GPU and less than a minute each
 
+test-quick: .venv/.installed ## What needs two minutes on two cores: no test marked longer
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not longer"
+
 test-main: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
@@ -47,6 +54,7 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # Apart from .venv, since transformers and peft behave differently where torchao is installed.
 .venv-bench/.installed: pyproject.toml constraints.txt

@@ -16,18 +16,21 @@ import argparse
 import functools
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes.common lies in the repository's root
+
 import torch
 from torch import Tensor, nn
 
-from hf_sai.comparison import markdown_table
 from hf_sai.optim.gsnr import measure_gsnr
 from hf_sai.runs.files import atomic_write
-from hf_sai.stdlib_corpus import load_documents
+from recipes.common.comparison import markdown_table
+from recipes.common.stdlib_corpus import load_documents
 
 F = nn.functional
 

@@ -1,6 +1,6 @@
 """How stable g-SNR is over training and over batches, in any Trainer script: what the paper's Figure 4 shows.
 
-    task="recipes/gpt2_pretraining/train.py recipes/gpt2_pretraining/demo.yaml --optim_args momentum=0.9"
+    task="recipes/gpt2_pretraining/train.py recipes/gpt2_pretraining/demo.yaml --optim sgd_sai"
     python benchmarks/gsnr_stability.py --steps 400 --output runs/gsnr/training.json $task --learning_rate 1e-2
     python benchmarks/gsnr_stability.py --steps 50 --output runs/gsnr/batches.json $task --learning_rate 0
     python benchmarks/gsnr_stability.py --picture docs/gsnr_stability runs/gsnr/training.json runs/gsnr/batches.json
@@ -13,16 +13,19 @@ vectors (biases, norms) the median over all tensors, the middle nine tenths, and
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes.common lies in the repository's root
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from watched_run import watch_steps
 
 from hf_sai import SGDSaI
-from hf_sai.comparison import markdown_table
 from hf_sai.optim.gsnr import measure_gsnr
 from hf_sai.publishing.plots import COLORS, TEXT, draw, dress, new_figure
 from hf_sai.runs.files import atomic_write
+from recipes.common.comparison import markdown_table
 
 KINDS = ("matrices", "vectors")
 

@@ -17,18 +17,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes.common lies in the repository's root
+
 import torch
-from step_speed import state_bytes
 
 from hf_sai import SGDSaI
-from hf_sai.comparison import markdown_table
 from hf_sai.memory.skeletons import build_skeleton
+from hf_sai.runs.meters import state_bytes
+from recipes.common.comparison import markdown_table
 
 OPTIMIZERS: dict[str, Callable[[list], torch.optim.Optimizer]] = {
     "torch AdamW, fused": lambda params: torch.optim.AdamW(params, lr=1e-6, fused=True),
     "torch AdamW": lambda params: torch.optim.AdamW(params, lr=1e-6),
     "SGD-SaI": lambda params: SGDSaI(params, lr=1e-6),
-    "SGD-SaI, factored gradient": lambda params: SGDSaI(params, lr=1e-6, normalize_gradient="factored"),
+    "SGD-SaI, factored gradient": lambda params: SGDSaI(params, lr=1e-6, update="factored"),
     "SGD-SaI, 8-bit momentum": lambda params: SGDSaI(params, lr=1e-6, momentum_dtype="8bit"),
     "SGD-SaI, gradient release": lambda params: SGDSaI(params, lr=1e-6, gradient_release=True),
     "SGD-SaI, gradient release, 8-bit momentum": lambda params: SGDSaI(

@@ -22,13 +22,16 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes.common lies in the repository's root
+
 import torch
 
 from hf_sai import SGDSaI
-from hf_sai.comparison import interleaved_step_times, markdown_table, step_time_ratio
 from hf_sai.memory.skeletons import build_skeleton
 from hf_sai.publishing.plots import COLORS, TEXT, draw, dress, layer_and_kind, new_figure
 from hf_sai.runs.files import atomic_write
+from hf_sai.runs.meters import state_bytes
+from recipes.common.comparison import interleaved_step_times, markdown_table, step_time_ratio
 
 BASELINE = "torch AdamW, fused"
 AT_A_TIME = 2  # beside the baseline: a model of half a billion parameters then fits into 24 GiB
@@ -82,7 +85,7 @@ OPTIMIZERS: dict[str, Callable[[Named], torch.optim.Optimizer]] = {
     "SGD-SaI, fused": sai(fused=True),
     "SGD-SaI, foreach": sai(foreach=True),
     "SGD-SaI, plain loop": sai(foreach=False),
-    "SGD-SaI, factored gradient": sai(normalize_gradient="factored"),
+    "SGD-SaI, factored gradient": sai(update="factored"),
     "SGD-SaI, bfloat16 momentum": sai(momentum_dtype=torch.bfloat16),
     "SGD-SaI, 8-bit momentum": sai(momentum_dtype="8bit"),
     "SGD-SaI, 4-bit momentum": sai(momentum_dtype="4bit"),
@@ -174,24 +177,6 @@ def measure_together(
         for name, times in seconds.items()
     ]
     return rows, failed
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in the state, in whatever it wraps them; those that share memory count once."""
-    sizes: dict[int, int] = {}
-
-    def visit(value: object) -> None:
-        if isinstance(value, dict):
-            for entry in value.values():
-                visit(entry)
-        elif hasattr(value, "__tensor_flatten__"):  # torchao's
-            for name in value.__tensor_flatten__()[0]:
-                visit(getattr(value, name))
-        elif isinstance(value, torch.Tensor):
-            sizes[value.data_ptr()] = value.numel() * value.element_size()
-
-    visit(dict(optimizer.state))
-    return sum(sizes.values())
 
 
 def environment(argv: list[str] | None) -> dict[str, str]:

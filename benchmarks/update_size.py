@@ -1,7 +1,7 @@
 """How large SGD-SaI's first updates are beside AdamW's, in any Trainer script: would that translate a learning rate?
 
     python benchmarks/update_size.py recipes/gpt2_pretraining/train.py recipes/gpt2_pretraining/demo.yaml \\
-        --optim_args momentum=0.9 --learning_rate 1e-2
+        --optim sgd_sai --learning_rate 1e-2
     python benchmarks/update_size.py recipes/llama_lora/benchmark.py recipes/llama_lora/benchmark.yaml \\
         --results runs/update_size.json --candidates sgd_sai
 

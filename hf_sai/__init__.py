@@ -6,8 +6,7 @@ needs torch alone.
 
 import importlib.util
 
-import hf_sai.distributed
-import hf_sai.kernels
+from hf_sai import distributed, kernels  # noqa: F401 - they register what they know with the optimizer
 from hf_sai.groups.param_groups import create_sgd_sai_optimizer, param_groups
 from hf_sai.optim.gsnr import GSNRReport, GSNRRow, measure_gsnr
 from hf_sai.optim.sgd_sai import SGDSaI

@@ -13,10 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_sai.comparison import markdown_table
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes.common lies in the repository's root
+
 from hf_sai.publishing.artifacts import finish_run
 from hf_sai.runs.record import RECORD_FILE, RunRecord
 from hf_sai.runs.units import human_bytes
+from recipes.common.comparison import markdown_table
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent / "runs"

@@ -1,23 +1,42 @@
-"""SGD-SaI written as plainly as possible, in float64: what every path of the optimizer is compared with."""
+"""SGD-SaI with every rule, as plainly as possible in float64: what every path of the optimizer is compared with.
+
+Paths are compared by how far parameters moved, relative to the movement: an absolute tolerance on the parameters would
+let a step pass that was never made.
+"""
 
 import torch
 
 
 def reference_gsnr(gradient, eps=0.0):
-    """||g|| / (std + eps) of a tensor with at least two elements, two-pass, float64."""
+    """||g|| / (std + eps) of a tensor with at least two elements, two-pass, float64; 1 for one element."""
     g = gradient.detach().to(torch.float64).flatten()
-    return (g.norm() / (g.std() + eps)).item()
+    return 1.0 if g.numel() == 1 else (g.norm() / (g.std() + eps)).item()
 
 
-def reference_unit(gradient, how):
-    """A float64 gradient with root-mean-square 1: as a whole, or row by row if it has rows."""
-    rows = gradient if how == "rows" and gradient.ndim > 1 else gradient.unsqueeze(0)
-    unit = [row / row.square().mean().sqrt() if row.any() else row for row in rows]
-    return torch.stack(unit).view_as(gradient)
+class Published:
+    """The gradient as it is, times its g-SNR."""
+
+    def __call__(self, gradient):
+        return gradient
+
+    def scale(self, gsnr, n):
+        return gsnr
 
 
-class ReferenceFactored:
-    """A gradient over Adafactor's estimate of its root-mean-square (arXiv 1804.04235, equation 6), float64.
+class Rows(Published):
+    """Every row, or a vector as a whole, over its root-mean-square."""
+
+    def __call__(self, gradient):
+        rows = gradient if gradient.ndim > 1 else gradient.unsqueeze(0)
+        unit = [row / row.square().mean().sqrt() if row.any() else row for row in rows]
+        return torch.stack(unit).view_as(gradient)
+
+    def scale(self, gsnr, n):
+        return gsnr / n**0.5
+
+
+class Factored(Rows):
+    """Over Adafactor's estimate of the root-mean-square (arXiv 1804.04235, equation 6).
 
     The plain elements' means are kept, and their rows' and columns' means taken from them, which is the same.
     """
@@ -36,33 +55,44 @@ class ReferenceFactored:
         return torch.where(root > 0, gradient / root, 0.0)
 
 
+RULES = {"published": Published, "rows": Rows, "factored": Factored}
+
+
 class ReferenceSGDSaI:
     """Algorithm 1 of arXiv 2412.11768 (without normalisation), a copy of each parameter in float64."""
 
-    def __init__(self, params, lr, momentum=0.9, weight_decay=1e-2, eps=1e-8, maximize=False, normalize_gradient=None):
+    def __init__(self, params, lr=1e-2, momentum=0.9, weight_decay=1e-2, eps=1e-8, maximize=False, update="published"):
         self.params = [p.detach().to(torch.float64).clone() for p in params]
         self.lr, self.momentum, self.weight_decay, self.eps = lr, momentum, weight_decay, eps
         self.maximize = maximize
-        self.normalize_gradient = normalize_gradient
-        self.factored = [ReferenceFactored() for _ in params]
-        self.gsnr = None
-        self.buffers = None
+        self.rules = [RULES[update]() for _ in params]
+        self.gsnr = self.buffers = None
 
     def step(self, gradients):
         sign = -1.0 if self.maximize else 1.0
         gradients = [sign * g.detach().to(torch.float64) for g in gradients]
         if self.gsnr is None:
             self.gsnr = [reference_gsnr(g, self.eps) for g in gradients]
-        if self.normalize_gradient == "factored":
-            gradients = [unit(g) for unit, g in zip(self.factored, gradients, strict=True)]
-        elif self.normalize_gradient is not None:
-            gradients = [reference_unit(g, self.normalize_gradient) for g in gradients]
+        gradients = [rule(g) for rule, g in zip(self.rules, gradients, strict=True)]
         if self.buffers is None:
             self.buffers = [g.clone() for g in gradients]
         for i, g in enumerate(gradients):
             self.buffers[i] = self.momentum * self.buffers[i] + (1 - self.momentum) * g
             decayed = self.params[i] - self.lr * self.weight_decay * self.params[i]
-            scale = self.gsnr[i]
-            if self.normalize_gradient is not None:
-                scale /= g.numel() ** 0.5
-            self.params[i] = decayed - self.lr * scale * self.buffers[i]
+            self.params[i] = decayed - self.lr * self.rules[i].scale(self.gsnr[i], g.numel()) * self.buffers[i]
+
+
+def assert_moved_alike(params, expected, start, rel):
+    """Each parameter has moved as expected, to this part of the movement's norm.
+
+    Args:
+        params: The parameters now.
+        expected: Where they should be.
+        start: Where both began.
+        rel: The largest difference over the movement; 0.05 would let a scale pass that is 5 % off.
+    """
+    for index, (p, target, begun) in enumerate(zip(params, expected, start, strict=True)):
+        p, target, begun = (t.detach().to(torch.float64) for t in (p, target, begun))
+        moved = (target - begun).norm()
+        assert moved > 0 or torch.equal(p, begun), f"parameter {index} should have stayed"
+        assert (p - target).norm() <= rel * moved, f"parameter {index}: off by {(p - target).norm() / moved:.2g}"

@@ -13,6 +13,7 @@ from hf_sai.groups.param_groups import param_groups
 from hf_sai.groups.table import describe_groups, group_table
 from hf_sai.memory.skeletons import build_skeleton
 from hf_sai.optim.gsnr import UNMEASURED, GSNRRow
+from hf_sai.optim.momentum import QUANTIZED
 
 __all__ = ["add_parser"]
 
@@ -30,6 +31,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("path", help="a model's or adapter's directory or name, or a Trainer checkpoint directory")
     parser.add_argument("--base-model", help="the adapter's base model, if it is not where the adapter says")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that the model brings along")
     parser.set_defaults(run=run)
 
 
@@ -44,14 +46,15 @@ def run(args: argparse.Namespace) -> str:
     if optimizer_file.is_file():
         return _table_of_checkpoint(optimizer_file, args)
     # The table says whether a group decays; any value above 0 will do.
-    return describe_groups(
-        param_groups(build_skeleton(args.path, base_model=args.base_model), lr=1.0, weight_decay=1.0)
-    )
+    return describe_groups(param_groups(_skeleton(args), lr=1.0, weight_decay=1.0))
+
+
+def _skeleton(args: argparse.Namespace) -> Any:
+    return build_skeleton(args.path, base_model=args.base_model, trust_remote_code=args.trust_remote_code)
 
 
 def _table_of_checkpoint(file: Path, args: argparse.Namespace) -> str:
-    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    groups, state = saved["param_groups"], saved["state"]
+    groups, state = _read_state(file)
     if not any("gsnr" in entry for entry in state.values()):
         raise ValueError(f"{file} holds no g-SNR: it is not the state of an SGD-SaI optimizer that took a step")
     if not all("param_names" in group for group in groups):
@@ -59,20 +62,59 @@ def _table_of_checkpoint(file: Path, args: argparse.Namespace) -> str:
             f"{file} holds no parameter names, so its g-SNR cannot be told apart; build the optimizer from named "
             "parameters (hf_sai.create_sgd_sai_optimizer, or SGDSaI(model.named_parameters()))"
         )
-    shapes = {
-        name: tuple(state[index]["momentum_buffer"].shape)
-        for group in groups
+    named = [
+        (number, index, str(name))
+        for number, group in enumerate(groups)
         for index, name in zip(group["params"], group["param_names"], strict=True)
-        if "momentum_buffer" in state.get(index, {})
-    }
-    if any(name not in shapes for group in groups for name in group["param_names"]):
-        shapes |= {
-            name: tuple(p.shape) for name, p in build_skeleton(args.path, base_model=args.base_model).named_parameters()
-        }
+    ]
+    shapes = {name: shape for _, index, name in named if (shape := _saved_shape(state.get(index, {}))) is not None}
+    if len(shapes) < len({name for _, _, name in named}):
+        shapes |= {name: tuple(p.shape) for name, p in _skeleton(args).named_parameters()}
     rows = []
-    for number, group in enumerate(groups):
-        for index, name in zip(group["params"], group["param_names"], strict=True):
-            gsnr = float(state.get(index, {}).get("gsnr", UNMEASURED)) or None
-            ratio = gsnr / math.sqrt(math.prod(shapes[name])) if gsnr else None
-            rows.append(GSNRRow(name, str(group.get("name", number)), shapes[name], gsnr, ratio))
+    for number, index, name in named:
+        if name not in shapes:
+            raise ValueError(f"{file} names the parameter {name}, which the model beside it does not have")
+        gsnr = float(state.get(index, {}).get("gsnr", UNMEASURED)) or None
+        ratio = gsnr / math.sqrt(math.prod(shapes[name])) if gsnr and math.prod(shapes[name]) else None
+        rows.append(GSNRRow(name, str(groups[number].get("name", number)), shapes[name], gsnr, ratio))
     return group_table(groups, rows, trained=True)
+
+
+def _read_state(file: Path) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]:
+    """The groups and the state of a saved optimizer.
+
+    Raises:
+        ValueError: The file is damaged, or holds something else.
+    """
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged archive or pickle can fail in any way
+        if isinstance(error, PermissionError):
+            raise
+        reason = str(error).partition(".")[0]
+        raise ValueError(f"{file} cannot be read: it is damaged, or no optimizer's state ({reason})") from error
+    try:
+        groups, state = list(saved["param_groups"]), dict(saved["state"])
+        for group in groups:
+            float(group["weight_decay"])
+            if len(group["params"]) != len(group.get("param_names", group["params"])):
+                raise ValueError
+            hash(tuple(group["params"]))
+        for entry in state.values():
+            if not math.isfinite(float(entry.get("gsnr", UNMEASURED))):
+                raise ValueError
+            _saved_shape(entry)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        raise ValueError(f"{file} is no optimizer's state as torch saves it, or a damaged one") from None
+    return groups, state
+
+
+def _saved_shape(entry: dict[str, Any]) -> tuple[int, ...] | None:
+    """A parameter's shape as its saved momentum tells it: not at all where there is none, or one in 4 bits, packed."""
+    momentum = entry.get("momentum_buffer")
+    if momentum is None:
+        return None
+    scales = entry.get("momentum_scales")
+    if scales is not None and scales.numel() != math.ceil(momentum.numel() / QUANTIZED["8bit"]):
+        return None
+    return tuple(momentum.shape)

@@ -21,8 +21,7 @@ def add_parser(subparsers: Any) -> None:
         "memory",
         help="show what training a model keeps in memory, per optimizer",
         description="Show bytes of parameters, gradients and optimizer state on each device. Only configurations are "
-        "read, no weights. SGD-SaI's momentum has the dtype of the parameters: a bfloat16 or 8-bit momentum for "
-        "float32 parameters is not implemented and therefore not shown.",
+        "read, no weights. A model that is saved quantised (bitsandbytes, GPTQ, AWQ) is counted as it is saved.",
     )
     parser.add_argument(
         "model",
@@ -43,6 +42,7 @@ def add_parser(subparsers: Any) -> None:
         help="train a LoRA adapter: r, targets (modules, or all-linear), save (modules trained in full)",
     )
     parser.add_argument("--load-in-4bit", action="store_true", help="quantise the frozen base model (QLoRA)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that the model brings along")
     parser.add_argument("--devices", type=int, default=1, help="how many share the work (default: 1)")
     parser.add_argument("--sharding", metavar="A,B", help=f"of {', '.join(SHARDINGS[1:])} (default: all)")
     parser.add_argument("--unit", choices=UNITS, help="default: GB, or MB for small models")
@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> str:
         dtype=_DTYPES[args.dtype],
         lora=parse_lora(args.lora) if args.lora is not None else None,
         load_in_4bit=args.load_in_4bit,
+        trust_remote_code=args.trust_remote_code,
     )
     report = estimate_memory(model, _names(args.optim), devices=args.devices, shardings=_names(args.sharding))
     return report.table(args.unit)

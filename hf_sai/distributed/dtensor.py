@@ -43,7 +43,9 @@ class Shard(Part):
         )
     }
 
-    recognises = staticmethod(is_dtensor)
+    @classmethod
+    def recognises(cls, p: Tensor) -> bool:
+        return is_dtensor(p)
 
     @classmethod
     def local(cls, tensor: Tensor) -> Tensor | None:

@@ -7,15 +7,13 @@ noted when FSDP1 makes them, from the moment that hf_sai is imported; those made
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hf_sai.imports import when_imported
+from hf_sai.distributed.instances import instances_of
 from hf_sai.optim.layout import UNMEASURED, Layout, Part, register_layout, register_part
 from hf_sai.optim.momentum import QUANTIZED
 from hf_sai.optim.rules import RULES
@@ -43,22 +41,7 @@ class Home(NamedTuple):
 
 
 #: The handles of all flat parameters that are alive.
-_HANDLES: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def _note_new_handles(module: ModuleType) -> None:
-    """Note every handle that FSDP1 makes from now on."""
-    cls = module.FlatParamHandle
-    make = cls.__init__
-
-    def note(self: Any, *args: Any, **kwargs: Any) -> None:
-        make(self, *args, **kwargs)
-        _HANDLES.add(self)
-
-    cls.__init__ = note
-
-
-when_imported("torch.distributed.fsdp._flat_param", _note_new_handles)
+_HANDLES = instances_of("torch.distributed.fsdp._flat_param", "FlatParamHandle")
 
 
 def _homes() -> dict[int, Home]:
@@ -87,13 +70,24 @@ class Slice(Part):
     refused: ClassVar = {
         "momentum_dtype": (
             (torch.float32, torch.bfloat16, torch.float16, torch.float64, *QUANTIZED),
-            "Leave it out, or use torch.bfloat16 with FSDP2 (fsdp_version: 2).",
+            "Leave it out, or use FSDP2 (fsdp_version: 2), which takes torch.bfloat16.",
         ),
         "stochastic_rounding": ((True,), "Leave it out, or use FSDP2 (fsdp_version: 2)."),
         "update": (tuple(RULES)[1:], "Leave it out, or use FSDP2 (fsdp_version: 2)."),
     }
 
-    recognises = staticmethod(_is_slice)
+    @classmethod
+    def recognises(cls, p: Tensor) -> bool:
+        return _is_slice(p)
+
+    @classmethod
+    def admit(cls, p: Tensor) -> None:
+        if getattr(p, "_is_flat_param", False):
+            raise ValueError(
+                "FSDP1 with use_orig_params=False hands the optimizer flat parameters, in which SGD-SaI cannot tell "
+                "one tensor from the next. Set use_orig_params=True (accelerate and Trainer: fsdp_use_orig_params: "
+                "true in the config file), or use FSDP2 (fsdp_version: 2)."
+            )
 
     @classmethod
     def look_at(cls, model: nn.Module) -> None:
@@ -109,11 +103,12 @@ class Slice(Part):
 
     def __init__(self, p: Tensor, group: dict[str, Any], state: Any, number: int = 0) -> None:
         super().__init__(p, group, state, number)
-        self._parameter, self._layout = p, None
+        self._parameter = p
+        self._layout: Any = None
 
     def within(self, layout: Slices) -> Slice:
         """The slice as a layout knows it: with the shape of the whole, and with what all ranks know of its g-SNR."""
-        self._layout: Any = layout
+        self._layout = layout
         self.shape = layout.home[self._parameter].shape
         return self
 
@@ -182,12 +177,5 @@ class Slices(Layout):
 
 @register_layout
 def _find(optimizer: SGDSaI) -> Layout | None:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    if any(getattr(p, "_is_flat_param", False) for p in params):
-        raise ValueError(
-            "FSDP1 with use_orig_params=False hands the optimizer flat parameters, in which SGD-SaI cannot tell one "
-            "tensor from the next. Set use_orig_params=True (accelerate and Trainer: fsdp_use_orig_params: true in "
-            "the config file), or use FSDP2 (fsdp_version: 2)."
-        )
-    slices = [p for p in params if _is_slice(p)]
+    slices = [p for group in optimizer.param_groups for p in group["params"] if _is_slice(p)]
     return Slices(optimizer, slices) if slices else None

@@ -2,8 +2,8 @@
 
 ZeRO hands the optimizer not the model's parameters but one flat float32 tensor per parameter group (stages 1 and 2)
 or sub-group (stage 3), of which each rank holds a part, and calls ``step`` once for each. This module finds the
-parameters again, through attributes that DeepSpeed leaves on the parameters the optimizer was built with. They are not
-public: each is checked before use.
+parameters again, through attributes of DeepSpeed's optimizer, which wraps this one and was noted when it was made. They
+are not public: each is checked before use.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_sai.distributed.fsdp1 import Slice
+from hf_sai.distributed.instances import instances_of
 from hf_sai.optim.layout import UNMEASURED, Layout, Part, name_of, refuse, register_layout, register_part, whole_shapes
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ _SHARED = ("optimizer", "clip_grad")
 _ATTRIBUTES = {
     "DeepSpeedZeroOptimizer": (
         *_SHARED,
+        "bit16_groups",
+        "single_partition_of_fp32_groups",
+        "real_dp_process_group",
         "averaged_gradients",
         "loss_scale",
         "cpu_offload",
@@ -51,8 +55,7 @@ _ATTRIBUTES = {
         "offload_optimizer",
         "swap_optimizer",
     ),
-    # It is not known to its parameters, which say all that is needed.
-    "BF16_Optimizer": (),
+    "BF16_Optimizer": (*_SHARED, "bf16_groups", "fp32_groups_flat_partition", "real_dp_process_group"),
 }
 
 
@@ -151,7 +154,7 @@ class Zero(Layout):
         _check(engine)
         self._engine = engine  # holds this object's optimizer: garbage collection deals with the cycle
         self.flats: list[_Flat] = []
-        for flat in _flats(engine, optimizer):
+        for flat in _flats(engine):
             first = sum(len(other.pieces) for other in self.flats)
             self.flats.append(replace(flat, first=first))
         self._index = {id(flat.tensor): index for index, flat in enumerate(self.flats)}
@@ -215,7 +218,9 @@ class Zero(Layout):
             return
         flat = piece._flat.tensor
         # DeepSpeed unscales and clips one flat tensor after the other, each just before its own step.
-        ready = flat.grad is not None and (piece._flat is self.flats[0] or self._engine is None)
+        ready = flat.grad is not None and (
+            piece._flat is self.flats[0] or type(self._engine).__name__ == "BF16_Optimizer"
+        )
         gradient = piece._early_gradient() if flat.grad is None else piece.of(flat.grad)
         piece.grad = gradient if ready else gradient / self._scale()
 
@@ -227,32 +232,22 @@ class Zero(Layout):
         return float(self._engine.loss_scale) * max(excess, 1.0)
 
 
+#: All of DeepSpeed's optimizers that are alive. Each is made after the one it wraps, so after this module.
+_ENGINES = instances_of("deepspeed.runtime.base_optimizer", "ZeROOptimizer")
+
+
 @register_layout
 def _find(optimizer: SGDSaI) -> Layout | None:
-    """The layout that DeepSpeed has made of an optimizer's groups, None if it has not.
-
-    DeepSpeed leaves its optimizer, or at least the place in the flat tensor, on the parameters that it was given.
-    """
-    originals = [[known() for known, _ in group] for group in optimizer.built_with]
-    everything = [p for group in originals for p in group if p is not None]
-    mine = {id(p) for group in optimizer.all_groups for p in group["params"]}
-    if all(id(p) in mine for p in everything):
-        return None
-    for p in everything:
-        engine = getattr(p, "_z3_optimizer", None) or getattr(p, "_zero_optimizer", None)
-        if engine is not None:
-            return Zero(optimizer, engine)
-    if any(hasattr(p, "_hp_mapping") for p in everything):
-        return Zero(optimizer, None)
-    return None
+    engine = next((engine for engine in _ENGINES if getattr(engine, "optimizer", None) is optimizer), None)
+    return None if engine is None else Zero(optimizer, engine)
 
 
 def _check(engine: Any) -> None:
-    """Raise ValueError unless this is a ZeRO optimizer whose layout this module knows; None is BF16_Optimizer."""
+    """Raise ValueError unless this is a ZeRO optimizer whose layout this module knows."""
     import deepspeed
 
     cure = f"Install DeepSpeed {SUPPORTED_SERIES}.x (pip install 'hf-sai[deepspeed]'), or use FSDP2."
-    name = "BF16_Optimizer" if engine is None else type(engine).__name__
+    name = type(engine).__name__
     if name not in _ATTRIBUTES:
         known = ", ".join(_ATTRIBUTES)
         raise ValueError(f"SGD-SaI does not know the layout of DeepSpeed's {name}, only of {known}. {cure}")
@@ -268,15 +263,17 @@ def _check(engine: Any) -> None:
         )
 
 
-def _flats(engine: Any, optimizer: SGDSaI) -> list[_Flat]:
+def _flats(engine: Any) -> list[_Flat]:
     if type(engine).__name__ == "DeepSpeedZeroOptimizer_Stage3":
         return [_stage_3(engine, index) for index in range(len(engine.fp16_groups))]
-    flats = []
-    for index, (group, built) in enumerate(zip(optimizer.all_groups, optimizer.built_with, strict=True)):
-        parameters: list[Any] = [known() for known, _ in built]
-        pieces = tuple(_stage_1_or_2(parameter) for parameter in parameters if parameter.requires_grad)
-        flats.append(_Flat(group["params"][0], pieces, parameters[0]._dp_group, index))
-    return flats
+    if type(engine).__name__ == "BF16_Optimizer":
+        groups, flats = engine.bf16_groups, engine.fp32_groups_flat_partition
+    else:
+        groups, flats = engine.bit16_groups, engine.single_partition_of_fp32_groups
+    return [
+        _Flat(flat, tuple(map(_stage_1_or_2, parameters)), engine.real_dp_process_group[index], index)
+        for index, (parameters, flat) in enumerate(zip(groups, flats, strict=True))
+    ]
 
 
 def _stage_1_or_2(parameter: Any) -> Piece:

@@ -49,18 +49,24 @@ def group_table(groups: Sequence[dict[str, Any]], rows: Iterable[GSNRRow], *, tr
     """Returns the table of :func:`describe_groups` from the groups' settings and a row for each parameter.
 
     Args:
-        groups: ``name``, ``role`` and ``weight_decay`` of each; a group without a name goes by its number.
+        groups: ``name``, ``role`` and ``weight_decay`` of each; a group without a name goes by its number, and groups
+            of one name share a line.
         rows: One for each parameter; ``group`` is the name of its group.
         trained: Whether steps were taken, so that a parameter without a g-SNR is missing one.
     """
-    by_group: dict[str, list[GSNRRow]] = {str(group.get("name", i)): [] for i, group in enumerate(groups)}
+    by_group: dict[str, list[GSNRRow]] = {}
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for number, group in enumerate(groups):
+        name = str(group.get("name", number))
+        by_group.setdefault(name, [])
+        settings.setdefault(name, []).append(group)
     for row in rows:
         by_group[row.group].append(row)
     lines = [_HEAD]
-    for group, (name, members) in zip(groups, by_group.items(), strict=True):
-        settings = (name, str(group.get("role", "-")), *_counts(members))
-        decay = "yes" if float(group["weight_decay"]) > 0 else "no"
-        lines.append((*settings, _shapes(members), decay, *_gsnr(members, trained)))
+    for name, members in by_group.items():
+        roles = _distinct(str(group.get("role", "-")) for group in settings[name])
+        decay = _distinct("yes" if float(group["weight_decay"]) > 0 else "no" for group in settings[name])
+        lines.append((name, roles, *_counts(members), _shapes(members), decay, *_gsnr(members, trained)))
     every = [row for members in by_group.values() for row in members]
     lines.append(("total", "", *_counts(every), "", "", "", ""))
 
@@ -71,6 +77,10 @@ def group_table(groups: Sequence[dict[str, Any]], rows: Iterable[GSNRRow], *, tr
         text.append(f"UNMEASURED, no finite non-zero gradient so far, not being trained ({len(unmeasured)}):")
         text.extend(f"  {name}" for name in unmeasured)
     return "\n".join(text)
+
+
+def _distinct(words: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(words))
 
 
 def _counts(rows: Sequence[GSNRRow]) -> tuple[str, str]:

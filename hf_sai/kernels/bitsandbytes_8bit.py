@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,11 +15,11 @@ __all__ = ["takes", "update"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: tuple[Tensor, ...], choice: Choice) -> bool:
+def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
     """Whether the kernel takes these: dense, of 16- or 32-bit float dtypes, the momentum in 8 bits."""
     if choice.stochastic_rounding and p.dtype == torch.bfloat16:
         return False
-    if not (isinstance(m, QuantizedMomentum) and m.is_8bit and m.shape == p.shape == g.shape):
+    if not (isinstance(m, QuantizedMomentum) and m.is_8bit and m.fits(p) and g.shape == p.shape):
         return False
     return p.is_contiguous() and is_ordinary(p) and p.dtype in _DTYPES
 

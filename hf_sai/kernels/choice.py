@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import operator
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -22,49 +23,50 @@ __all__ = ["compiled_module"]
 
 def compiled_module(name: str) -> ModuleType | None:
     """A module of this folder; None if what it is written in is not installed, and while torch.compile traces."""
-    return None if torch.compiler.is_compiling() else _imported(f"hf_sai.kernels.{name}")
+    return None if torch.compiler.is_compiling() else _imported(name)
 
 
 @functools.cache
 def _imported(name: str) -> ModuleType | None:
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(f"hf_sai.kernels.{name}")
     except ImportError:  # or not for this numpy or Python
         return None
 
 
 def _compiled(
-    name: str, device_type: str, when: Callable[[Tensor, Any, tuple[Tensor, ...], Choice], bool], **more: bool
+    name: str, device_type: str, when: Callable[[Tensor, Any, Sequence[Tensor], Choice], bool], **more: bool
 ) -> Kernel:
     """A kernel in a module of its own, which is imported when a tensor of its device first asks for it."""
+    of_device = operator.attrgetter(f"is_{device_type}")
 
-    def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: tuple[Tensor, ...], choice: Choice) -> bool:
-        if p.device.type != device_type or not is_ordinary(p) or not when(p, m, factors, choice):
+    def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
+        if choice.traced or not of_device(p) or not when(p, m, factors, choice) or not is_ordinary(p):
             return False
-        module = compiled_module(name)
+        module = _imported(name)
         return module is not None and module.can_update(p, g, m)
 
     def update(*lists: Any, **options: Any) -> None:
-        module = compiled_module(name)
+        module = _imported(name)
         assert module is not None
         module.update(*lists, **options)
 
     return Kernel(name, takes, update, **more)
 
 
-def _is_low_bit(p: Tensor, m: Momentum | None, factors: tuple[Tensor, ...], choice: Choice) -> bool:
+def _is_low_bit(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
     return isinstance(m, QuantizedMomentum) or (m is not None and m.dtype != p.dtype)
 
 
-def _is_normalised(p: Tensor, m: Momentum | None, factors: tuple[Tensor, ...], choice: Choice) -> bool:
+def _is_normalised(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
     return bool(factors)
 
 
-def _is_plain(p: Tensor, m: Momentum | None, factors: tuple[Tensor, ...], choice: Choice) -> bool:
+def _is_plain(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
     return True
 
 
-def _suits_triton(p: Tensor, m: Momentum | None, factors: tuple[Tensor, ...], choice: Choice) -> bool:
+def _suits_triton(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
     # Only if asked: nobody has timed it. Its table of addresses is made anew each step, and a captured graph would
     # replay the old one.
     rounds = choice.stochastic_rounding and p.dtype == torch.bfloat16
@@ -82,15 +84,13 @@ KERNELS[:] = [
 ]
 
 
-def _factors_by_numba(parts: Sequence[Part]) -> dict[int, tuple[Tensor, ...]]:
+def _factors_by_numba(parts: Sequence[Part]) -> dict[int, Sequence[Tensor]]:
     """Factors of ``update="factored"`` for those parts that numba takes, by their index."""
+    wanted = {id(group): group["fused"] or group["fused"] is group["foreach"] for group in (p.group for p in parts)}
     mine = {
         index: part
         for index, part in enumerate(parts)
-        if part.param.is_cpu
-        and not part.holders()
-        and Choice(part.group["foreach"], part.group["fused"]).kernels
-        and is_ordinary(part.param)
+        if wanted[id(part.group)] and part.param.is_cpu and is_ordinary(part.param) and not part.holders()
     }
     module = compiled_module("numba_factored") if mine else None
     return {} if module is None else module.factors(mine)

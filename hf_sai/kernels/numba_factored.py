@@ -6,7 +6,9 @@ those of the others. Neither the number of threads nor where their parts begin c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from hf_sai.optim.layout import Part
 from hf_sai.optim.momentum import Momentum
 from hf_sai.optim.rules.factored import KEPT, MEAN_SQUARES
 
-__all__ = ["can_update", "factors", "update"]
+__all__ = ["Factors", "can_update", "factors", "update"]
 
 #: Columns are summed over the rows of about this many elements, and these sums added up.
 _PIECE = 1 << 20
@@ -27,20 +29,25 @@ _PIECE = 1 << 20
 
 def can_update(p: Tensor, g: Tensor, m: Momentum | None) -> bool:
     """Whether the kernel takes these: dense, of one dtype, float32 or float64, with a momentum."""
-    return m is not None and numba_plain.can_update(p, g, m)
+    return m is not None and p.numel() > 0 and numba_plain.can_update(p, g, m)
 
 
-def factors(parts: Mapping[int, Part]) -> dict[int, tuple[Tensor, ...]]:
+def factors(parts: Mapping[int, Part]) -> dict[int, Sequence[Tensor]]:
     """Of those parts that numba takes what :meth:`hf_sai.optim.rules.factored.Factored.factors` says, by their index.
 
     Their running means are brought up to date; all means must have been allocated.
     """
-    result: dict[int, tuple[Tensor, ...]] = {}
-    taken = {index: part for index, part in parts.items() if _can_average(part)}
-    for dtype in DTYPES:
-        own = {index: part for index, part in taken.items() if part.grad.dtype == dtype}
-        if own:
-            result |= zip(own, _factors_of_one_dtype(list(own.values()), dtype), strict=True)
+    taken: dict[torch.dtype, dict[int, tuple[Part, tuple[int, ...]]]] = {}
+    for index, part in parts.items():
+        g = part.grad
+        if g.is_cpu and g.dtype in DTYPES and g.is_contiguous():
+            means = _addresses_of_means(part)
+            if means is not None:
+                taken.setdefault(g.dtype, {})[index] = part, means
+    result: dict[int, Sequence[Tensor]] = {}
+    for dtype, own in taken.items():
+        of_dtype, addresses_of_means = [part for part, _ in own.values()], [at for _, at in own.values()]
+        result |= zip(own, _factors_of_one_dtype(of_dtype, addresses_of_means, dtype), strict=True)
     return result
 
 
@@ -58,66 +65,131 @@ def update(
 ) -> None:
     """One step of :func:`hf_sai.sgd_sai`, whose arguments these are; tensors that :func:`can_update` accepts."""
     for dtype, indices in by_dtype(params).items():
-        rows, columns = zip(*(_rows_and_columns(grads[i], grad_factors[i]) for i in indices), strict=True)
-        table = addresses(
-            *([of_kind[i] for i in indices] for of_kind in (params, grads, momentum_buffers)), rows, columns
-        )
-        widths = np.array([column.numel() for column in columns], dtype=np.int64)
+        table = addresses(*([of_kind[i] for i in indices] for of_kind in (params, grads, momentum_buffers)))
+        own = [_factors(grads[i], grad_factors[i]) for i in indices]  # keeps what is made here for as long as needed
+        table = np.concatenate([table, [(each.rows, each.columns) for each in own]], axis=1)
+        widths = np.array([g.numel() // len(g) if g.ndim > 1 else g.numel() for g in (grads[i] for i in indices)])
         sign = -1.0 if maximize else 1.0
         numbers = coefficients(dtype, [scales[i] for i in indices], lr, momentum, weight_decay, sign)
         sizes = [params[i].numel() for i in indices]
         in_shares(sizes, lambda share: numba_loops.step_factored(table, numbers, widths, share))  # noqa: B023
 
 
-def _can_average(part: Part) -> bool:
-    g = part.grad
-    if not (g.is_cpu and g.dtype in DTYPES and g.is_contiguous() and g.numel() > 0):
-        return False
-    means = [part.state[key] for key in MEAN_SQUARES if key in part.state]
-    return all(type(mean) is Tensor and mean.is_cpu and mean.dtype == torch.float32 for mean in means) and all(
-        mean.is_contiguous() and mean.numel() == size for mean, size in zip(means, _mean_sizes(g), strict=True)
-    )
+def _addresses_of_means(part: Part) -> tuple[int, ...] | None:
+    """Of a matrix's three running means, of a vector's one three times; None where they are not what the loops take."""
+    g, addresses = part.grad, []
+    is_matrix = g.ndim > 1
+    height = g.shape[0] if is_matrix else 1
+    if g.numel() == 0:
+        return None
+    sizes = (1, height, g.numel() // height) if is_matrix else (g.numel(),)
+    for key, size in zip(MEAN_SQUARES, sizes, strict=False):
+        mean = part.state[key]
+        if type(mean) is not Tensor or mean.numel() != size or mean.dtype != torch.float32 or not mean.is_contiguous():
+            return None
+        addresses.append(mean.data_ptr())
+    return tuple(addresses) if is_matrix else tuple(addresses * 3)
 
 
-def _mean_sizes(g: Tensor) -> tuple[int, ...]:
-    return (g.numel(),) if g.ndim < 2 else (1, len(g), g.numel() // len(g))
-
-
-def _factors_of_one_dtype(parts: Sequence[Part], dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
-    shapes = np.array([_shape(part.grad) for part in parts], dtype=np.int64)  # height, width, rows in a piece
-    pieces = [-(-height // rows) if rows else 0 for height, width, rows in shapes.tolist()]
-    # For each tensor room for its rows' sums and its columns', a vector's factors lying where the columns' would.
-    needs = [
-        (height if rows else 0, width * (count or 1))
-        for (height, width, rows), count in zip(shapes.tolist(), pieces, strict=True)
-    ]
-    ends = np.cumsum(needs).tolist()
-    sums = torch.zeros(ends[-1], dtype=dtype)
-    base, size = sums.data_ptr(), sums.element_size()
-    starts = [0, *ends[:-1]]
-    table, corrections, result = [], [], []
-    for index, (part, (height, width, rows)) in enumerate(zip(parts, shapes.tolist(), strict=True)):
-        state, g = part.state, part.grad
-        at_rows, at_columns = starts[2 * index], starts[2 * index + 1]
-        means = [state[key].data_ptr() for key in MEAN_SQUARES if key in state]
-        first = base + at_rows * size if rows else g.data_ptr()
-        table.append((first, base + at_columns * size, *(means if rows else means * 3)))
-        corrections.append((1 - KEPT ** state["averaged_steps"], 1 - KEPT ** (state["averaged_steps"] + 1)))
-        state["averaged_steps"] += 1
-        # Views of the sums, which the loop replaces by the factors.
-        of_columns = sums.as_strided((1, *g.shape[1:]) if rows else g.shape, _strides(g, rows), at_columns)
-        of_rows = (sums.as_strided((height, *[1] * (g.ndim - 1)), [1] * g.ndim, at_rows),) if rows else ()
-        result.append((*of_rows, of_columns))
+def _factors_of_one_dtype(parts: Sequence[Part], means: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Factors]:
+    gradients = [part.grad.data_ptr() for part in parts]
+    room = _room(tuple(part.grad.shape for part in parts), _PIECE)
+    sums = torch.zeros(room.elements, dtype=dtype)
+    table = np.empty((len(parts), 5), dtype=np.int64)
+    table[:, :2] = room.starts * sums.element_size() + sums.data_ptr()
+    table[:, 2:] = means
     like = np.empty(0, dtype=DTYPES[dtype])
-    matrices = [index for index, count in enumerate(pieces) if count]
-    if matrices:
-        of_squares = np.array([(parts[i].grad.data_ptr(), *table[i][:2]) for i in matrices], dtype=np.int64)
-        # A piece counts as so many elements that threads are worth their start when there are many.
-        counts = [pieces[i] * _PIECE if pieces[i] > 1 else parts[i].grad.numel() for i in matrices]
-        own = shapes[matrices]
-        in_shares(counts, lambda share: numba_loops.add_squares(of_squares, own, _in_pieces(share), like), _PIECE)
-    numba_loops.running_factors(np.array(table, dtype=np.int64), shapes, np.array(corrections), KEPT, like)
-    return result
+    if len(room.matrices):
+        of_squares = np.empty((len(room.matrices), 3), dtype=np.int64)
+        of_squares[:, 0] = [gradients[i] for i in room.matrices]
+        of_squares[:, 1:] = table[room.matrices, :2]
+        shapes = room.shapes[room.matrices]
+        in_shares(
+            room.counts, lambda share: numba_loops.add_squares(of_squares, shapes, _in_pieces(share), like), _PIECE
+        )
+    table[room.vectors, 0] = [gradients[i] for i in room.vectors]
+    corrections = []
+    for part in parts:
+        steps = part.state["averaged_steps"]
+        part.state["averaged_steps"] = steps + 1
+        corrections.append((1 - KEPT**steps, 1 - KEPT ** (steps + 1)))
+    numba_loops.running_factors(table, room.shapes, np.array(corrections), KEPT, like)
+    table[room.vectors, 0] = _ONE[dtype].data_ptr()  # a vector is one row, of factor 1
+    each = zip(table[:, :2].tolist(), room.views, strict=True)
+    return [Factors(sums, views, *addresses) for addresses, views in each]
+
+
+class Factors(Sequence[Tensor]):
+    """The factors of one gradient, which become tensors when somebody asks for them; the step asks for addresses.
+
+    Attributes:
+        rows, columns: Where the factor of each row and of each column begins.
+    """
+
+    __slots__ = ("_sums", "_views", "columns", "rows")
+
+    def __init__(self, sums: Tensor, views: tuple[tuple[Any, Any, int], ...], rows: int, columns: int) -> None:
+        self._sums, self._views, self.rows, self.columns = sums, views, rows, columns
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._sums.as_strided(*self._views[index])
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Where the sums of many gradients, and then their factors, lie in one tensor; the same in every step.
+
+    Attributes:
+        elements: The tensor's.
+        shapes: int64[gradients, 3]: height, width, rows in a piece; a vector is one row, and has 0 of these.
+        starts: int64[gradients, 2]: where sums of rows begin and those of columns, or a vector's factors.
+        views: For each gradient size, stride and offset of its factors.
+        matrices: Indices of those that have rows.
+        vectors: The others.
+        counts: Elements of the matrices for :func:`in_shares`, whose pieces count as many as they can have.
+    """
+
+    elements: int
+    shapes: np.ndarray
+    starts: np.ndarray
+    views: list[tuple[tuple[Any, Any, int], ...]]
+    matrices: list[int]
+    vectors: list[int]
+    counts: list[int]
+
+
+@functools.lru_cache(maxsize=32)
+def _room(shapes: tuple[torch.Size, ...], piece: int) -> _Room:
+    lines: list[tuple[int, int, int]] = []
+    starts: list[tuple[int, int]] = []
+    views: list[tuple[tuple[Any, Any, int], ...]] = []
+    matrices: list[int] = []
+    counts: list[int] = []
+    end = 0
+    for index, shape in enumerate(shapes):
+        strides = torch.empty(shape, device="meta").stride()
+        if len(shape) < 2:
+            lines.append((1, shape.numel(), 0))
+            starts.append((end, end))
+            views.append(((tuple(shape), strides, end),))
+            end += shape.numel()
+            continue
+        height, width = shape[0], shape.numel() // shape[0]
+        rows = max(1, piece // width)
+        pieces = -(-height // rows)
+        lines.append((height, width, rows))
+        starts.append((end, end + height))
+        of_rows = ((height, *[1] * (len(shape) - 1)), [1] * len(shape), end)
+        views.append((of_rows, ((1, *shape[1:]), (1, *strides[1:]), end + height)))
+        end += height + pieces * width
+        matrices.append(index)
+        counts.append(pieces * piece if pieces > 1 else shape.numel())
+    vectors = [index for index, line in enumerate(lines) if not line[2]]
+    table, begin = np.array(lines, dtype=np.int64), np.array(starts, dtype=np.int64)
+    return _Room(end, table, begin, views, matrices, vectors, counts)
 
 
 def _in_pieces(share: np.ndarray) -> np.ndarray:
@@ -128,33 +200,17 @@ def _in_pieces(share: np.ndarray) -> np.ndarray:
     return share
 
 
-def _shape(g: Tensor) -> tuple[int, int, int]:
-    """Height, width and rows in a piece of a gradient; a vector has 0 of these."""
-    if g.ndim < 2:
-        return 1, g.numel(), 0
-    width = g.numel() // len(g)
-    return len(g), width, max(1, _PIECE // width)
-
-
-def _strides(g: Tensor, is_matrix: int) -> tuple[int, ...]:
-    return (g.stride()[1:] and (1, *g.stride()[1:])) if is_matrix else g.stride()
-
-
-def _rows_and_columns(gradient: Tensor, factors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """The factors as one number a row and one a column; a vector is one row."""
+def _factors(gradient: Tensor, factors: Sequence[Tensor]) -> Factors:
+    """Any factors as one number a row and one a column; a vector is one row."""
+    if isinstance(factors, Factors):
+        return factors
     height = gradient.shape[0] if gradient.ndim > 1 else 1
-    width = gradient.numel() // height
-    sizes = tuple(factor.numel() for factor in factors)
-    if all(factor.dtype == gradient.dtype and factor.is_contiguous() for factor in factors):
-        if sizes == (height, width) and gradient.ndim > 1:
-            return factors[0], factors[1]
-        if sizes == (width,) and gradient.ndim < 2:
-            return _ONE[gradient.dtype], factors[0]
-    rows, columns = gradient.new_ones(height), gradient.new_ones(width)
+    sums = gradient.new_ones(height + gradient.numel() // height)
+    rows, columns = sums[:height], sums[height:]
     for factor in factors:
         of_rows = factor.numel() == 1 or (gradient.ndim > 1 and factor.shape[0] > 1)
         (rows if of_rows else columns).mul_(factor.flatten())
-    return rows, columns
+    return Factors(sums, (), rows.data_ptr(), columns.data_ptr())
 
 
 _ONE: dict[Any, Tensor] = {dtype: torch.ones(1, dtype=dtype) for dtype in DTYPES}

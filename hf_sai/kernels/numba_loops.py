@@ -10,6 +10,7 @@ tensor, where the part begins in it and where it ends (elements). Whoever builds
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
@@ -33,7 +34,7 @@ __all__ = [
 
 def _compiler(*fastmath: str) -> Callable:
     """Compiles a loop that leaves Python's lock; the result is kept on disk where a folder can be written."""
-    options = {"nogil": True, "fastmath": set(fastmath)}
+    options: Any = {"nogil": True, "fastmath": set(fastmath)}
 
     def compile_loop(function: Callable) -> Callable:
         try:
@@ -51,14 +52,15 @@ jit = _compiler("contract")
 jit_sums = _compiler("contract", "reassoc")
 
 
-@intrinsic
-def _pointer(typing_context, address):
-    """An integer as a pointer."""
+def _integer_as_pointer(typing_context, address):
 
     def code(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], ir.PointerType(ir.IntType(8)))
 
     return types.voidptr(types.int64), code
+
+
+_pointer: Any = intrinsic(_integer_as_pointer)
 
 
 # --- one dtype: momentum and step
@@ -69,6 +71,8 @@ def step_plain(table, numbers, share):
     """p, g and m, or p and g without a momentum: float[tensors, 4] of decay, step, sign and weight."""
     for index in range(len(share)):
         tensor, start, stop = share[index]
+        if start == stop:
+            continue
         decay, step, sign, weight = numbers[tensor]
         p = carray(_pointer(table[tensor, 0]), (stop,), numbers.dtype)[start:stop]
         g = carray(_pointer(table[tensor, 1]), (stop,), numbers.dtype)[start:stop]
@@ -112,14 +116,14 @@ def step_factored(table, numbers, widths, share):
             row, column = divmod(done, width)
             end = min(done + width - column, stop)
             factors = columns[column : column + end - done]
-            _step_row(p[done:end], g[done:end], m[done:end], rows[row], factors, decay, step, sign, weight)
+            _step_row(p[done:end], g[done:end], m[done:end], sign * rows[row], factors, decay, step, weight)
             done = end
 
 
 @jit
-def _step_row(p, g, m, row, columns, decay, step, sign, weight):
+def _step_row(p, g, m, row, columns, decay, step, weight):
     for i in range(p.size):
-        direction = m[i] + weight * (sign * (g[i] * row * columns[i]) - m[i])
+        direction = m[i] + weight * (g[i] * row * columns[i] - m[i])
         m[i] = direction
         p[i] = decay * p[i] - step * direction
 

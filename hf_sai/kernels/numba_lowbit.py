@@ -55,7 +55,7 @@ def update(
     for index, m in enumerate(momentum_buffers):
         of_kind["bfloat16" if isinstance(m, Tensor) else "8bit" if m.is_8bit else "4bit"].append(index)
     for kind, indices in of_kind.items():
-        own = [momentum_buffers[i] for i in indices]
+        own: Any = [momentum_buffers[i] for i in indices]
         kept = [own] if kind == "bfloat16" else [[m.codes for m in own], [m.scales for m in own]]
         table = addresses([params[i] for i in indices], [grads[i] for i in indices], *kept)
         sign = -1.0 if maximize else 1.0

@@ -38,9 +38,15 @@ def is_dense(tensor: Tensor, p: Tensor, dtype: torch.dtype | None = None) -> boo
 
 def can_update(p: Tensor, g: Tensor, m: Momentum | None) -> bool:
     """Whether the kernel takes these: dense, of one dtype and size, float32 or float64; not for Tensor's subclasses."""
-    if p.dtype not in DTYPES or not is_dense(p, p) or not is_dense(g, p):
+    # Asked for every tensor in every step: no function calls that can be done without.
+    dtype, size = p.dtype, p.numel()
+    if not (dtype in DTYPES and p.is_cpu and p.is_contiguous()):
         return False
-    return m is None or (isinstance(m, Tensor) and is_dense(m, p))
+    if not (g.dtype == dtype and g.numel() == size and g.is_cpu and g.is_contiguous()):
+        return False
+    if m is None:
+        return True
+    return isinstance(m, Tensor) and m.dtype == dtype and m.numel() == size and m.is_cpu and m.is_contiguous()
 
 
 def update(
@@ -77,7 +83,10 @@ def by_dtype(params: Sequence[Tensor]) -> dict[Any, list[int]]:
 
 def addresses(*lists: Sequence[Tensor]) -> np.ndarray:
     """The table of addresses that the loops take, int64[tensors, lists]."""
-    return np.array([[t.data_ptr() for t in of_kind] for of_kind in lists], dtype=np.int64).T.copy()
+    table = np.empty((len(lists[0]), len(lists)), dtype=np.int64)
+    for index, of_kind in enumerate(lists):
+        table[:, index] = [t.data_ptr() for t in of_kind]
+    return table
 
 
 def coefficients(
@@ -85,7 +94,10 @@ def coefficients(
 ) -> np.ndarray:
     """What the loops call decay, step, sign and weight, [tensors, 4] in the dtype in which they compute."""
     lr = float(lr)
-    return np.array([(1 - lr * weight_decay, lr * scale, sign, 1 - momentum) for scale in scales], dtype=dtype)
+    numbers = np.empty((len(scales), 4), dtype=dtype)
+    numbers[:] = (1 - lr * weight_decay, 0.0, sign, 1 - momentum)
+    numbers[:, 1] = lr * np.array(scales)
+    return numbers
 
 
 def in_shares(sizes: Sequence[int], run: Callable[[np.ndarray], None], alignment: int = _ALIGNMENT) -> None:
@@ -97,10 +109,17 @@ def in_shares(sizes: Sequence[int], run: Callable[[np.ndarray], None], alignment
         alignment: Parts begin at multiples of it.
     """
     threads = torch.get_num_threads() if sum(sizes) >= _MIN_ELEMENTS_FOR_THREADS else 1
-    own, *others = (np.array(share, dtype=np.int64) for share in shares(sizes, threads, alignment) if share)
-    if not others:
-        run(own)
+    if threads == 1:
+        share = np.zeros((len(sizes), 3), dtype=np.int64)
+        share[:, 0], share[:, 2] = range(len(sizes)), sizes
+        run(share)
         return
+    parts = [np.array(share, dtype=np.int64) for share in shares(sizes, threads, alignment) if share]
+    if len(parts) < 2:
+        for share in parts:
+            run(share)
+        return
+    own, *others = parts
     failures: list[BaseException] = []
 
     def run_one(share: np.ndarray) -> None:
@@ -131,8 +150,6 @@ def shares(sizes: Sequence[int], threads: int, alignment: int = _ALIGNMENT) -> l
         >>> shares([100, 60], 2)
         [[(0, 0, 64)], [(0, 64, 100), (1, 0, 60)]]
     """
-    if threads == 1:
-        return [[(index, 0, size) for index, size in enumerate(sizes) if size]]
     total, done = sum(sizes), 0
     result: list[list[tuple[int, int, int]]] = [[] for _ in range(threads)]
     thread = 0

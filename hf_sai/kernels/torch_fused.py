@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,10 +20,10 @@ _DTYPES = {
 }
 
 
-def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: tuple[Tensor, ...], choice: Choice) -> bool:
+def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
     """Whether the kernel updates this rightly: contiguous, of one dtype that it handles, no subclass of Tensor."""
-    if choice.automatic and (not p.is_cpu or torch.compiler.is_compiling()):
-        return False  # torch's multi-tensor operations, which torch.compile can see into
+    if choice.automatic and (not p.is_cpu or choice.traced):
+        return False  # torch's multi-tensor operations
     if choice.stochastic_rounding and p.dtype == torch.bfloat16:
         return False
     if m is not None and not (

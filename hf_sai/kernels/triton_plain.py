@@ -27,7 +27,14 @@ _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16:
 def can_update(p: Tensor, g: Tensor, m: Tensor | None) -> bool:
     """Whether the kernel takes these: dense, of 16- or 32-bit float dtypes, which may differ; no Tensor subclasses."""
     tensors = (p, g) if m is None else (p, g, m)
-    return all(t.dtype in _DTYPES and t.is_contiguous() and t.device == p.device for t in tensors)
+    return all(
+        isinstance(t, Tensor)
+        and t.dtype in _DTYPES
+        and t.is_contiguous()
+        and t.device == p.device
+        and t.numel() == p.numel()
+        for t in tensors
+    )
 
 
 def update(

@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from hf_sai.memory.quantised import PACKED
 from hf_sai.memory.state_sizes import OPTIMIZERS, Weight
+from hf_sai.optim.gsnr import PIECE
 
 __all__ = ["OPTIMIZERS", "SHARDINGS", "UNITS", "MemoryReport", "MemoryRow", "estimate_memory"]
 
@@ -37,6 +39,8 @@ class MemoryRow:
         gradients: Of the trained weights, all of them in memory at once.
         master: The copies of the weights that DeepSpeed ZeRO updates in float32; 0 elsewhere.
         states: What the optimizer keeps, or None if it does not run with this sharding.
+        measuring: What SGD-SaI needs for a moment in its first step, beside the gradients, to measure g-SNR; 0 for the
+            others. It is not part of the total, which is what stays.
     """
 
     sharding: str
@@ -45,6 +49,7 @@ class MemoryRow:
     gradients: int
     master: int
     states: int | None
+    measuring: int = 0
 
     @property
     def total(self) -> int | None:
@@ -110,6 +115,9 @@ class MemoryReport:
         per = "on one device" if self.devices == 1 else f"on each of {self.devices} devices"
         head = f"{self.elements:,} parameters ({self.dtypes}), {self.trained:,} trained; {unit} {per}"
         notes = [_NOT_COUNTED]
+        if measuring := max(row.measuring for row in self.rows):
+            size = f"{measuring / UNITS[unit]:,.2f}"
+            notes.append(f"SGD-SaI's first step takes {size} {unit} more for a moment, to measure g-SNR in pieces.")
         if any(row.states is None for row in self.rows):
             notes.append("- : the optimizer does not run with this sharding, or its state there is not known.")
         return "\n".join([head, "", *table, "", *notes])
@@ -126,7 +134,7 @@ def estimate_memory(
 
     Args:
         model: Any module, on any device, meta included; its dtypes and ``requires_grad`` are taken as they are. Weights
-            that bitsandbytes quantises to 4 bits are counted packed.
+            that are quantised (bitsandbytes, or as ``build_skeleton`` finds them saved) are counted packed.
         optimizers: Keys of ``OPTIMIZERS``. Default: all.
         devices: Devices that share the work.
         shardings: How they do, of ``SHARDINGS``: ``fsdp`` is FSDP2 with every parameter sharded, ``zero1`` to
@@ -149,6 +157,7 @@ def estimate_memory(
         adamw_torch        4.00       4.00    8.01  16.02
         <BLANKLINE>
         Not counted: activations, buffers, communication buckets, temporary tensors of the step, the CUDA context and what its allocator rounds up.
+        SGD-SaI's first step takes 8.00 MB more for a moment, to measure g-SNR in pieces.
     """  # noqa: E501
     if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
         raise ValueError(f"devices must be a whole number above 0, but is {devices!r}")
@@ -166,7 +175,8 @@ def estimate_memory(
         for optimizer in optimizers:
             runs = sharding in _WHOLE or optimizer in _RUNS_ON[sharding]
             states = OPTIMIZERS[optimizer](layout.updated) if runs else None
-            rows.append(MemoryRow(sharding, optimizer, layout.parameters, layout.gradients, layout.master, states))
+            kept = (layout.parameters, layout.gradients, layout.master, states)
+            rows.append(MemoryRow(sharding, optimizer, *kept, _measuring(layout.updated, optimizer)))
     elements: dict[str, int] = {}
     for weight in weights:
         elements[weight.dtype] = elements.get(weight.dtype, 0) + weight.numel
@@ -196,25 +206,42 @@ _WHOLE = ("none", "ddp")  # every device has every parameter
 # shards, and under ZeRO every momentum_dtype.
 _ELEMENTWISE = ("sgd_sai", "sgd_momentum", "adamw_torch")
 _FLAT = (*_ELEMENTWISE, "adamw_bnb_8bit", "adafactor")
-_RUNS_ON = {"fsdp": (*_ELEMENTWISE, "sgd_sai_bf16"), "zero1": _FLAT, "zero2": _FLAT, "zero3": _FLAT}
+_RUNS_ON = {"fsdp": (*_ELEMENTWISE, "sgd_sai_bf16", "sgd_sai_factored"), "zero1": _FLAT, "zero2": _FLAT, "zero3": _FLAT}
 
 
 def _weights(model: nn.Module) -> Iterator[Weight]:
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     for name, p in model.named_parameters():
-        packed, shape = _packed_4bit(p) if type(p).__name__ == "Params4bit" else (0, p.shape)
+        packed, kind, shape = _packed(p)
         if p.requires_grad and (packed or not p.is_floating_point()):
-            kind = "4-bit" if packed else str(p.dtype)
+            kind = kind or str(p.dtype)
             raise ValueError(f"parameter {name} is trained but {kind}; freeze it (requires_grad_(False)), use LoRA")
         yield Weight(
             shape=tuple(shape),
             itemsize=p.element_size(),
-            dtype="4-bit" if packed else str(p.dtype).removeprefix("torch."),
+            dtype=kind or str(p.dtype).removeprefix("torch."),
             name=name,
             trained=p.requires_grad,
             is_embedding=id(p) in embeddings,
             packed=packed,
         )
+
+
+def _measuring(updated: Sequence[Weight], optimizer: str) -> int:
+    largest = max((weight.numel for weight in updated), default=0)
+    return 8 * min(PIECE, largest) if optimizer.startswith("sgd_sai") else 0  # float64, piece by piece
+
+
+def _packed(p: Any) -> tuple[int, str, tuple[int, ...]]:
+    """Bytes, kind and shape of a quantised weight; 0 and no kind for any other."""
+    if saved := getattr(p, PACKED, None):
+        return (*saved, tuple(p.shape))
+    if type(p).__name__ == "Params4bit":
+        nbytes, shape = _packed_4bit(p)
+        return nbytes, "4-bit", shape
+    if type(p).__name__ == "Int8Params":  # a float32 scale for each row
+        return p.numel() + 4 * p.shape[0], "8-bit", tuple(p.shape)
+    return 0, "", tuple(p.shape)
 
 
 def _packed_4bit(p: Any) -> tuple[int, tuple[int, ...]]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from hf_sai.memory.quantised import as_saved, in_4bit
 
 __all__ = ["KNOWN_SIZES", "build_skeleton", "parse_lora"]
 
@@ -62,6 +65,7 @@ def build_skeleton(
     dtype: torch.dtype | None = None,
     lora: Mapping[str, Any] | None = None,
     load_in_4bit: bool = False,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Returns a model, on the meta device where possible: its structure without its weights.
 
@@ -73,10 +77,12 @@ def build_skeleton(
             on 16-bit weights in float32.
         lora: Keyword arguments of ``peft.LoraConfig``, to add an adapter to a model without one.
         load_in_4bit: Make the linear layers those that bitsandbytes quantises to 4 bits (QLoRA), all but the output
-            layer, as transformers does.
+            layer, as transformers does. A model that is saved quantised is built so by itself.
+        trust_remote_code: Run the code that the model's repository brings along, where it does.
 
     Raises:
-        ValueError: The directory holds no model, the architecture is unknown, or the options do not go together.
+        ValueError: The directory holds no model, its configuration is damaged, the architecture is unknown, or the
+            options do not go together.
         OSError: The model, or the adapter's base model, cannot be found.
 
     Example:
@@ -84,6 +90,25 @@ def build_skeleton(
         >>> sum(p.numel() for p in model.parameters())
         1557611200
     """
+    try:
+        return _build(name, base_model, lora, _Options(dtype, load_in_4bit, trust_remote_code))
+    except (ImportError, OSError, ValueError):
+        raise
+    except Exception as error:  # a configuration can be wrong in any way, and transformers and PEFT say so in any way
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the configuration of {name} cannot be used ({reason})") from error
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How the base is built, whoever asks for it."""
+
+    dtype: torch.dtype | None
+    load_in_4bit: bool
+    trust_remote_code: bool
+
+
+def _build(name: str, base_model: str | None, lora: Mapping[str, Any] | None, options: _Options) -> Any:
     directory = Path(name)
     if not directory.is_dir():
         is_adapter = name not in KNOWN_SIZES and _is_adapter_on_hub(name)
@@ -99,12 +124,12 @@ def build_skeleton(
     if is_adapter:
         if lora is not None:
             raise ValueError(f"{name} is an adapter already, so lora cannot add another; give its base model's name")
-        return _build_adapter(name, base_model, dtype, load_in_4bit)
+        return _build_adapter(name, base_model, options)
     if base_model is not None:
         raise ValueError(f"{name} is no adapter, so it has no base model; leave out base_model ({base_model})")
     try:
         with torch.device("meta"):
-            model = _build_base(name, None, dtype, load_in_4bit)
+            model = _build_base(name, None, options)
             return model if lora is None else _add_lora(model, lora)
     except OSError as error:
         raise OSError(f"{name} is no directory here, and no model of that name can be read ({error})") from error
@@ -133,8 +158,8 @@ def parse_lora(text: str) -> dict[str, Any]:
                 f"lora: {item.strip()!r} in {text!r} is unknown, repeated or without a value; "
                 f"write each of {', '.join(keys)} at most once, as in r=16,targets=q_proj;v_proj"
             )
-        if key == "r" and not (value.isascii() and value.isdigit() and int(value) > 0):
-            raise ValueError(f"lora: r must be a whole number above 0, but is {value!r}")
+        if key == "r" and not (value.isascii() and value.isdigit() and len(value) <= 7 and int(value) > 0):
+            raise ValueError(f"lora: r must be a whole number above 0 and below 10,000,000, but is {value[:20]!r}")
         names = [part.strip() for part in value.split(";")]
         options[keys[key]] = int(value) if key == "r" else "all-linear" if names == ["all-linear"] else names
     return options
@@ -149,7 +174,7 @@ def _is_adapter_on_hub(name: str) -> bool:
         raise OSError(f"{name} is no directory here, and no model of that name can be read ({error})") from error
 
 
-def _build_adapter(path: str, base_model: str | None, dtype: torch.dtype | None, load_in_4bit: bool) -> Any:
+def _build_adapter(path: str, base_model: str | None, options: _Options) -> Any:
     import peft
 
     config = peft.PeftConfig.from_pretrained(path)
@@ -161,14 +186,14 @@ def _build_adapter(path: str, base_model: str | None, dtype: torch.dtype | None,
         raise ValueError(f"{path} does not say which base model it is for; name it with --base-model")
     try:
         with torch.device("meta"):
-            return peft.get_peft_model(_build_base(name, config.task_type, dtype, load_in_4bit), config)
+            return peft.get_peft_model(_build_base(name, config.task_type, options), config)
     except OSError as error:
         raise OSError(f"the base model {name} of {path} cannot be read; name it with --base-model ({error})") from error
     except RuntimeError:
-        if load_in_4bit:
+        if options.load_in_4bit:
             raise ValueError(f"load_in_4bit: {config.peft_type.value} of {path} computes with the weights") from None
         # A few tuners (AdaMSS, BOFT, FRoD, SHiRA, UniLoRA) compute with the base's weights: any will do here.
-        return peft.get_peft_model(_build_base(name, config.task_type, dtype, load_in_4bit), config)
+        return peft.get_peft_model(_build_base(name, config.task_type, options), config)
 
 
 def _add_lora(model: Any, lora: Mapping[str, Any]) -> Any:
@@ -177,51 +202,78 @@ def _add_lora(model: Any, lora: Mapping[str, Any]) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(**lora))
 
 
-def _build_base(name: str, task_type: Any, dtype: torch.dtype | None, load_in_4bit: bool) -> Any:
+def _build_base(name: str, task_type: Any, options: _Options) -> Any:
     config_file = Path(name) / "config.json"
-    diffusers_class = json.loads(config_file.read_text()).get("_class_name") if config_file.is_file() else None
-    if diffusers_class:
+    written = _read_json(config_file) if config_file.is_file() else {}
+    if diffusers_class := written.get("_class_name"):
         import diffusers
 
-        if not hasattr(diffusers, diffusers_class):
+        if not hasattr(diffusers, str(diffusers_class)):
             raise ValueError(f"the configuration of {name} names the diffusers class {diffusers_class}, unknown here")
         model_class = getattr(diffusers, diffusers_class)
         model = model_class.from_config(model_class.load_config(name))
     else:
-        model = _build_transformer(name, task_type)
-    if dtype is not None:
-        model.to(dtype)
-    return _in_4bit(model, name) if load_in_4bit else model
+        model = _build_transformer(name, task_type, options.trust_remote_code)
+    if options.dtype is not None:
+        model.to(options.dtype)
+    saved = getattr(model.config, "quantization_config", None) if hasattr(model, "config") else None
+    if saved:
+        return as_saved(model, dict(saved), name, options.load_in_4bit)
+    return in_4bit(model, name) if options.load_in_4bit else model
 
 
-def _build_transformer(name: str, task_type: Any) -> Any:
+def _read_json(file: Path) -> dict[str, Any]:
+    """A configuration file's content; its errors are ValueErrors that name the file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no settings by name, but a {type(content).__name__}")
+    return content
+
+
+def _build_transformer(name: str, task_type: Any, trust_remote_code: bool) -> Any:
     import transformers
 
     if name in KNOWN_SIZES and not Path(name).is_dir():
         config = transformers.AutoConfig.for_model(**KNOWN_SIZES[name])
     else:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = _read_config(name, trust_remote_code)
+    own = getattr(config, "auto_map", None) or {}
     if task_type in _AUTO_CLASSES:
-        return getattr(transformers, _AUTO_CLASSES[task_type]).from_config(config)
-    architecture = (config.architectures or ["none"])[0]
-    if not hasattr(transformers, architecture):
-        raise ValueError(f"the configuration of {name} names the architecture {architecture}, unknown here")
-    return getattr(transformers, architecture)._from_config(config)
+        auto_class = _AUTO_CLASSES[task_type]
+    else:
+        architecture = str((config.architectures or ["none"])[0])
+        if hasattr(transformers, architecture):
+            return getattr(transformers, architecture)._from_config(config)
+        auto_class = next((key for key in own if key.startswith("AutoModel")), "")
+        if not auto_class:
+            raise ValueError(f"the configuration of {name} names the architecture {architecture}, unknown here")
+    if auto_class in own and not trust_remote_code:
+        raise ValueError(_UNTRUSTED.format(name=name))
+    return getattr(transformers, auto_class).from_config(config, trust_remote_code=trust_remote_code)
 
 
-def _in_4bit(model: Any, name: str) -> Any:
-    """Replaces the layers as ``from_pretrained(quantization_config=...)`` does before it loads the weights."""
-    import bitsandbytes  # noqa: F401  (without it transformers fails with a NameError)
+#: Each layer is built, and no model has so many.
+_MOST_LAYERS = 100_000
+
+_UNTRUSTED = (
+    "{name} brings code of its own, which this command runs only with --trust-remote-code: read that code first, since "
+    "it can do whatever you can"
+)
+
+
+def _read_config(name: str, trust_remote_code: bool) -> Any:
     import transformers
-    from transformers import integrations
-    from transformers.quantizers import base
 
-    if not isinstance(model, transformers.PreTrainedModel):
-        raise ValueError(f"load_in_4bit is for transformers models, and {name} is a {type(model).__name__}")
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    )
-    model.requires_grad_(False)
-    home: Any = base if hasattr(base, "get_keys_to_not_convert") else integrations  # transformers 5, 4
-    skipped = home.get_keys_to_not_convert(model)
-    return integrations.replace_with_bnb_linear(model, modules_to_not_convert=skipped, quantization_config=config)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise ValueError(_UNTRUSTED.format(name=name)) from None
+        raise ValueError(f"the configuration of {name} cannot be used ({error})") from error
+    for key, value in vars(config).items():
+        if "layers" in key and isinstance(value, int) and value > _MOST_LAYERS:
+            raise ValueError(f"the configuration of {name} gives {key} as {str(value)[:40]}; it is damaged")
+    return config

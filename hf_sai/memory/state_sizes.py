@@ -58,6 +58,19 @@ def _sgd_sai_quantized(bits: int, block: int, weights: Iterable[Weight]) -> int:
     return total
 
 
+def _factored(momentum: Callable[[Iterable[Weight]], int], weights: Iterable[Weight]) -> int:
+    """A momentum, and float32 running mean squares of rows, columns and the whole: ``SGDSaI(update="factored")``.
+
+    A vector has one of each element.
+    """
+    weights = list(weights)
+    means = sum(
+        1 + weight.shape[0] + math.prod(weight.shape[1:]) if len(weight.shape) > 1 else weight.numel
+        for weight in weights
+    )
+    return momentum(weights) + 4 * means
+
+
 def _adamw(weights: Iterable[Weight]) -> int:
     """Two moments of the weights' shape and dtype and a float32 step count each: torch's AdamW."""
     return sum(2 * weight.numel * weight.itemsize + 4 for weight in weights)
@@ -109,6 +122,9 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Weight]], int]] = {
     "sgd_sai_bf16": _sgd_sai_bf16,
     "sgd_sai_8bit": partial(_sgd_sai_quantized, 8, 256),
     "sgd_sai_4bit": partial(_sgd_sai_quantized, 4, 128),
+    "sgd_sai_factored": partial(_factored, _sgd),
+    "sgd_sai_factored_8bit": partial(_factored, partial(_sgd_sai_quantized, 8, 256)),
+    "sgd_sai_factored_4bit": partial(_factored, partial(_sgd_sai_quantized, 4, 128)),
     "sgd_momentum": _sgd,
     "adamw_torch": _adamw,
     "adamw_bnb_8bit": _adamw_8bit,

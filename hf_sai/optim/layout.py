@@ -24,6 +24,7 @@ __all__ = [
     "UNMEASURED",
     "Layout",
     "Part",
+    "admit",
     "find_layout",
     "kind_of",
     "local",
@@ -56,6 +57,14 @@ class Part:
 
     __slots__ = ("fresh", "grad", "group", "number", "param", "shape", "state")
 
+    grad: Any  # a Tensor wherever there is something to do
+    param: Tensor
+    shape: torch.Size
+    group: dict[str, Any]
+    state: Any
+    number: int
+    fresh: bool
+
     #: Option -> the values of it that do not work for parts of this kind, and the cure.
     refused: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = {}
 
@@ -71,6 +80,10 @@ class Part:
     def local(cls, tensor: Tensor) -> Tensor | None:
         """What this process stores of a tensor of this kind, None for others."""
         return None
+
+    @classmethod
+    def admit(cls, p: Tensor) -> None:
+        """Raise ValueError for a tensor of this kind that cannot be trained whatever the options."""
 
     @classmethod
     def look_at(cls, model: torch.nn.Module) -> None:
@@ -247,6 +260,9 @@ def find_layout(optimizer: SGDSaI) -> Layout:
         ValueError: A group holds a tensor that it was not built with, of another shape, and no engine is known to have
             put it there: many parameters flattened into one, of which only one g-SNR could be measured.
     """
+    for group in optimizer.param_groups:
+        for p in group["params"]:  # an engine may have exchanged them
+            admit(p)
     layout = next(filter(None, (find(optimizer) for find in _LAYOUTS)), None)
     if layout is None:
         layout = Layout(optimizer)
@@ -265,7 +281,16 @@ def find_layout(optimizer: SGDSaI) -> Layout:
 
 def kind_of(p: Tensor) -> type[Part]:
     """The kind of part that a parameter has."""
-    return next((kind for kind in _KINDS if kind.recognises(p)), Part)
+    for kind in _KINDS:
+        if kind.recognises(p):
+            return kind
+    return Part
+
+
+def admit(p: Tensor) -> None:
+    """Raise ValueError for a tensor that cannot be trained."""
+    for kind in _KINDS:
+        kind.admit(p)
 
 
 def look_at(model: torch.nn.Module) -> None:

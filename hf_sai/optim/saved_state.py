@@ -62,8 +62,8 @@ def read(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[
     if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in groups]:
         counts = [[len(group["params"]) for group in of] for of in (saved_groups, groups)]
         raise ValueError(
-            f"The state was saved for parameter groups of {counts[0]} parameters, and this optimizer's have {counts[1]}. "
-            f"Build model and groups as they were, or start anew. {_FRESH}"
+            f"The state was saved for parameter groups of {counts[0]} parameters, and this optimizer's have "
+            f"{counts[1]}. Build model and groups as they were. {_FRESH}"
         )
     saved_groups = [upgrade_group(group, present) for group, present in zip(saved_groups, groups, strict=True)]
     _warn_of_other_options(saved_groups, groups)
@@ -154,7 +154,8 @@ def _in_form(name: str, p: Tensor, group: dict[str, Any], tensors: dict[str, Ten
     """A parameter's saved tensors on its device and in the form its group keeps them."""
     part = kind_of(p)(p, group, {})
     momentum = {key: tensors[key] for key in MOMENTUM_KEYS if key in tensors}
-    formed = {key: value.to(p.device) for key, value in tensors.items() if key not in momentum}
+    # Copied: no two optimizers may share running means. Of a momentum that fits torch keeps the tensor it was given.
+    formed = {key: value.to(p.device, copy=True) for key, value in tensors.items() if key not in momentum}
     for key, dims in RULES[group["update"]].kept(part).items():
         if key in formed:
             expected = tuple(length if d in dims else 1 for d, length in enumerate(part.param.shape))
@@ -179,7 +180,7 @@ def _does_not_fit(name: str, key: str, value: Tensor, part: Part) -> ValueError:
 
 def _warn_of_other_options(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
     """One warning for all options that were asked for and that the saved ones overrule."""
-    different = {}
+    different: dict[str, str] = {}
     for saved, present in zip(saved_groups, groups, strict=True):
         for name, option in OPTIONS.items():
             # The rate as it was asked for, which schedulers keep beside the one they have come to.

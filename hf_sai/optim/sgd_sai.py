@@ -21,7 +21,7 @@ from hf_sai.optim import gsnr
 from hf_sai.optim import momentum as momenta
 from hf_sai.optim.gradient_release import Releases, refuse_normalize
 from hf_sai.optim.gsnr import GSNRReport
-from hf_sai.optim.layout import UNMEASURED, Layout, Part, find_layout, name_of
+from hf_sai.optim.layout import UNMEASURED, Layout, Part, admit, find_layout, name_of
 from hf_sai.optim.options import DEFAULTS, OPTIONS, check_options, upgrade_group
 from hf_sai.optim.rules import RULES
 from hf_sai.optim.saved_state import Incoming, read
@@ -83,12 +83,12 @@ class SGDSaI(Optimizer):
         update: The rule, a file each in ``hf_sai/optim/rules``. ``"published"``: the paper's. ``"rows"`` and
             ``"factored"`` divide each gradient, after measuring, by root-mean-squares, so that the update is
             :math:`\gamma\, (G / \sqrt{n})\, m` with :math:`m` the momentum of these gradients: about :math:`\gamma` in
-            most elements, so that learning rates are those of AdamW. ``"rows"``: every row (first dimension) by its own,
-            as SCALE does (arXiv 2506.16659), vectors as a whole. ``"factored"``: each element by a running one that is
-            estimated from its row's and its column's, as Adafactor does (arXiv 1804.04235), which keeps one float32
-            more per row and column (per element of a vector) and comes close to AdamW. ``p.grad`` may be changed in
-            place. Clipping, which comes before, has no effect any more on ``"rows"``. Not together with ``normalize``;
-            refused under FSDP1 and DeepSpeed ZeRO.
+            most elements, so that learning rates are those of AdamW. ``"rows"``: every row (first dimension) by its
+            own, as SCALE does (arXiv 2506.16659), vectors as a whole. ``"factored"``: each element by a running one
+            that is estimated from its row's and its column's, as Adafactor does (arXiv 1804.04235), which keeps one
+            float32 more per row and column (per element of a vector) and comes close to AdamW. ``p.grad`` may be
+            changed in place. Clipping, which comes before, has no effect any more on ``"rows"``. Not together with
+            ``normalize``; refused under FSDP1 and DeepSpeed ZeRO.
         maximize: Ascend instead of descend.
         momentum_dtype: What the momentum is kept in: None for the parameter's dtype, another float dtype such as
             ``torch.bfloat16``, or ``"8bit"`` or ``"4bit"`` for bitsandbytes' blocks of 256 or 128 elements with a
@@ -101,8 +101,8 @@ class SGDSaI(Optimizer):
         foreach: Use torch's multi-tensor operations, which need temporary memory of the size of the parameters.
         fused: Update in one pass over memory and without temporary memory, decay included, with numba's kernel on CPU
             (extra ``speed``; float32 and float64, all tensors in one call) and Triton's on CUDA; without them with
-            torch's fused SGD kernel, in two passes. What no kernel takes, such as a parameter with transposed memory, is
-            updated by itself. If ``foreach`` and ``fused`` are both None, so are CPU parameters, and CUDA's take
+            torch's fused SGD kernel, in two passes. What no kernel takes, such as a parameter with transposed memory,
+            is updated by itself. If ``foreach`` and ``fused`` are both None, so are CPU parameters, and CUDA's take
             ``foreach``. ``foreach=False`` is the plain loop.
         gradient_release: Update each parameter within ``backward()`` and free its gradient at once; ``step()`` then
             only counts. Excludes gradient accumulation, clipping by the global norm (there is nothing left to clip),
@@ -121,6 +121,16 @@ class SGDSaI(Optimizer):
         >>> len(optimizer.gsnr_report().unmeasured)
         0
     """
+
+    #: All groups, also while an engine shows the optimizer only one of them.
+    all_groups: list[dict[str, Any]]
+
+    #: The parameters of each group and their shapes as the optimizer was given them, to see if they are exchanged.
+    built_with: list[list[tuple[weakref.ref[Tensor], torch.Size]]]
+
+    _layout: Layout | None
+    _releases: Releases | None
+    _incoming: Incoming | None
 
     def __init__(
         self,
@@ -156,20 +166,16 @@ class SGDSaI(Optimizer):
         OPTIONS["gradient_release"].check(gradient_release)
         self._begin()
         self._gradient_release = gradient_release
-        self._releases = Releases(self) if gradient_release else None
+        if gradient_release:
+            self._releases = Releases(self)
         super().__init__(params, defaults)
         self.all_groups = self.param_groups
 
     def _begin(self) -> None:
         """What no state dict holds."""
         self._steps = 0
-        self._layout: Layout | None = None
-        self._releases: Releases | None = None
-        self._incoming: Incoming | None = None
-        #: All groups, also while an engine shows the optimizer only one of them.
-        self.all_groups: list[dict[str, Any]] = []
-        #: The parameters of each group and their shapes as the optimizer was given them, to see if they are exchanged.
-        self.built_with: list[list[tuple[weakref.ref[Tensor], torch.Size]]] = []
+        self._layout = self._releases = self._incoming = None
+        self.all_groups, self.built_with = [], []
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -292,43 +298,46 @@ class SGDSaI(Optimizer):
             self._releases.clear()
         parts = self.layout.parts()
         new = self.layout.unmeasured(parts)
-        unscaling = {key: getattr(self, key) for key in ("grad_scale", "found_inf") if hasattr(self, key)}
-        if new and unscaling:
-            # Measuring looks at the gradients anyway, so unscale them here; the momentum starts from true gradients.
-            unscaling = self._unscaled(parts, **unscaling)
-        if unscaling is not None:
-            self._advance(parts, new, unscaling)
+        of_scaler = {key: getattr(self, key) for key in ("grad_scale", "found_inf") if hasattr(self, key)}
+        # Measuring looks at the gradients anyway, so they are unscaled for it; the momentum starts from true gradients.
+        if not (new and of_scaler):
+            self._advance(parts, new, of_scaler)
+        elif self._unscale(parts, **of_scaler):
+            self._advance(parts, new, {})
         if self._steps == WARN_UNMEASURED_AFTER:
             self._warn_unmeasured()
         return loss
 
-    def _advance(self, parts: Sequence[Part], new: Sequence[Part], unscaling: dict[str, Tensor | None]) -> None:
+    def _advance(self, parts: Sequence[Part], new: Sequence[Part], of_scaler: dict[str, Tensor | None]) -> None:
         """Algorithm 1 for these parts: measure the new ones, then gradient, momentum and parameter by their rules."""
         # --- g-SNR, once: G = ||g|| / sigma(g)
         gsnr.measure(new)
         for part in new:
             self._allocate(part)
-        parts = [part for part in parts if part.gsnr != UNMEASURED]
-        # --- the rule's gradient
-        factors: dict[int, tuple[Tensor, ...]] = {}
-        for name, rule in RULES.items():
-            own = [part for part in parts if part.group["update"] == name]
-            factors |= zip((part.number for part in own), rule.factors(own), strict=True)
-        # --- m = g at first
-        for part in parts:
-            if part.group["momentum"] == 0:
-                momenta.drop(part)
-            elif part.fresh or "momentum_buffer" not in part.state:
-                part.grad = multiplied(part.grad, factors[part.number])
-                factors[part.number] = ()
-                momenta.start(part)
-        # --- m = mu m + (1 - mu) g, theta = (1 - lr wd) theta - lr G m
-        largest = self._largest_gsnr()
         by_group: dict[int, list[Part]] = defaultdict(list)
         for part in parts:
-            by_group[id(part.group)].append(part)
-        for own in by_group.values():
-            self._update(own, [factors[part.number] for part in own], largest, unscaling)
+            if part.gsnr != UNMEASURED:
+                by_group[id(part.group)].append(part)
+        # --- the rule's gradient
+        factors: dict[int, Sequence[Tensor]] = {}
+        for name, rule in RULES.items():
+            own = [part for of in by_group.values() if of[0].group["update"] == name for part in of]
+            factors |= zip((part.number for part in own), rule.factors(own), strict=True)
+        # --- m = g at first
+        for of in by_group.values():
+            if of[0].group["momentum"] == 0:
+                for part in of:
+                    momenta.drop(part)
+                continue
+            for part in of:
+                if part.fresh or "momentum_buffer" not in part.state:
+                    part.grad = multiplied(part.grad, factors[part.number])
+                    factors[part.number] = ()
+                    momenta.start(part)
+        # --- m = mu m + (1 - mu) g, theta = (1 - lr wd) theta - lr G m
+        largest = self._largest_gsnr()
+        for of in by_group.values():
+            self._update(of, [factors[part.number] for part in of], largest, of_scaler)
 
     def _allocate(self, part: Part) -> None:
         """Give a parameter's state its keys, measured or not.
@@ -345,16 +354,16 @@ class SGDSaI(Optimizer):
     def _update(
         self,
         parts: Sequence[Part],
-        factors: Sequence[tuple[Tensor, ...]],
+        factors: Sequence[Sequence[Tensor]],
         largest: dict[Any, float],
-        unscaling: dict[str, Tensor | None],
+        of_scaler: dict[str, Tensor | None],
     ) -> None:
         """Update parts of one group."""
         group = parts[0].group
         rule = RULES[group["update"]]
         unit = largest[group.get("normalize_over")] if group["normalize"] else 1.0
         names = ("lr", "momentum", "weight_decay", "maximize", "stochastic_rounding", "foreach", "fused")
-        options: dict[str, Any] = {**{name: group[name] for name in names}, **unscaling}
+        options: dict[str, Any] = {**{name: group[name] for name in names}, **of_scaler}
         lists = (
             [part.param for part in parts],
             [part.grad for part in parts],
@@ -370,16 +379,14 @@ class SGDSaI(Optimizer):
             with draw_alike(part.param.device, part.gsnr, part.number, group["rounding_step"]):
                 sgd_sai(*([value] for value in one), grad_factors=[own], **options)
 
-    def _unscaled(
-        self, parts: Sequence[Part], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> dict[str, Tensor | None] | None:
-        """Undo GradScaler's scale; None if the step is to be skipped."""
+    def _unscale(self, parts: Sequence[Part], grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """Undo GradScaler's scale; False if an infinity was found and the step is to be skipped."""
         if found_inf is not None and found_inf.item():
-            return None
+            return False
         if grad_scale is not None:
             for part in parts:
                 part.grad.div_(grad_scale.to(part.grad.device))
-        return {}
+        return True
 
     @torch.no_grad()
     def update_released(self, p: Tensor, group: dict[str, Any]) -> None:
@@ -446,8 +453,9 @@ def _check_group(options: dict[str, Any]) -> None:
 def _check_params(group: dict[str, Any]) -> None:
     """Raise ValueError for a parameter that cannot be trained."""
     for index, p in enumerate(group["params"]):
+        admit(p)
         if p.is_complex():
             raise ValueError(
-                f"Parameter {name_of(group, index) or f'number {index}'} is complex ({p.dtype}), which SGD-SaI does not "
-                "support. Make its real view the parameter: torch.nn.Parameter(torch.view_as_real(p.detach()))."
+                f"Parameter {name_of(group, index) or f'number {index}'} is complex ({p.dtype}), which SGD-SaI does "
+                "not support. Make its real view the parameter: torch.nn.Parameter(torch.view_as_real(p.detach()))."
             )

@@ -26,6 +26,7 @@ class Choice:
     foreach: bool | None
     fused: bool | None
     stochastic_rounding: bool = False
+    traced: bool = False  # by torch.compile, which fuses by itself and must see torch's own operations
 
     @property
     def kernels(self) -> bool:
@@ -39,7 +40,7 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A faster way to the same update.
+    """A way to make the update: one of those at this file's end, or a faster one.
 
     Attributes:
         name: For messages and tests.
@@ -47,13 +48,15 @@ class Kernel:
         update: Called with lists and options as the functions below are.
         unscales: Whether it takes ``grad_scale`` and ``found_inf``, too.
         multiplies: Whether it takes ``grad_factors``, too, and leaves the gradient as it is.
+        rounds: Whether it takes ``stochastic_rounding``, too.
     """
 
     name: str
-    takes: Callable[[Tensor, Tensor, Momentum | None, tuple[Tensor, ...], Choice], bool]
+    takes: Callable[[Tensor, Tensor, Momentum | None, Sequence[Tensor], Choice], bool]
     update: Callable[..., None]
     unscales: bool = False
     multiplies: bool = False
+    rounds: bool = False
 
 
 #: Asked in this order; filled by :mod:`hf_sai.kernels`.
@@ -71,7 +74,7 @@ def sgd_sai(
     weight_decay: float,
     maximize: bool = False,
     stochastic_rounding: bool = False,
-    grad_factors: Sequence[tuple[Tensor, ...]] | None = None,
+    grad_factors: Sequence[Sequence[Tensor]] | None = None,
     foreach: bool | None = None,
     fused: bool | None = None,
     grad_scale: Tensor | None = None,
@@ -109,7 +112,7 @@ def sgd_sai(
         found_inf: GradScaler's flag, 1.0 to skip the update (``fused`` only).
 
     Raises:
-        ValueError: ``grad_scale`` or ``found_inf`` is given for tensors that no fused kernel takes.
+        ValueError: Shapes differ, or ``grad_scale`` or ``found_inf`` is given for tensors that no fused kernel takes.
 
     Example:
         >>> import torch
@@ -118,39 +121,30 @@ def sgd_sai(
         >>> theta
         tensor([0.5000, 1.5000])
     """
-    choice = Choice(foreach, fused, stochastic_rounding)
+    choice = Choice(foreach, fused, stochastic_rounding, torch.compiler.is_compiling())
     all_factors = grad_factors or [()] * len(params)
-    buckets: dict[tuple[Any, torch.device], list[int]] = defaultdict(list)
+    buckets: dict[tuple[Kernel, torch.device], list[int]] = defaultdict(list)
     for i, (p, g, m, factors) in enumerate(zip(params, grads, momentum_buffers, all_factors, strict=True)):
         buckets[_path(p, g, None if momentum == 0 else m, factors, choice), p.device].append(i)
     unscaling = {"grad_scale": grad_scale, "found_inf": found_inf}
-    if any(value is not None for value in unscaling.values()):
-        if not all(isinstance(path, Kernel) and path.unscales for path, _ in buckets):
-            raise ValueError(
-                "grad_scale and found_inf need tensors that a fused kernel takes; unscale the gradients before."
-            )
+    if any(value is not None for value in unscaling.values()) and not all(path.unscales for path, _ in buckets):
+        raise ValueError(
+            "grad_scale and found_inf need tensors that a fused kernel takes; unscale the gradients before."
+        )
     for (path, device), indices in buckets.items():
-        extra: dict[str, Any] = {"stochastic_rounding": stochastic_rounding} if path is _widened else {}
-        if isinstance(path, Kernel) and path.unscales:
+        lists: list[Any] = [params, grads, momentum_buffers, scales, all_factors]
+        own_params, own_grads, own_momenta, own_scales, own_factors = ([of[i] for i in indices] for of in lists)
+        extra: dict[str, Any] = {}
+        if path.unscales:
             extra |= {key: _on(value, device) for key, value in unscaling.items()}
-        own_factors = [all_factors[i] for i in indices]
-        own_grads = [grads[i] for i in indices]
-        if isinstance(path, Kernel) and path.multiplies:
+        if path.rounds:
+            extra["stochastic_rounding"] = stochastic_rounding
+        if path.multiplies:
             extra["grad_factors"] = own_factors
         else:
             own_grads = [multiplied(g, factors) for g, factors in zip(own_grads, own_factors, strict=True)]
-        run = path.update if isinstance(path, Kernel) else path
-        run(
-            [params[i] for i in indices],
-            own_grads,
-            [momentum_buffers[i] for i in indices],
-            [scales[i] for i in indices],
-            lr=_rate_on(lr, device),
-            momentum=momentum,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            **extra,
-        )
+        options = {"lr": _rate_on(lr, device), "momentum": momentum, "weight_decay": weight_decay, "maximize": maximize}
+        path.update(own_params, own_grads, own_momenta, own_scales, **options, **extra)
 
 
 def can_unscale(p: Tensor, choice: Choice) -> bool:
@@ -159,22 +153,25 @@ def can_unscale(p: Tensor, choice: Choice) -> bool:
 
 
 def is_ordinary(tensor: Tensor) -> bool:
-    """Whether this is no subclass of Tensor, such as DTensor or a quantised weight, whose memory is not its elements."""
+    """Whether this is no subclass of Tensor, such as a DTensor or a quantised weight."""
     return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
-def _path(p: Tensor, g: Tensor, m: Momentum | None, factors: tuple[Tensor, ...], choice: Choice) -> Any:
-    """The kernel, or the function below, that updates this tensor."""
+def _path(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> Kernel:
+    """The kernel, or the way below, that updates this tensor."""
     if choice.kernels:
         for kernel in KERNELS:
             if kernel.takes(p, g, m, factors, choice):
                 return kernel
+    if g.shape != p.shape or (m is not None and m.shape != p.shape):
+        shapes = f"gradient {tuple(g.shape)} and momentum {'none' if m is None else tuple(m.shape)}"
+        raise ValueError(f"A parameter of shape {tuple(p.shape)} came with {shapes}; give all three one shape.")
     if isinstance(m, QuantizedMomentum) or (m is not None and m.dtype != p.dtype):
-        return _widened
+        return _WIDENED
     if choice.stochastic_rounding and p.dtype == torch.bfloat16:
-        return _widened
-    many = is_ordinary(p) and (not p.is_cpu or torch.compiler.is_compiling()) if choice.automatic else choice.foreach
-    return _multi_tensor if many else _single_tensor
+        return _WIDENED
+    many = is_ordinary(p) and (not p.is_cpu or choice.traced) if choice.automatic else choice.foreach
+    return _MULTI_TENSOR if many else _SINGLE_TENSOR
 
 
 def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
@@ -189,7 +186,7 @@ def _rate_on(lr: float | Tensor, device: torch.device) -> float | Tensor:
     return lr.item() if lr.is_cpu and device.type != "cpu" else _on(lr, device)  # type: ignore[return-value]
 
 
-def multiplied(g: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+def multiplied(g: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """A gradient times its factors, in place where that can be."""
     if factors and any(stride == 0 and size > 1 for stride, size in zip(g.stride(), g.shape, strict=True)):
         g = g.contiguous()  # an expanded gradient has several elements in one place
@@ -258,3 +255,13 @@ def _widened(params, grads, momentum_buffers, scales, *, lr, momentum, weight_de
         # --- decoupled weight decay and scaled step
         updated = p.to(wide) * decay - step * direction
         p.copy_(stochastically_rounded(updated) if stochastic_rounding and p.dtype == torch.bfloat16 else updated)
+
+
+def _always(*_: Any) -> bool:
+    return True
+
+
+# Every tensor has one of these ways, so nobody asks them.
+_SINGLE_TENSOR = Kernel("single_tensor", _always, _single_tensor)
+_MULTI_TENSOR = Kernel("multi_tensor", _always, _multi_tensor)
+_WIDENED = Kernel("widened", _always, _widened, rounds=True)

@@ -154,7 +154,7 @@ def effective_rates(optimizer: Any) -> Iterator[tuple[str, float]]:
         key = group.get("normalize_over")
         largest[key] = max([largest[key], *(scale for _, scale in scales)])
     for name, group, scales in zip(names, groups, mine, strict=True):
-        if group.get("normalize_gradient"):  # the gradient's size is in the step no more
+        if group.get("update", "published") != "published":  # the gradient's size is in the step no more
             scales = [(elements, scale / math.sqrt(elements)) for elements, scale in scales]
         mean = sum(map(math.prod, scales)) / max(1, sum(elements for elements, _ in scales))
         if group.get("normalize"):

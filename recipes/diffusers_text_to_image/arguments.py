@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 from emoji_data import ATTRIBUTION, LICENSE
 
-from hf_sai.recipe_input import InputError, parse_config_and_flags
+from recipes.common.recipe_input import InputError, option, parse_config_and_flags
 
 __all__ = [
     "Arguments",
@@ -20,10 +19,6 @@ __all__ = [
     "parse_arguments",
     "plain",
 ]
-
-
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")

@@ -10,17 +10,16 @@ table, `--timing true` compares the times of the optimizers' steps.
 """
 
 import copy
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common lies in the repository's root
 
 import prodigyopt
 import sgd_sai
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from arguments import Arguments, check_arguments
@@ -28,18 +27,15 @@ from evaluation import denoising_loss
 from image_data import load_splits
 from sd_parts import Denoiser, add_lora, load_parts
 from torch import nn
-from torch.optim import Optimizer
 from tqdm.auto import tqdm
 from train import Run, encode_all, make_schedule, take_step
 
-from hf_sai import create_sgd_sai_optimizer
-from hf_sai.comparison import interleaved_step_times, markdown_table, optimizer_state_bytes, step_time_ratio
-from hf_sai.lr_search import Results, results_table, search
-from hf_sai.recipe_input import InputError, parse_config_and_flags
+from hf_sai.runs.meters import state_bytes
 from hf_sai.runs.recorder import RunRecorder
+from recipes.common.candidates import Candidate, adamw, choose, sai, timing_table, trainable
+from recipes.common.lr_search import Results, SearchArguments, results_table, search, told
+from recipes.common.recipe_input import InputError, option, parse_config_and_flags
 
-BASELINE = "adamw"
-TIMED_ROUNDS = 200
 TASK = (
     "pretrained_model_name_or_path",
     "emoji_categories",
@@ -55,33 +51,11 @@ TASK = (
 )
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """How an optimizer is built from a model and a learning rate, without weight decay, and where its grid starts."""
-
-    build: Callable[[nn.Module, float], Optimizer]
-    grid: tuple[float, ...]
-
-
-def adamw(**options: Any) -> Callable[[nn.Module, float], Optimizer]:
-    return lambda model, lr: torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.0, **options)
-
-
-def sai(**options: Any) -> Callable[[nn.Module, float], Optimizer]:
-    return lambda model, lr: create_sgd_sai_optimizer(model, lr=lr, **options)
-
-
 CANDIDATES = {
     "adamw": Candidate(adamw(), (1e-3, 2e-3, 4e-3, 8e-3)),
     "adamw, beta1 0.8": Candidate(adamw(betas=(0.8, 0.999)), (2e-3, 4e-3, 8e-3)),
-    "sgd_sai, factored gradient": Candidate(sai(normalize_gradient="factored"), (2e-3, 4e-3, 8e-3)),
-    "sgd_sai, factored gradient, momentum 0.8": Candidate(
-        sai(normalize_gradient="factored", momentum=0.8), (2e-3, 4e-3, 8e-3)
-    ),
+    "sgd_sai, factored gradient": Candidate(sai(update="factored"), (2e-3, 4e-3, 8e-3)),
+    "sgd_sai, factored gradient, momentum 0.8": Candidate(sai(update="factored", momentum=0.8), (2e-3, 4e-3, 8e-3)),
     # 0.1 is what the paper takes for a diffusion LoRA.
     "sgd_sai": Candidate(sai(), (0.0125, 0.025, 0.05, 0.1)),
     "official sgd-sai": Candidate(
@@ -94,16 +68,12 @@ CANDIDATES = {
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(SearchArguments):
     """What to compare, and where the results go; the task comes from train.py's options."""
 
-    results: str = field(metadata={"help": "JSON file of finished runs; it grows."})
-    candidates: list[str] | None = field(default=None, metadata={"help": f"Default: all of {', '.join(CANDIDATES)}."})
-    rates: list[float] | None = field(default=None, metadata={"help": "Learning rates. Default: the candidate's grid."})
-    growth: int = field(default=3, metadata={"help": "How often a grid may grow at its ends."})
-    seeds: int = field(default=3, metadata={"help": "Seeds at the best learning rate."})
-    timing: bool = field(default=False, metadata={"help": "Train nothing: time the steps of the candidates."})
-    table: bool = field(default=False, metadata={"help": "Run nothing: print the table of the results file."})
+    candidates: list[str] | None = option(None, f"Default: all of {', '.join(CANDIDATES)}.")
+    rates: list[float] | None = option(None, "Learning rates. Default: the candidate's grid.")
+    timing: bool = option(False, "Train nothing: time the steps of the candidates.")
 
 
 class Task:
@@ -141,7 +111,7 @@ class Task:
         self.accelerator.free_memory()
         return {
             "eval_loss": self.evaluate(model),
-            "state_bytes": optimizer_state_bytes(optimizer.state_dict()),
+            "state_bytes": state_bytes(optimizer),
             "train_seconds": round(seconds, 1),
             "train_loss": [round(loss, 4) for loss in losses],
         }
@@ -159,13 +129,11 @@ def main(argv: list[str] | None = None) -> None:
         usage="benchmark.py CONFIG.yaml --results FILE.json [--key value ...]",
     )
     check_arguments(args)
-    names = options.candidates or list(CANDIDATES)
-    unknown = sorted(set(names) - set(CANDIDATES))
-    if unknown:
-        raise InputError(f"no candidate is called {', '.join(unknown)}; choose among {', '.join(CANDIDATES)}.")
+    names = choose(options.candidates, CANDIDATES)
     results = Results(options.results, {key: str(getattr(args, key)) for key in TASK})
     if options.timing:
-        print(timing_table(Task(args), names))
+        task = Task(args)
+        print(timing_table(lambda: task.adapted(seed=0), names, CANDIDATES))
         return
     if not options.table:
         task = Task(args)
@@ -179,29 +147,9 @@ def main(argv: list[str] | None = None) -> None:
                 results,
                 growth=options.growth,
                 seeds=options.seeds,
-                report=lambda run: tqdm.write(
-                    f"{run['candidate']}: learning rate {run['learning_rate']:g}, seed {run['seed']}: "
-                    f"eval loss {run['eval_loss']:.4f} ({run['train_seconds']:.0f} s)"
-                ),
+                report=lambda run: tqdm.write(told(run)),
             )
     print(results_table(results, names))
-
-
-def timing_table(task: Task, names: list[str]) -> str:
-    """Time a step of every candidate in turn, on adapters of its own and gradients drawn once."""
-    optimizers = {}
-    for name in {BASELINE: None, **dict.fromkeys(names)}:
-        model = task.adapted(seed=0)
-        for parameter in trainable(model):
-            parameter.grad = torch.randn_like(parameter)
-        optimizers[name] = CANDIDATES[name].build(model, 1e-6)
-    seconds = interleaved_step_times(optimizers, rounds=TIMED_ROUNDS)
-    rows = []
-    for name in names:
-        ratio = step_time_ratio(seconds[name], seconds[BASELINE])
-        quartiles = f"{ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f}"
-        rows.append([name, f"{statistics.median(seconds[name]) * 1e3:.2f}", f"{ratio['median']:.2f}", quartiles])
-    return markdown_table(["optimizer", "step, ms (median)", f"times {BASELINE}'s", "quartiles"], rows)
 
 
 if __name__ == "__main__":

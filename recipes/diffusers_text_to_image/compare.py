@@ -8,9 +8,10 @@ and now: the optimizers step in turn in this one process, so that a busy machine
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common lies in the repository's root
 
 import torch
 from arguments import Arguments
@@ -18,15 +19,18 @@ from emoji_data import CATEGORIES, load_emoji
 from evaluation import save_grid
 from image_data import read_pictures
 from image_scores import classify, color_difference, nearest_distance, train_classifier
-from optimizers import SETTINGS, build_optimizer, read_settings
+from optimizers import build_optimizer, read_settings
 from sd_parts import Denoiser, add_lora, load_parts, make_pipeline, sample
 from tqdm.auto import tqdm
 
-from hf_sai.comparison import interleaved_step_times, markdown_table, optimizer_state_bytes, step_time_ratio
 from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.plots import draw, plot_loss
-from hf_sai.recipe_input import InputError
+from hf_sai.runs.files import atomic_write
+from hf_sai.runs.meters import state_bytes
 from hf_sai.runs.record import RunRecord
+from recipes.common.comparison import interleaved_step_times, markdown_table, step_time_ratio
+from recipes.common.recipe_input import OPTIMIZER_SETTINGS, InputError, first_line
+from recipes.common.result_files import read_json, write_json
 
 CATEGORY = "flag"
 SHOWN = 8
@@ -83,15 +87,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 def read_run(folder: Path) -> dict:
     """The run's results, and the settings it was trained with as `args`."""
-    try:
-        result = json.loads((folder / "results.json").read_text())
-    except OSError as error:
-        raise InputError(f"{folder} is no finished run of train.py: it has no results.json.") from error
+    if not (folder / "results.json").is_file():
+        raise InputError(f"{folder} is no finished run of train.py: it has no results.json.")
+    result = read_json(folder / "results.json", keys=("checkpoint", "settings.train"))
     if result["checkpoint"] is None:
         raise InputError(f"{folder} has no saved optimizer state; train with --save_steps.")
     if result["settings"]["train"] != "lora":
         raise InputError(f"{folder} is no LoRA; this script compares LoRA runs.")
-    return {**result, "args": Arguments(**result["settings"])}
+    try:
+        return {**result, "args": Arguments(**result["settings"])}
+    except TypeError as error:
+        raise InputError(f"{folder / 'results.json'} is of another version: {first_line(error)}") from error
 
 
 def draw_captions(pipeline, captions: list[str], args: Arguments) -> list:
@@ -109,14 +115,18 @@ def measure_costs(runs: dict, rounds: int) -> dict:
     """Count each run's optimizer state, and time its optimizer's steps, the state loaded, beside the others'."""
     optimizers, state = {}, {}
     for name, run in runs.items():
-        saved = torch.load(Path(name, run["checkpoint"], "training_state.pt"), map_location="cpu", weights_only=True)
+        file = Path(name, str(run["checkpoint"]), "training_state.pt")
+        try:
+            saved = torch.load(file, map_location="cpu", weights_only=True)["optimizer"]
+        except Exception as error:  # a damaged archive or pickle can fail in any way
+            raise InputError(f"{file} cannot be read: {first_line(error)}") from error
         settings = read_settings(run["args"])
         parts = load_parts(run["args"])
         add_lora(parts, run["args"])
         model = Denoiser(parts.unet, parts.text_encoder if run["args"].train_text_encoder else None)
         optimizers[name] = build_optimizer(settings, model)
-        optimizers[name].load_state_dict(saved["optimizer"])
-        state[name] = optimizer_state_bytes(saved["optimizer"])
+        optimizers[name].load_state_dict(saved)
+        state[name] = state_bytes(optimizers[name])
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.randn_like(parameter)  # neither optimizer's time depends on the values
@@ -124,7 +134,7 @@ def measure_costs(runs: dict, rounds: int) -> dict:
     baseline = list(runs)[-1]
     return {
         name: {
-            **{key: run["settings"][key] for key in SETTINGS},
+            **{key: run["settings"][key] for key in OPTIMIZER_SETTINGS},
             "optimizer_state_bytes": state[name],
             "optimizer_state_ratio": state[name] / state[baseline],
             "step_time_ratio": step_time_ratio(seconds[name], seconds[baseline]),
@@ -137,9 +147,9 @@ def save(comparison: dict, runs: dict, drawn: dict, captions: list[str], folder:
     """Save comparison.json, comparison.md, the loss and the pictures; print the tables and where they are."""
     folder.mkdir(parents=True, exist_ok=True)
     tables = f"{score_table(comparison)}\n\n{cost_table(comparison)}"
-    (folder / "comparison.json").write_text(json.dumps(comparison, indent=2) + "\n")
-    (folder / "comparison.md").write_text(tables + "\n")
-    (folder / "loss.png").write_bytes(draw(plot_loss([RunRecord.load(name) for name in runs])))
+    write_json(folder / "comparison.json", comparison)
+    atomic_write(folder / "comparison.md", tables + "\n")
+    atomic_write(folder / "loss.png", draw(plot_loss([RunRecord.load(name) for name in runs])))
     save_grid({name: images[:SHOWN] for name, images in drawn.items()}, captions[:SHOWN], folder / "grid.png")
     print(f"\n{tables}\n\nRatios are to {list(runs)[-1]}.")
     for name in runs:

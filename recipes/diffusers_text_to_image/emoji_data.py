@@ -11,7 +11,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Image
 
-from hf_sai.recipe_input import InputError
+from recipes.common.recipe_input import InputError
 
 __all__ = ["ATTRIBUTION", "CATEGORIES", "LICENSE", "caption_of", "load_emoji"]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hf_sai.recipe_input import InputError, first_line
+from recipes.common.recipe_input import InputError, first_line
 
 __all__ = ["Encoded", "encode", "load_splits", "read_pictures", "text_states", "tokenize"]
 

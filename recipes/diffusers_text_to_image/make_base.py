@@ -21,6 +21,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common lies in the repository's root
+
 import torch
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -31,7 +33,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer, get_scheduler
 
-from hf_sai.recipe_input import InputError, parse_config_and_flags
+from recipes.common.recipe_input import InputError, parse_config_and_flags
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_WORDS = 24

@@ -9,27 +9,16 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
 from hf_sai import param_groups
-from hf_sai.recipe_input import InputError, first_line
+from recipes.common.recipe_input import OPTIMIZER_SETTINGS, InputError, first_line
 
 __all__ = ["build_optimizer", "read_settings"]
-
-SETTINGS = (
-    "optim",
-    "optim_args",
-    "optim_target_modules",
-    "learning_rate",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-)
 
 
 def read_settings(args: Any) -> TrainingArguments:
     """Check the optimizer's options; call it before an `Accelerator` is made, whose state Trainer's arguments reset.
 
     Args:
-        args: `output_dir`, `use_cpu` and what `SETTINGS` names are read.
+        args: `output_dir`, `use_cpu` and what `OPTIMIZER_SETTINGS` names are read.
 
     Raises:
         InputError: There is no such optimizer, or an option has an impossible value.
@@ -39,7 +28,7 @@ def read_settings(args: Any) -> TrainingArguments:
             args.output_dir,
             use_cpu=args.use_cpu,
             report_to="none",
-            **{key: getattr(args, key) for key in SETTINGS},
+            **{key: getattr(args, key) for key in OPTIMIZER_SETTINGS},
         )
     except (ImportError, TypeError, ValueError) as error:
         raise InputError(f"cannot use the optimizer {args.optim}: {first_line(error)}") from error

@@ -15,7 +15,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
 
-from hf_sai.recipe_input import InputError, first_line
+from recipes.common.recipe_input import InputError, first_line
 
 __all__ = ["Denoiser", "Parts", "add_lora", "load_parts", "make_pipeline", "sample", "save_lora"]
 

@@ -24,7 +24,6 @@ Go on after an interruption:
         recipes/diffusers_text_to_image/train.py recipes/diffusers_text_to_image/demo.yaml --resume_from_checkpoint true
 """
 
-import json
 import os
 import shutil
 import sys
@@ -33,6 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common lies in the repository's root
 
 import numpy
 import torch
@@ -51,10 +52,12 @@ from hf_sai.groups.table import describe_groups
 from hf_sai.optim.sgd_sai import SGDSaI
 from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.publish import PublishError
-from hf_sai.recipe_input import InputError, delete_checkpoints, find_checkpoint, first_line
+from hf_sai.runs.files import atomic_write
 from hf_sai.runs.meters import unwrap_optimizer
 from hf_sai.runs.recorder import RunRecorder
 from hf_sai.trainer.hub_callback import PublishCallback, take_over_push_to_hub
+from recipes.common.recipe_input import InputError, delete_checkpoints, find_checkpoint, first_line
+from recipes.common.result_files import write_json
 
 STATE_FILE = "training_state.pt"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -368,10 +371,10 @@ def save_results(run: Run, results: dict) -> None:
     save_weights(run, folder)
     last = folder / f"checkpoint-{args.max_steps}"
     saved = {**results, "settings": public(args), "checkpoint": last.name if last.is_dir() else None}
-    (folder / "results.json").write_text(json.dumps(saved, indent=2) + "\n")
+    write_json(folder / "results.json", saved)
     optimizer = unwrap_optimizer(run.optimizer)
     if isinstance(optimizer, SGDSaI):
-        (folder / "groups.txt").write_text(describe_groups(optimizer) + "\n")
+        atomic_write(folder / "groups.txt", describe_groups(optimizer) + "\n")
     if run.pictures:
         save_grid(run.pictures, args.validation_prompts, folder / "images" / "grid.png")
         run.recorder.add(images=[{"title": "Validation images", "file": "images/grid.png"}])

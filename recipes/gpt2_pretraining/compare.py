@@ -8,23 +8,27 @@ and their steps are timed in turn in this one process, so that a busy machine di
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common lies in the repository's root
+
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
-from hf_sai.comparison import (
-    interleaved_step_times,
-    markdown_table,
-    optimizer_state_bytes,
-    step_time_ratio,
-)
 from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.plots import draw, plot_loss
+from hf_sai.runs.files import atomic_write
+from hf_sai.runs.meters import state_bytes
 from hf_sai.runs.record import RunRecord
+from recipes.common.comparison import (
+    interleaved_step_times,
+    markdown_table,
+    step_time_ratio,
+)
+from recipes.common.recipe_input import InputError, first_line
+from recipes.common.result_files import read_json, write_json
 
 COLUMNS = (
     "run",
@@ -42,14 +46,19 @@ COLUMNS = (
 def main(argv: list[str] | None = None) -> dict:
     args = make_parser().parse_args(argv)
     if len(args.runs) < 2 or len(set(args.runs)) < len(args.runs):
-        sys.exit("compare.py: give at least two different run folders.")
+        raise InputError("give at least two different run folders.")
     results = {str(run): read_run(run) for run in args.runs}
-    optimizers = {name: load_optimizer(Path(name), result) for name, result in results.items()}
+    optimizers = {}
+    for name, result in results.items():
+        try:
+            optimizers[name] = load_optimizer(Path(name), result)
+        except Exception as error:  # damage shows in the model, the settings or the state, each with errors of its own
+            raise InputError(f"{name} is damaged: {first_line(error)}") from error
+    state = {name: state_bytes(optimizer) for name, optimizer in optimizers.items()}
     seconds = interleaved_step_times(optimizers, rounds=args.rounds)
 
     baseline = str(args.runs[-1])
     comparison = {"baseline": baseline, "threads": torch.get_num_threads(), "runs": {}}
-    state = {name: optimizer_state_bytes(read_state(Path(name), result)) for name, result in results.items()}
     for name, result in results.items():
         comparison["runs"][name] = {
             **result["optimizer"],
@@ -74,12 +83,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def read_run(run: Path) -> dict:
-    try:
-        result = json.loads((run / "results.json").read_text())
-    except OSError:
-        sys.exit(f"compare.py: {run} is no finished run of train.py: it has no results.json.")
-    if result["checkpoint"] is None or not (run / result["checkpoint"] / "optimizer.pt").is_file():
-        sys.exit(f"compare.py: {run} has no saved optimizer state; train with --save_strategy steps.")
+    if not (run / "results.json").is_file():
+        raise InputError(f"{run} is no finished run of train.py: it has no results.json.")
+    keys = ("checkpoint", "optimizer.optim", "optimizer.learning_rate", "parameters")
+    result = read_json(run / "results.json", keys=(*keys, "metrics.eval_loss", "metrics.eval_perplexity"))
+    if result["checkpoint"] is None or not (run / str(result["checkpoint"]) / "optimizer.pt").is_file():
+        raise InputError(f"{run} has no saved optimizer state; train with --save_strategy steps.")
     return result
 
 
@@ -105,10 +114,10 @@ def save(comparison: dict, results: dict, folder: Path) -> None:
     """Save comparison.json, comparison.md and loss.png; print the table and where they are."""
     folder.mkdir(parents=True, exist_ok=True)
     table = markdown_table(COLUMNS, [table_row(name, run) for name, run in comparison["runs"].items()])
-    (folder / "comparison.json").write_text(json.dumps(comparison, indent=2) + "\n")
-    (folder / "comparison.md").write_text(table + "\n")
+    write_json(folder / "comparison.json", comparison)
+    atomic_write(folder / "comparison.md", table + "\n")
     picture = folder / "loss.png"
-    picture.write_bytes(draw(plot_loss([RunRecord.load(name) for name in results])))
+    atomic_write(picture, draw(plot_loss([RunRecord.load(name) for name in results])))
     print(f"\n{table}\n\nRatios are to {comparison['baseline']}.")
     for name in results:
         others = [other for other in results if other != name]
@@ -132,4 +141,7 @@ def table_row(name: str, run: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as problem:
+        sys.exit(f"compare.py: {problem}")

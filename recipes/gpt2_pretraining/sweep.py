@@ -10,22 +10,25 @@ sweep goes on where it was, and a finer grid adds to an older one.
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common lies in the repository's root
+
 import train
 
-from hf_sai.comparison import markdown_table
+from hf_sai.runs.files import atomic_write
+from recipes.common.comparison import markdown_table
+from recipes.common.result_files import read_json, write_json
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     args, common = make_parser().parse_known_args(argv)
     path = args.output.with_suffix(".json")
-    runs = json.loads(path.read_text()) if path.is_file() else []
+    runs = read_json(path, list) if path.is_file() else []
     points = [dict(zip(args.grid, values, strict=True)) for values in itertools.product(*args.grid.values())]
     for index, point in enumerate(points):
         settings = {"config": args.config, "common": " ".join(common), **point}
@@ -34,9 +37,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         print(f"run {index + 1} of {len(points)}: {point}", flush=True)
         loss = evaluation_loss([args.config, *common, *itertools.chain(*((f"--{k}", v) for k, v in point.items()))])
         runs.append({"settings": settings, "eval_loss": loss})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(runs, indent=2) + "\n")
-        args.output.with_suffix(".md").write_text(tabulate(runs) + "\n")
+        write_json(path, runs)
+        atomic_write(args.output.with_suffix(".md"), tabulate(runs) + "\n")
     print(tabulate(runs))
     return runs
 

@@ -23,11 +23,12 @@ Go on after an interruption:
         --resume_from_checkpoint true
 """
 
-import json
 import sys
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common lies in the repository's root
 
 import evaluate
 import torch
@@ -48,17 +49,21 @@ from transformers import (
 
 from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.publish import PublishError
-from hf_sai.recipe_input import (
+from hf_sai.runs.files import atomic_write
+from hf_sai.trainer.callbacks import RunRecordCallback
+from hf_sai.trainer.hub_callback import take_over_push_to_hub
+from recipes.common.recipe_input import (
+    OPTIMIZER_SETTINGS,
     InputError,
     check_optimizer,
     delete_checkpoints,
     find_checkpoint,
     first_line,
+    option,
     parse_config_and_flags,
 )
-from hf_sai.stdlib_corpus import load_documents
-from hf_sai.trainer.callbacks import RunRecordCallback
-from hf_sai.trainer.hub_callback import take_over_push_to_hub
+from recipes.common.result_files import write_json
+from recipes.common.stdlib_corpus import load_documents
 
 METRIC = Path(__file__).parents[1] / "metrics" / "token_nll" / "token_nll.py"
 END_OF_TEXT = "<|endoftext|>"
@@ -72,20 +77,6 @@ MODEL_SIZES = {  # layers, width, heads; all but tiny are OpenAI's
     "gpt2-large": (36, 1280, 20),
     "gpt2-xl": (48, 1600, 25),
 }
-# What a later process needs in order to build the same optimizer again (compare.py does).
-OPTIMIZER_SETTINGS = (
-    "optim",
-    "optim_args",
-    "learning_rate",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-)
-
-
-def option(default: object, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -349,12 +340,12 @@ def save_results(trainer: Trainer, record: RunRecordCallback, metrics: dict, scr
         "parameters": trainer.model.num_parameters(),
         "checkpoint": checkpoint.name if checkpoint.is_dir() else None,
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(folder / "results.json", results)
     record.add(results={key: metrics[key] for key in ("eval_loss", "eval_perplexity")})
     print(f"\neval loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.2f}")
     if script_args.sample_tokens > 0 and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         sample = write_sample(trainer, script_args)
-        (folder / "sample.txt").write_text(sample + "\n", encoding="utf-8")
+        atomic_write(folder / "sample.txt", sample + "\n")
         prompt = script_args.sample_prompt
         record.add(samples=[{"title": "Text written after training", "prompt": prompt, "text": sample}])
         print(f"sample: {sample}")

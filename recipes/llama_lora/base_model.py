@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from hf_sai.recipe_input import InputError, first_line
+from recipes.common.recipe_input import InputError, first_line
 
 __all__ = ["OFFLINE_MODEL", "add_lora", "load_base", "locate", "name_base"]
 
@@ -60,8 +60,10 @@ def load_base(model_args: ModelConfig, gguf_file: str | None = None) -> tuple[Pr
     quantization = get_quantization_config(model_args)
     if quantization is not None and gguf_file is not None:
         raise InputError(
-            "a GGUF file cannot be loaded in 4 or 8 bit: transformers turns it into full weights first. Save these "
-            "with save_pretrained, and name that folder as --model_name_or_path without --gguf_file."
+            "a GGUF file cannot be loaded in 4 or 8 bit: transformers turns it into full weights first. Save them, "
+            "with AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE, quantization_config="
+            "GgufConfig(dequantize=True)).save_pretrained(NEW) and AutoTokenizer.from_pretrained(FOLDER, "
+            "gguf_file=FILE).save_pretrained(NEW), and name NEW as --model_name_or_path without --gguf_file."
         )
     where = {"revision": model_args.model_revision}
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}

@@ -10,15 +10,17 @@ repeated. `--candidates name name` runs only these; `--timing true` compares the
 """
 
 import copy
-import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common lies in the repository's root
 
 import torch
 from base_model import OFFLINE_MODEL, add_lora, load_base
-from candidates import CANDIDATES, Candidate
+from candidates import CANDIDATES
 from datasets import Dataset
 from frozen_prefix import with_frozen_prefix
 from instruction_data import load_splits, shorten
@@ -26,12 +28,11 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from hf_sai.comparison import interleaved_step_times, markdown_table, optimizer_state_bytes, step_time_ratio
-from hf_sai.lr_search import Results, results_table, search
-from hf_sai.recipe_input import InputError, parse_config_and_flags
+from hf_sai.runs.meters import state_bytes
+from recipes.common.candidates import Candidate, choose, timing_table
+from recipes.common.lr_search import Results, SearchArguments, results_table, search, told
+from recipes.common.recipe_input import InputError, option, parse_config_and_flags
 
-BASELINE = "adamw"
-TIMED_ROUNDS = 200
 TASK_SETTINGS = (
     "max_length",
     "max_steps",
@@ -45,18 +46,14 @@ TASK_SETTINGS = (
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(SearchArguments):
     """What to compare, and where the results go; the task comes from TRL's options."""
 
-    results: str = field(metadata={"help": "JSON file of finished runs; it grows."})
-    candidates: list[str] | None = field(default=None, metadata={"help": f"Default: all of {', '.join(CANDIDATES)}."})
-    max_eval_samples: int = field(default=64, metadata={"help": "Rows of validation to evaluate on."})
-    adapted_layers: int = field(default=10, metadata={"help": "How many layers have adapters, at the model's top."})
-    growth: int = field(default=3, metadata={"help": "How often a grid may grow at its ends."})
-    refine: bool = field(default=True, metadata={"help": "Try a factor of sqrt(2) beside the best learning rate."})
-    seeds: int = field(default=3, metadata={"help": "Seeds at the best learning rate."})
-    timing: bool = field(default=False, metadata={"help": "Train nothing: time the steps of the candidates."})
-    table: bool = field(default=False, metadata={"help": "Run nothing: print the table of the results file."})
+    candidates: list[str] | None = option(None, f"Default: all of {', '.join(CANDIDATES)}.")
+    max_eval_samples: int = option(64, "Rows of validation to evaluate on.")
+    adapted_layers: int = option(10, "How many layers have adapters, at the model's top.")
+    refine: bool = option(True, "Try a factor of sqrt(2) beside the best learning rate.")
+    timing: bool = option(False, "Train nothing: time the steps of the candidates.")
 
 
 class CompletionTrainer(SFTTrainer):
@@ -117,7 +114,7 @@ class Task:
         losses = [entry for entry in trainer.state.log_history if "loss" in entry]
         return {
             "eval_loss": trainer.evaluate()["eval_loss"],
-            "state_bytes": optimizer_state_bytes(optimizer.state_dict()),
+            "state_bytes": state_bytes(optimizer),
             "train_seconds": round(seconds, 1),
             "train_loss": [round(entry["loss"], 4) for entry in losses],
             "grad_norm": [round(float(entry["grad_norm"]), 4) for entry in losses],
@@ -130,13 +127,11 @@ def main(argv: list[str] | None = None) -> None:
         sys.argv[1:] if argv is None else argv,
         usage="benchmark.py CONFIG.yaml --results FILE.json [--key value ...]",
     )
-    names = args.candidates or list(CANDIDATES)
-    unknown = sorted(set(names) - set(CANDIDATES))
-    if unknown:
-        raise InputError(f"no candidate is called {', '.join(unknown)}; choose among {', '.join(CANDIDATES)}.")
+    names = choose(args.candidates, CANDIDATES)
     results = Results(args.results, task_settings(args, model_args, training_args))
     if args.timing:
-        print(timing_table(Task(args, model_args, training_args), names))
+        task = Task(args, model_args, training_args)
+        print(timing_table(lambda: task.adapted(seed=0), names, CANDIDATES))
         return
     if not args.table:
         task = Task(args, model_args, training_args)
@@ -150,10 +145,7 @@ def main(argv: list[str] | None = None) -> None:
                 growth=args.growth,
                 refine=args.refine,
                 seeds=args.seeds,
-                report=lambda run: tqdm.write(
-                    f"{run['candidate']}: learning rate {run['learning_rate']:g}, seed {run['seed']}: "
-                    f"eval loss {run['eval_loss']:.4f} ({run['train_seconds']:.0f} s)"
-                ),
+                report=lambda run: tqdm.write(told(run)),
             )
     print(results_table(results, names))
 
@@ -166,24 +158,6 @@ def task_settings(args: BenchmarkArguments, model_args: ModelConfig, training_ar
         **{key: getattr(model_args, key) for key in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")},
         **{key: str(getattr(training_args, key)) for key in TASK_SETTINGS},
     }
-
-
-def timing_table(task: Task, names: list[str]) -> str:
-    """Time a step of every candidate in turn, on adapters of its own and gradients drawn once."""
-    optimizers = {}
-    for name in {BASELINE: None, **dict.fromkeys(names)}:
-        model = task.adapted(seed=0)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.randn_like(parameter)
-        optimizers[name] = CANDIDATES[name].build(model, 1e-6)
-    seconds = interleaved_step_times(optimizers, rounds=TIMED_ROUNDS)
-    rows = []
-    for name in names:
-        ratio = step_time_ratio(seconds[name], seconds[BASELINE])
-        quartiles = f"{ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f}"
-        rows.append([name, f"{statistics.median(seconds[name]) * 1e3:.2f}", f"{ratio['median']:.2f}", quartiles])
-    return markdown_table(["optimizer", "step, ms (median)", f"times {BASELINE}'s", "quartiles"], rows)
 
 
 if __name__ == "__main__":

@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
-
 import pytorch_optimizer
 import sgd_sai
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from pooled import PooledSGDSaI, by_module
-from torch import nn
-from torch.optim import Optimizer
 
-from hf_sai import create_sgd_sai_optimizer
+from recipes.common.candidates import Candidate, adamw, sai, trainable
 
-__all__ = ["CANDIDATES", "Candidate"]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An optimizer and its settings.
-
-    Attributes:
-        build: Makes the optimizer from the model and a learning rate; weight decay is 0 everywhere.
-        grid: Learning rates to start with.
-        settings: TrainingArguments that differ from the task's.
-    """
-
-    build: Callable[[nn.Module, float], Optimizer]
-    grid: tuple[float, ...]
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def sai(**options: Any) -> Callable[[nn.Module, float], Optimizer]:
-    return lambda model, lr: create_sgd_sai_optimizer(model, lr=lr, **options)
-
-
-def adamw(**options: Any) -> Callable[[nn.Module, float], Optimizer]:
-    return lambda model, lr: torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.0, **options)
+__all__ = ["CANDIDATES"]
 
 
 CANDIDATES = {
@@ -66,16 +33,14 @@ CANDIDATES = {
     "sgd_sai, momentum 0.95": Candidate(sai(momentum=0.95), (1e-2, 2e-2)),
     "sgd_sai, momentum 0.8": Candidate(sai(momentum=0.8), (2e-2, 4e-2)),
     "sgd_sai, cosine": Candidate(sai(), (2e-2, 4e-2), {"lr_scheduler_type": "cosine"}),
-    "sgd_sai, factored gradient": Candidate(sai(normalize_gradient="factored"), (2.5e-3, 5e-3, 1e-2)),
-    "sgd_sai, factored gradient, momentum 0.8": Candidate(
-        sai(normalize_gradient="factored", momentum=0.8), (2.5e-3, 5e-3, 1e-2)
-    ),
+    "sgd_sai, factored gradient": Candidate(sai(update="factored"), (2.5e-3, 5e-3, 1e-2)),
+    "sgd_sai, factored gradient, momentum 0.8": Candidate(sai(update="factored", momentum=0.8), (2.5e-3, 5e-3, 1e-2)),
     "sgd_sai, 8-bit momentum": Candidate(sai(momentum_dtype="8bit"), (2e-2, 4e-2, 8e-2)),
     "sgd_sai, 4-bit momentum": Candidate(sai(momentum_dtype="4bit"), (2e-2, 4e-2, 8e-2)),
     "sgd_sai, factored gradient, momentum 0.8, 8 bits": Candidate(
-        sai(normalize_gradient="factored", momentum=0.8, momentum_dtype="8bit"), (2.5e-3, 5e-3, 1e-2)
+        sai(update="factored", momentum=0.8, momentum_dtype="8bit"), (2.5e-3, 5e-3, 1e-2)
     ),
-    "sgd_sai, unit rows": Candidate(sai(normalize_gradient="rows"), (2.5e-3, 5e-3, 1e-2)),
+    "sgd_sai, unit rows": Candidate(sai(update="rows"), (2.5e-3, 5e-3, 1e-2)),
     "sgd_sai, pooled per layer": Candidate(
         lambda model, lr: PooledSGDSaI(model, by_module, lr=lr, weight_decay=0.0), (1e-2, 2e-2)
     ),

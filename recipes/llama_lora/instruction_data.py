@@ -5,8 +5,8 @@ from __future__ import annotations
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from hf_sai.recipe_input import InputError, first_line
-from hf_sai.stdlib_corpus import load_docstring_pairs
+from recipes.common.recipe_input import InputError, first_line
+from recipes.common.stdlib_corpus import load_docstring_pairs
 
 __all__ = ["as_prompt_and_completion", "docstring_dataset", "load_splits", "shorten"]
 
@@ -14,7 +14,7 @@ INSTRUCTION = "Write the docstring."
 
 
 def docstring_dataset() -> DatasetDict:
-    """Return the standard library's (code, docstring) pairs as chats; see `hf_sai.stdlib_corpus` for the split.
+    """Return the standard library's (code, docstring) pairs as chats; see `recipes.common.stdlib_corpus` for the split.
 
     Columns: `prompt`, a system message and the code as the user's message, and `completion`, the docstring in its
     quotes as the assistant's. Docstrings that need escapes to be written down are left out.

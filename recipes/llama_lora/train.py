@@ -23,10 +23,11 @@ the prompt out of the loss, keeps an 8-bit or 4-bit base and its adapter in the 
 that `--optim sgd_sai` works as everywhere.
 """
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common lies in the repository's root
 
 from base_model import add_lora, load_base, name_base
 from datasets import Dataset, DatasetDict
@@ -35,18 +36,20 @@ from scoring import generate, references, score, side_by_side
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from hf_sai.comparison import markdown_table
 from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.publish import PublishError
-from hf_sai.recipe_input import (
+from hf_sai.runs.files import atomic_write
+from hf_sai.trainer.callbacks import RunRecordCallback
+from hf_sai.trainer.hub_callback import take_over_push_to_hub
+from recipes.common.comparison import markdown_table
+from recipes.common.recipe_input import (
     InputError,
     check_optimizer,
     delete_checkpoints,
     find_checkpoint,
     parse_config_and_flags,
 )
-from hf_sai.trainer.callbacks import RunRecordCallback
-from hf_sai.trainer.hub_callback import take_over_push_to_hub
+from recipes.common.result_files import write_json
 
 DOCSTRINGS = {"name": "Python standard library: code and docstrings", "license": "psf-2.0"}
 
@@ -200,8 +203,8 @@ def prepare_again(trainer: SFTTrainer) -> None:
 def save_results(trainer: SFTTrainer, record: RunRecordCallback, results: dict, texts: str) -> None:
     """Save results.json, generations.md, the run record's figures, the pictures and the model card."""
     folder = Path(trainer.args.output_dir)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (folder / "generations.md").write_text(texts, encoding="utf-8")
+    write_json(folder / "results.json", results)
+    atomic_write(folder / "generations.md", texts)
     record.add(results={**results["after"], "before training": results["before"]})
     *pictures, card = finish_run(folder)
     print(f"\nadapter: {folder}\nmodel card: {card}\nnumbers: {folder / 'results.json'}")

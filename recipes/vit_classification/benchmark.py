@@ -10,16 +10,20 @@ a run that stands there is not repeated. `--optimizers name name` runs only thes
 
 import statistics
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common lies in the repository's root
 
 from tqdm.auto import tqdm
 from train import ScriptArguments, check_arguments
 from transformers import TrainingArguments
-from vit_task import OPTIMIZERS, Task, check_names, task_settings
+from vit_task import OPTIMIZERS, Task, task_settings
 
-from hf_sai.comparison import markdown_table
-from hf_sai.lr_search import Results, search
-from hf_sai.recipe_input import InputError, parse_config_and_flags
+from recipes.common.candidates import choose
+from recipes.common.comparison import markdown_table
+from recipes.common.lr_search import Results, SearchArguments, search, told
+from recipes.common.recipe_input import InputError, option, parse_config_and_flags
 
 GRIDS = {
     "adamw": (2e-3, 4e-3, 8e-3),
@@ -31,14 +35,10 @@ GRIDS = {
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(SearchArguments):
     """What to compare, and where the results go; the task comes from train.py's options."""
 
-    results: str = field(metadata={"help": "JSON file of finished runs; it grows."})
-    optimizers: list[str] | None = field(default=None, metadata={"help": f"Default: {', '.join(OPTIMIZERS)}."})
-    growth: int = field(default=3, metadata={"help": "How often a grid may grow at each of its ends."})
-    seeds: int = field(default=3, metadata={"help": "Seeds at the best learning rate."})
-    table: bool = field(default=False, metadata={"help": "Run nothing: print the table of the results file."})
+    optimizers: list[str] | None = option(None, f"Default: {', '.join(OPTIMIZERS)}.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         usage="benchmark.py CONFIG.yaml --results FILE.json [--key value ...]",
     )
     check_arguments(args)
-    names = check_names(options.optimizers)
+    names = choose(options.optimizers, OPTIMIZERS)
     decay = training_args.weight_decay
     results = Results(options.results, task_settings(args, training_args) | {"weight_decay": str(decay)})
     if not options.table:
@@ -61,11 +61,7 @@ def main(argv: list[str] | None = None) -> None:
                 results,
                 growth=options.growth,
                 seeds=options.seeds,
-                report=lambda run: tqdm.write(
-                    f"{run['candidate']}: learning rate {run['learning_rate']:g}, seed {run['seed']}: "
-                    f"eval loss {run['eval_loss']:.4f}, accuracy {100 * run['eval_accuracy']:.2f} % "
-                    f"({run['train_seconds']:.0f} s)"
-                ),
+                report=lambda run: tqdm.write(told(run)),
             )
     print(table(results, names))
 

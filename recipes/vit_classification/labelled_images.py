@@ -10,7 +10,7 @@ from datasets.exceptions import DatasetsError
 from PIL import Image as Picture
 from sklearn.datasets import load_digits
 
-from hf_sai.recipe_input import InputError, first_line
+from recipes.common.recipe_input import InputError, first_line
 
 __all__ = ["describe_data", "load_splits", "read_picture"]
 

@@ -15,16 +15,19 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common lies in the repository's root
+
 from tqdm.auto import tqdm
 from train import ScriptArguments, check_arguments
 from transformers import TrainingArguments
-from vit_task import OPTIMIZERS, Task, check_names, task_settings
+from vit_task import OPTIMIZERS, Task, task_settings
 
-from hf_sai.comparison import markdown_table
-from hf_sai.lr_search import Results
 from hf_sai.publishing.plots import GRID, TEXT, draw, new_figure
-from hf_sai.recipe_input import InputError, parse_config_and_flags
 from hf_sai.runs.files import atomic_write
+from recipes.common.candidates import choose
+from recipes.common.comparison import markdown_table
+from recipes.common.lr_search import Results
+from recipes.common.recipe_input import InputError, parse_config_and_flags
 
 LEARNING_RATES = (1e-1, 1e-2, 1e-3, 1e-4)
 WEIGHT_DECAYS = (1e-2, 1e-3, 1e-4)
@@ -47,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         usage="robustness.py CONFIG.yaml --results FILE.json [--key value ...]",
     )
     check_arguments(args)
-    names = check_names(options.optimizers)
+    names = choose(options.optimizers, OPTIMIZERS)
     results = Results(options.results, task_settings(args, training_args))
     if not options.table:
         run_grid(Task(args, training_args), names, results, options.seeds)

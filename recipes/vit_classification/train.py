@@ -27,11 +27,12 @@ Go on after an interruption:
         --resume_from_checkpoint true
 """
 
-import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common lies in the repository's root
 
 import evaluate
 import torch
@@ -58,16 +59,19 @@ except ImportError:
 
 from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.publish import PublishError
-from hf_sai.recipe_input import (
+from hf_sai.trainer.callbacks import RunRecordCallback
+from hf_sai.trainer.hub_callback import take_over_push_to_hub
+from recipes.common.recipe_input import (
+    OPTIMIZER_SETTINGS,
     InputError,
     check_optimizer,
     delete_checkpoints,
     find_checkpoint,
     first_line,
+    option,
     parse_config_and_flags,
 )
-from hf_sai.trainer.callbacks import RunRecordCallback
-from hf_sai.trainer.hub_callback import take_over_push_to_hub
+from recipes.common.result_files import write_json
 
 METRIC = Path(__file__).parents[1] / "metrics" / "accuracy" / "accuracy.py"
 PREDICTIONS = "images/predictions.png"
@@ -78,20 +82,6 @@ MODEL_SIZES = {  # layers, width, heads; all but tiny are the usual ones
     "vit-b": (12, 768, 12),
     "vit-l": (24, 1024, 16),
 }
-# What a later process needs in order to build the same optimizer again.
-OPTIMIZER_SETTINGS = (
-    "optim",
-    "optim_args",
-    "learning_rate",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-)
-
-
-def option(default: object, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -253,7 +243,7 @@ def save_results(
         "parameters": trainer.model.num_parameters(),
         "checkpoint": checkpoint.name if checkpoint.is_dir() else None,
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(folder / "results.json", results)
     record.add(results={key: metrics[key] for key in ("eval_loss", "eval_accuracy")})
     print(f"\neval loss {metrics['eval_loss']:.4f}, accuracy {100 * metrics['eval_accuracy']:.2f} %")
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):

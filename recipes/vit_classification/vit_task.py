@@ -15,10 +15,9 @@ from train import ScriptArguments, load_model, make_trainer
 from transformers import TrainingArguments, set_seed
 
 from hf_sai import create_sgd_sai_optimizer, param_groups
-from hf_sai.comparison import optimizer_state_bytes
-from hf_sai.recipe_input import InputError
+from hf_sai.runs.meters import state_bytes
 
-__all__ = ["OPTIMIZERS", "Task", "check_names", "task_settings"]
+__all__ = ["OPTIMIZERS", "Task", "task_settings"]
 
 TASK_SETTINGS = ("max_steps", "per_device_train_batch_size", "lr_scheduler_type", "warmup_steps", "max_grad_norm")
 
@@ -36,7 +35,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, float, float], Optimizer]] = {
     "adamw": lambda model, lr, decay: torch.optim.AdamW(_groups(model, lr, decay), lr=lr),
     "sgd_sai": lambda model, lr, decay: create_sgd_sai_optimizer(model, lr=lr, weight_decay=decay),
     "sgd_sai, factored gradient, momentum 0.8": lambda model, lr, decay: create_sgd_sai_optimizer(
-        model, lr=lr, weight_decay=decay, normalize_gradient="factored", momentum=0.8
+        model, lr=lr, weight_decay=decay, update="factored", momentum=0.8
     ),
     "adamw, beta1 0.8": lambda model, lr, decay: torch.optim.AdamW(
         _groups(model, lr, decay), lr=lr, betas=(0.8, 0.999)
@@ -75,7 +74,7 @@ class Task:
             "weight_decay": weight_decay,
             "eval_loss": metrics["eval_loss"],
             "eval_accuracy": metrics["eval_accuracy"],
-            "state_bytes": optimizer_state_bytes(optimizer.state_dict()),
+            "state_bytes": state_bytes(optimizer),
             "train_seconds": round(seconds, 1),
         }
 
@@ -84,15 +83,3 @@ def task_settings(args: ScriptArguments, training_args: TrainingArguments) -> di
     """Return what must be equal for two runs to be comparable."""
     settings = {key: str(value) for key, value in vars(args).items() if key != "restart"}
     return settings | {key: str(getattr(training_args, key)) for key in TASK_SETTINGS}
-
-
-def check_names(names: list[str] | None) -> list[str]:
-    """Return the optimizers to compare: those named, or all.
-
-    Raises:
-        InputError: There is none of a name.
-    """
-    unknown = sorted(set(names or ()) - set(OPTIMIZERS))
-    if unknown:
-        raise InputError(f"no optimizer is called {', '.join(unknown)}; choose among {', '.join(OPTIMIZERS)}.")
-    return names or list(OPTIMIZERS)

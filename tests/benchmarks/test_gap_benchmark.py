@@ -28,8 +28,7 @@ def gap():
     [
         ("sai", lambda p: SGDSaI([p], lr=0.01, weight_decay=0.0)),
         ("sai:mu0.8", lambda p: SGDSaI([p], lr=0.01, weight_decay=0.0, momentum=0.8)),
-        ("g_rows:snr", lambda p: SGDSaI([p], lr=0.01, weight_decay=0.0, normalize_gradient="rows")),
-        ("g_tensor:snr", lambda p: SGDSaI([p], lr=0.01, weight_decay=0.0, normalize_gradient="tensor")),
+        ("g_rows:snr", lambda p: SGDSaI([p], lr=0.01, weight_decay=0.0, update="rows")),
         ("adam", lambda p: torch.optim.AdamW([p], lr=0.01, weight_decay=0.0)),
     ],
 )

@@ -214,3 +214,45 @@ def test_the_command_needs_a_subcommand(capsys: Any) -> None:
     with pytest.raises(SystemExit, match="2"):
         main([])
     assert "COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("momentum_dtype", ["8bit", "4bit"])
+def test_a_checkpoint_with_few_bits_shows_the_parameters_own_shapes(
+    momentum_dtype: str, tmp_path: Any, capsys: Any
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = transformers.LlamaForCausalLM(config)
+    optimizer = create_sgd_sai_optimizer(model, lr=0.1, weight_decay=0.1, momentum_dtype=momentum_dtype)
+    ids = torch.arange(5, 29).reshape(2, 12)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    assert groups(capsys, tmp_path).strip() == describe_groups(optimizer)
+
+
+@pytest.mark.parametrize("cut", [0, 10, 0.5, 0.99])
+def test_error_on_a_damaged_state(cut: float, base_directory: Any, tmp_path: Any, capsys: Any) -> None:
+    checkpoint(tmp_path / "checkpoint-2", adapter_on(base_directory))
+    file = tmp_path / "checkpoint-2" / "optimizer.pt"
+    content = file.read_bytes()
+    file.write_bytes(content[: cut if isinstance(cut, int) else int(cut * len(content))])
+    assert f"{file} cannot be read: it is damaged, or no optimizer's state" in error(capsys, tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize("saved", [[], 3, {"state": {}}, {"state": {0: 3}, "param_groups": [{"params": [0]}]}])
+def test_error_on_a_file_that_is_no_state(saved: Any, base_directory: Any, capsys: Any) -> None:
+    torch.save(saved, base_directory / "optimizer.pt")
+    assert "is no optimizer's state as torch saves it" in error(capsys, base_directory)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", '{"model_type": 3}', '{"model_type": "llama", "hidden_size": "x"}', "\\xff"]
+)
+def test_error_on_a_damaged_configuration(text: str, tmp_path: Any, capsys: Any) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert str(tmp_path) in error(capsys, tmp_path)

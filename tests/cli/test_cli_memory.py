@@ -114,7 +114,7 @@ def test_4_bit_weights_are_not_sharded(directory: Path, capsys: Any) -> None:
         (["--devices", 2, "--sharding", "zero4"], "shardings names 'zero4'; allowed: none, ddp, fsdp"),
         (["--devices", 2, "--sharding", "none"], "sharding none does not fit 2 devices; name another"),
         (["--sharding", "fsdp"], "sharding fsdp does not fit 1 device; give 2 devices or more"),
-        (["--lora", "r=0"], "lora: r must be a whole number above 0, but is '0'"),
+        (["--lora", "r=0"], "lora: r must be a whole number above 0 and below 10,000,000, but is '0'"),
         (["--lora", "rank=4"], "lora: 'rank=4' in 'rank=4' is unknown, repeated or without a value"),
         (["--lora", "r=4,r=4"], "lora: 'r=4' in 'r=4,r=4' is unknown, repeated or without a value"),
         (["--lora", ""], "lora: '' in '' is unknown, repeated or without a value; write each of r, targets, save"),
@@ -155,3 +155,121 @@ def test_the_documented_outputs_are_true(capsys: Any) -> None:
         capsys.readouterr()
         assert main(shlex.split(command)) == 0
         assert capsys.readouterr().out == shown
+
+
+SAVED = {
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "double": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"},
+    "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True},
+}
+LINEAR = 2 * (4 * 64 * 64 + 3 * 64 * 128)  # elements of the layers that are quantised
+ROWS = 2 * (4 * 64 + 2 * 128 + 64)
+INPUTS = 2 * (6 * 64 + 128)
+BYTES = {
+    # Codes, a float32 scale a block of 64, and a table of 16 for each of 14 layers.
+    "bitsandbytes": LINEAR // 2 + 4 * (LINEAR // 64) + 14 * 64,
+    "int8": LINEAR + 4 * ROWS,
+    "gptq": LINEAR // 2 + LINEAR // 32 * 2 + LINEAR // 32 // 2 + 4 * INPUTS,
+    "awq": LINEAR // 2 + LINEAR // 32 * 2 + LINEAR // 32 // 2,
+}
+
+
+def saved_as(directory: Path, quantization: dict[str, Any] | None, **more: Any) -> Path:
+    file = directory / "config.json"
+    content = json.loads(file.read_text()) | more
+    file.write_text(json.dumps(content | ({"quantization_config": quantization} if quantization else {})))
+    return directory
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_a_model_that_is_saved_quantised_counts_as_it_is_saved(name: str, directory: Path, capsys: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    lora = ("--lora", "r=2,targets=q_proj", "--optim", "sgd_sai")
+    whole = float(memory(capsys, directory, *lora)["sgd_sai"][0])
+    packed = float(memory(capsys, saved_as(directory, SAVED[name]), *lora)["sgd_sai"][0])
+    assert whole - packed == pytest.approx((4 * LINEAR - BYTES[name]) / 1e6, abs=0.011)
+
+
+def test_a_model_saved_in_4_bits_is_what_load_in_4bit_gives(directory: Path, capsys: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    lora = ("--lora", "r=2,targets=q_proj", "--optim", "sgd_sai")
+    loaded = memory(capsys, directory, *lora, "--load-in-4bit")
+    qlora = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    assert memory(capsys, saved_as(directory, qlora), *lora) == loaded
+    assert memory(capsys, directory, *lora, "--load-in-4bit") == loaded
+    assert "nothing to train" in error(capsys, directory)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "fp8"}, "is saved quantised by fp8, and what that takes is not known here"),
+        ({"quant_method": "gptq", "bits": "four"}, "gives bits as 'four', which is no whole number"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "gives group_size as 0"),
+    ],
+)
+def test_error_on_a_quantisation_that_is_not_known(
+    quantization: dict, message: str, directory: Path, capsys: Any
+) -> None:
+    assert message in error(capsys, saved_as(directory, quantization), "--lora", "r=2,targets=q_proj")
+
+
+def test_error_on_4_bits_on_top_of_another_quantisation(directory: Path, capsys: Any) -> None:
+    saved_as(directory, SAVED["gptq"])
+    assert "is saved quantised by gptq, so it cannot be loaded in 4 bits as well" in error(
+        capsys, directory, "--load-in-4bit", "--lora", "r=2,targets=q_proj"
+    )
+
+
+CUSTOM = """
+import torch
+from transformers import PreTrainedModel, PretrainedConfig
+
+open({ran!r}, "a").write("x")
+
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = torch.nn.Linear(1000, 1000)
+        self.post_init()
+"""
+
+
+def test_code_of_a_models_own_runs_only_where_it_is_asked_for(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    ran, folder = tmp_path / "ran", tmp_path / "own"
+    folder.mkdir()
+    (folder / "own.py").write_text(CUSTOM.format(ran=str(ran)))
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "own", "auto_map": classes, "architectures": ["OwnModel"]})
+    )
+    for command in ("memory", "groups"):
+        capsys.readouterr()
+        assert main([command, str(folder)]) == 1
+        message = capsys.readouterr().err
+        assert "brings code of its own, which this command runs only with --trust-remote-code" in message
+        assert not ran.exists()
+    assert memory(capsys, folder, "--trust-remote-code", "--optim", "sgd_sai")["sgd_sai"][0] == "4.00"
+    assert ran.exists()
+    assert main(["groups", str(folder), "--trust-remote-code"]) == 0
+
+
+def test_what_measuring_takes_for_a_moment_is_told_and_not_part_of_the_total(capsys: Any) -> None:
+    assert main(["memory", "gpt2", "--optim", "sgd_sai,adamw_torch"]) == 0
+    out = capsys.readouterr().out
+    assert "SGD-SaI's first step takes 0.03 GB more for a moment" in out
+    assert main(["memory", "gpt2", "--optim", "adamw_torch"]) == 0
+    assert "for a moment" not in capsys.readouterr().out
+
+
+def test_error_on_a_rank_that_no_computer_holds(directory: Path, capsys: Any) -> None:
+    message = error(capsys, directory, "--lora", "r=" + "9" * 400)
+    assert "lora: r must be a whole number above 0 and below 10,000,000" in message
+    assert len(message) < 200

@@ -59,8 +59,8 @@ class TorchRun:
             self.data = (mesh.get_local_rank("dp"), 2)
         elif WORLD > 1:
             shard(self.model)
-        how = "factored" if engine.endswith("factored") else None
-        self.optimizer = self.sgd_sai = SGDSaI(groups_of(self.model), **OPTIONS, normalize_gradient=how)
+        how = "factored" if engine.endswith("factored") else "published"
+        self.optimizer = self.sgd_sai = SGDSaI(groups_of(self.model), **OPTIONS, update=how)
         # FSDP1 gives nested optimizer states whose groups only some ranks have, which dcp.load cannot match; and with
         # cpu_offload its full state crashes on the CPU (SIGSEGV in torch 2.13, with AdamW too).
         self.sharded = StateDictOptions(flatten_optimizer_state_dict=engine == "fsdp1")

@@ -47,8 +47,8 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 from hf_sai import SGDSaI
-from hf_sai.distributed.sharding import full_shapes
 from hf_sai.groups.param_groups import no_decay_names
+from hf_sai.optim.layout import whole_shapes as full_shapes
 
 warnings.filterwarnings("ignore")
 RANK, WORLD = join()

@@ -11,8 +11,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from hf_sai.distributed.sharding import local_shard
-from hf_sai.optim.gradient_norm import MEAN_SQUARES, NORMALIZED, allocate_mean_squares, gradient_factors
+import hf_sai  # noqa: F401 - registers DTensor's parts
+from hf_sai.optim.layout import kind_of
+from hf_sai.optim.rules import RULES
+from hf_sai.optim.rules.factored import MEAN_SQUARES
 
 RANK, WORLD = join()
 MESH = init_device_mesh("cpu", (WORLD,) if WORLD == 2 else (2, 2))
@@ -24,10 +26,14 @@ def whole_gradients():
     return [torch.randn(shape, generator=generator) + 0.2 for shape in SHAPES]
 
 
-def normalize(params, how, state, compiled):
-    for p, factors in gradient_factors(params, how, state, compiled=compiled).items():
+def normalize(params, how, state):
+    group = {"foreach": None, "fused": None}
+    parts = [kind_of(p)(p, group, state[p]) for p in params]
+    for p, part, factors in zip(params, parts, RULES[how].factors(parts), strict=True):
         for factor in factors:
-            local_shard(p.grad).mul_(factor)
+            part.grad.mul_(factor)
+        if isinstance(p, DTensor):
+            p.grad = DTensor.from_local(part.grad, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
 
 def largest_error(placements, gradient_placements, how):
@@ -46,12 +52,10 @@ def largest_error(placements, gradient_placements, how):
             p.grad = distribute_tensor(gradient, MESH, gradient_placements)
         params.append(p)
     state = {p: {} for p in [*params, *expected]}
-    for p in state:
-        allocate_mean_squares(state[p], p, how)
     for _ in range(3):  # of the step before, which a running mean divides by something else each time
-        normalize(expected, how, state, compiled=False)
+        normalize(expected, how, state)
         with CollectiveCounter() as collectives:
-            normalize(params, how, state, compiled=True)
+            normalize(params, how, state)
     pairs = [(p.grad, whole.grad) for p, whole in zip(params, expected, strict=True)]
     for p, whole in zip(params, expected, strict=True):
         pairs += [(state[p][name], state[whole][name]) for name in MEAN_SQUARES if name in state[p]]
@@ -75,7 +79,7 @@ if WORLD == 4:  # FSDP2 over tensor parallelism of a layer's inputs, and of its 
 
 result = {}
 for case, placements in CASES.items():
-    for how in NORMALIZED:
+    for how in ("rows", "factored"):
         error, count = largest_error(*placements, how)
         result[f"{case}, {how}"] = {"error": error, "all_reduces": count}
 write_result(result)

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import hf_sai
-from hf_sai.recipe_input import find_checkpoint
+from recipes.common.recipe_input import find_checkpoint
 
 warnings.filterwarnings("ignore")
 _, WORLD = join(alone="-" not in sys.argv or "none" in sys.argv)

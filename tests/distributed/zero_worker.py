@@ -32,8 +32,8 @@ from common import (
 )
 
 from hf_sai import SGDSaI
-from hf_sai.distributed.sharding import full_shapes
 from hf_sai.groups.param_groups import no_decay_names
+from hf_sai.optim.layout import whole_shapes as full_shapes
 
 warnings.filterwarnings("ignore")
 RANK, WORLD = join()
@@ -217,7 +217,7 @@ def unknown_layout_refused():
         try:
             from hf_sai.distributed.zero import Zero
 
-            Zero(engine.optimizer)
+            Zero(engine.optimizer.optimizer, engine.optimizer)
         except ValueError as error:
             messages.append(str(error))
         if break_it == "version":

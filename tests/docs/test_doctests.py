@@ -7,9 +7,15 @@ import pkgutil
 import pytest
 
 import hf_sai
+from recipes import common
 
-MODULES = [module.name for module in pkgutil.walk_packages(hf_sai.__path__, "hf_sai.") if module.name != "hf_sai.run"]
-NEEDS = {"hf_sai.kernels.triton_kernel": "triton"}
+MODULES = [
+    module.name
+    for package in (hf_sai, common)
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    if module.name.rpartition(".")[2] not in ("run", "__main__")
+]
+NEEDS = {"hf_sai.kernels.triton_plain": "triton"}
 
 
 @pytest.mark.parametrize("name", MODULES)

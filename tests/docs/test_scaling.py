@@ -59,7 +59,7 @@ def test_bytes_on_the_wire_are_16_per_tensor_beside_6_per_parameter():
     assert [row[0] for row in ON_THE_WIRE] == list(PARAMETERS)
     for model, tensors, engine, own in ON_THE_WIRE:
         assert float(engine.split()[0].replace(",", "")) == pytest.approx(6 * PARAMETERS[model] / 1e9, rel=2e-3)
-        assert int(own.split()[0].replace(",", "")) == 16 * int(tensors.replace(",", ""))
+        assert int(own.split()[0].replace(",", "")) == 32 * int(tensors.replace(",", ""))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_measuring_costs_one_small_all_reduce_and_no_tensor_larger_than_a_shard(
     assert report["local_elements"] / 1e6 == pytest.approx(float(local_elements.split()[0]), abs=0.051)
     assert collectives == "1 / 0"
     assert [report[step]["collectives"] for step in ("first", "second", "third")] == [1, 0, 0]
-    assert report["first"]["collective_bytes"] == 16 * tensors
+    assert report["first"]["collective_bytes"] == 32 * tensors
     assert report["largest_local_tensor"] == int(largest_shard.replace(",", ""))
     made = [report[step]["largest_tensor_made"] for step in ("first", "second", "third")]
     assert max(made) == int(largest_made.replace(",", "")) <= report["largest_local_tensor"]

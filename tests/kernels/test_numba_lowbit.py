@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_sai.kernels import compiled, numba_kernel, numba_lowbit
-from hf_sai.optim.momentum import QuantizedMomentum, allocate_momentum, momentum_of, set_momentum
+from hf_sai.kernels import choice, numba_lowbit, numba_plain
+from hf_sai.optim.layout import Part
+from hf_sai.optim.momentum import QuantizedMomentum, allocate, load, momentum_of, store
 from hf_sai.optim.update import sgd_sai
 
 FORMATS = [torch.bfloat16, "8bit", "4bit"]
@@ -21,10 +22,15 @@ def example(size, momentum_dtype, seed=0):
     sizes = torch.logspace(-6, 3, -(-size // 128)).repeat_interleave(128)[:size]
     g, m = g * sizes, m * sizes
     g[256:512] = m[256:512] = 0.0
-    state = {}
-    allocate_momentum(state, p, momentum_dtype)
-    set_momentum(state, p, m)
-    return p, g, momentum_of(state, p)
+    kept = empty_momentum(p, momentum_dtype)
+    store(kept, m)
+    return p, g, kept
+
+
+def empty_momentum(p, momentum_dtype):
+    part = Part(p, {"momentum_dtype": momentum_dtype}, {})
+    allocate(part)
+    return momentum_of(part)
 
 
 def step(p, g, m, **options):
@@ -37,7 +43,7 @@ def parts(m):
 
 
 def value(m):
-    return m.load() if isinstance(m, QuantizedMomentum) else m.float()
+    return load(m).float()
 
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS, ids=str)
@@ -67,7 +73,7 @@ def test_three_steps_are_those_of_the_plain_path(momentum_dtype, size, options):
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS, ids=str)
 def test_the_number_of_threads_changes_no_bit(momentum_dtype, monkeypatch):
-    monkeypatch.setattr(numba_kernel, "_MIN_ELEMENTS_FOR_THREADS", 0)
+    monkeypatch.setattr(numba_plain, "_MIN_ELEMENTS_FOR_THREADS", 0)
     results = []
     for threads in (1, 2, 3, 7):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
@@ -92,9 +98,7 @@ def test_every_value_gets_its_nearest_code(momentum_dtype):
     g = torch.linspace(-1, 1, 8192)
     g[::128] = 1.0  # the scale of every block
     p = torch.zeros_like(g)
-    state = {}
-    allocate_momentum(state, p, momentum_dtype)
-    m = momentum_of(state, p)
+    m = empty_momentum(p, momentum_dtype)
     step(p, g, m, momentum=1e-30)
     codes = torch.from_numpy(numba_lowbit.nearest_code_tables(momentum_dtype)[0])
     nearest = (g[:, None] - codes).abs().min(1).values
@@ -124,7 +128,7 @@ def test_bfloat16_rounds_to_the_nearest_and_ties_to_even():
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS, ids=str)
 @pytest.mark.parametrize(
-    ("choice", "used"),
+    ("asked", "used"),
     [
         ({}, True),
         ({"fused": True}, True),
@@ -134,10 +138,10 @@ def test_bfloat16_rounds_to_the_nearest_and_ties_to_even():
     ],
     ids=str,
 )
-def test_when_the_kernels_are_used(momentum_dtype, choice, used, monkeypatch):
+def test_when_the_kernels_are_used(momentum_dtype, asked, used, monkeypatch):
     calls = []
     monkeypatch.setattr(numba_lowbit, "update", lambda *args, **kwargs: calls.append(args))
-    step(*example(4096, momentum_dtype), **choice)
+    step(*example(4096, momentum_dtype), **asked)
     assert bool(calls) == used
 
 
@@ -148,7 +152,7 @@ def test_without_numba_and_for_what_no_kernel_takes_the_plain_path_does_it(momen
     assert not numba_lowbit.can_update(p, g.bfloat16(), m)
     assert not numba_lowbit.can_update(p, g, p)
     q, n = p.clone(), copy.deepcopy(m)
-    monkeypatch.setattr(compiled, "_imported", lambda name: None)
+    monkeypatch.setattr(choice, "_imported", lambda name: None)
     step(p, g, m)
     step(q, g, n, foreach=False)
     torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)

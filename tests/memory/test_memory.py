@@ -93,6 +93,9 @@ REAL = {
     "sgd_sai_bf16": lambda model: SGDSaI(model.named_parameters(), momentum_dtype=torch.bfloat16),
     "sgd_sai_8bit": lambda model: SGDSaI(model.named_parameters(), momentum_dtype="8bit"),
     "sgd_sai_4bit": lambda model: SGDSaI(model.named_parameters(), momentum_dtype="4bit"),
+    "sgd_sai_factored": lambda model: SGDSaI(model.named_parameters(), update="factored"),
+    "sgd_sai_factored_8bit": lambda model: SGDSaI(model.named_parameters(), update="factored", momentum_dtype="8bit"),
+    "sgd_sai_factored_4bit": lambda model: SGDSaI(model.named_parameters(), update="factored", momentum_dtype="4bit"),
     "sgd_momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
     "adamw_torch": lambda model: torch.optim.AdamW(model.parameters()),
     "adamw_bnb_8bit": bitsandbytes_adamw,
@@ -285,9 +288,11 @@ def test_zero_shards_more_with_every_stage() -> None:
 def test_optimizers_that_fail_on_shards_have_no_states_there() -> None:
     rows = {(r.sharding, r.optimizer): r for r in estimate_memory(nn.Linear(70, 70), devices=2)}
     unknown = {key for key, r in rows.items() if r.states is None}
-    quantised = ("sgd_sai_8bit", "sgd_sai_4bit")
+    quantised = ("sgd_sai_8bit", "sgd_sai_4bit", "sgd_sai_factored_8bit", "sgd_sai_factored_4bit")
     assert unknown == {("fsdp", o) for o in (*quantised, "adamw_bnb_8bit", "adafactor", "adam_mini")} | {
-        (f"zero{stage}", o) for stage in (1, 2, 3) for o in ("sgd_sai_bf16", *quantised, "adam_mini")
+        (f"zero{stage}", o)
+        for stage in (1, 2, 3)
+        for o in ("sgd_sai_bf16", "sgd_sai_factored", *quantised, "adam_mini")
     }
     assert all(rows[key].total is None for key in unknown)
     # A flat tensor has no rows and columns.

@@ -92,10 +92,13 @@ def test_normalize_and_grad_scaler_are_refused():
     model = make_model()
     optimizer = SGDSaI(model.parameters(), gradient_release=True)
     scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(model(torch.randn(2, 16)).sum()).backward()
+    with pytest.raises(ValueError, match="GradScaler"):  # not only in scaler.step, after backward has updated
+        scaler.scale([model(torch.randn(2, 16)).sum()])
+    other = make_model()
+    scaler.scale(other(torch.randn(2, 16)).sum()).backward()
     with pytest.raises(ValueError, match="GradScaler"):
         scaler.step(optimizer)
-    with pytest.raises(ValueError, match="gradient_release must be True or False"):
+    with pytest.raises(ValueError, match="gradient_release must be true or false"):
         SGDSaI(model.parameters(), gradient_release="yes")
 
 
@@ -120,3 +123,32 @@ def test_many_processes_are_refused_before_the_first_update(monkeypatch):
         model(torch.randn(2, 16)).sum().backward()
     assert optimizer.gsnr_report().unmeasured
     assert all(torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
+
+
+class InterruptedTrainingError(RuntimeError):
+    """What a caught out-of-memory error or Ctrl-C is in training."""
+
+
+@pytest.mark.parametrize("resets", [True, False], ids=["zero_grad", "nothing"])
+def test_a_backward_pass_that_was_interrupted_does_not_forbid_the_next(resets):
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    optimizer = SGDSaI([*first.parameters(), *second.parameters()], lr=1e-2, gradient_release=True)
+    optimizer.step()
+    fails = True
+
+    def interrupt(gradient):
+        if fails:
+            raise InterruptedTrainingError
+
+    hidden = first(torch.randn(2, 4))
+    hidden.register_hook(interrupt)
+    with pytest.raises(InterruptedTrainingError):
+        second(hidden).sum().backward()
+    if resets:
+        optimizer.zero_grad()
+    fails = False
+    before = [p.detach().clone() for p in second.parameters()]
+    second(first(torch.randn(2, 4))).sum().backward()
+    assert not any(torch.equal(a, p) for a, p in zip(before, second.parameters(), strict=True))
+    with pytest.raises(ValueError, match="a second gradient before optimizer"):
+        second(first(torch.randn(2, 4))).sum().backward()

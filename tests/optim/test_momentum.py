@@ -10,8 +10,8 @@ from reference import ReferenceSGDSaI
 from torch import nn
 
 from hf_sai import SGDSaI
-from hf_sai.comparison import optimizer_state_bytes
-from hf_sai.optim.momentum import QuantizedMomentum, momentum_of
+from hf_sai.optim.momentum import load, momentum_of
+from hf_sai.runs.meters import state_bytes
 
 SHAPES = [(96, 64), (4100,), (30, 7), (5,)]  # the last three are too small or too odd for some format
 
@@ -36,8 +36,7 @@ def train(params, optimizer, steps, start=0):
 
 
 def momenta(optimizer, params):
-    found = [momentum_of(optimizer.state[p], p) for p in params]
-    return [m.load() if isinstance(m, QuantizedMomentum) else m for m in found]
+    return [load(momentum_of(optimizer.layout.part(p, optimizer.param_groups[0]))) for p in params]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +71,7 @@ def test_bytes_of_state_per_element(momentum_dtype, most):
     p = nn.Parameter(torch.randn(256, 512))
     optimizer = SGDSaI([p], momentum_dtype=momentum_dtype)
     train([p], optimizer, 1)
-    assert optimizer_state_bytes(optimizer.state_dict()) - 8 <= most * p.numel()  # 8: the g-SNR
+    assert state_bytes(optimizer) - 8 <= most * p.numel()  # 8: the g-SNR
 
 
 @pytest.mark.parametrize("momentum_dtype", ["8bit", "4bit"])
@@ -91,7 +90,7 @@ def test_a_quantised_momentum_is_within_half_a_code_of_what_was_stored(momentum_
     p.grad = torch.randn(shape)
     optimizer = SGDSaI([p], momentum_dtype=momentum_dtype)
     optimizer.step()
-    momentum = momentum_of(optimizer.state[p], p)
+    momentum = momentum_of(optimizer.layout.part(p, optimizer.param_groups[0]))
     scales = momentum.scales.repeat_interleave(256 if momentum_dtype == "8bit" else 128)[: p.numel()].view(shape)
     worst = ((momentum.load() - p.grad).abs() / scales).max()
     assert worst <= (0.02 if momentum_dtype == "8bit" else 0.16)  # half the widest gap between codes
@@ -188,7 +187,7 @@ def test_stochastic_rounding_does_not_touch_float32_or_make_infinities():
 
 
 def test_what_momentum_dtype_cannot_be():
-    with pytest.raises(ValueError, match=r"momentum_dtype must be None or one of .*'8bit', '4bit', but is '3bit'"):
+    with pytest.raises(ValueError, match=r"momentum_dtype must be float32, .*, 8bit, 4bit or none, but is '3bit'"):
         SGDSaI(make_params(), momentum_dtype="3bit")
     with pytest.raises(ValueError, match=r"but is torch\.int8"):
         SGDSaI(make_params(), momentum_dtype=torch.int8)

@@ -21,7 +21,7 @@ def train(model, step, device="cpu"):
     return [p.detach().cpu() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize_gradient": "factored", "momentum": 0.8}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"update": "factored", "momentum": 0.8}], ids=str)
 def test_an_optimizer_for_each_parameter_equals_one_for_all(options):
     together, apart = make_model(), make_model()
     one = SGDSaI(together.parameters(), lr=1e-2, **options)
@@ -31,7 +31,7 @@ def test_an_optimizer_for_each_parameter_equals_one_for_all(options):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"normalize_gradient": "factored", "momentum": 0.8}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"update": "factored", "momentum": 0.8}], ids=str)
 def test_torchao_offloads_momentum_and_step(options):
     offload = pytest.importorskip("torchao.optim").CPUOffloadOptimizer
     model, twin = make_model(), make_model().to("cuda")

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from hf_sai.recipe_input import InputError
+from recipes.common.recipe_input import InputError
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "llama_lora"
@@ -351,3 +351,19 @@ def test_pooled_gsnr_is_that_of_the_pools_gradients_laid_end_to_end():
     both = torch.cat([model[0].weight.grad.flatten(), model[0].bias.grad])
     for parameter in model[0].parameters():
         assert optimizer.state[parameter]["gsnr"] == pytest.approx((both.norm() / both.std()).item(), rel=1e-5)
+
+
+def test_a_gguf_file_is_saved_as_full_weights_by_the_steps_that_the_refusal_names(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "GgufConfig"):
+        pytest.skip("this transformers always unpacks")
+    options = SimpleNamespace(model_name_or_path=None)
+    folder, file = base_model.locate(options, None)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, quantization_config=transformers.GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not getattr(again, "is_quantized", False)
+    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))

@@ -19,8 +19,8 @@ from PIL import Image as Picture
 from sklearn.metrics import accuracy_score
 from transformers import TrainingArguments, pipeline
 
-from hf_sai.lr_search import Results
-from hf_sai.recipe_input import InputError
+from recipes.common.lr_search import Results
+from recipes.common.recipe_input import InputError
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "vit_classification"
@@ -211,7 +211,7 @@ def test_adamw_twin_differs_only_in_the_optimizer_s_lines(name):
     ours, adamw = (yaml.safe_load((RECIPE / f"{name}{twin}.yaml").read_text()) for twin in ("", "_adamw"))
     differing = {key for key in ours | adamw if ours.get(key) != adamw.get(key)}
     assert differing <= OPTIMIZER_LINES
-    assert (ours["optim"], adamw["optim"]) == ("sgd_sai", "adamw_torch_fused")
+    assert (ours["optim"], adamw["optim"]) == ("sgd_sai_factored" if name == "demo" else "sgd_sai", "adamw_torch_fused")
 
 
 BAD_INPUT = {
@@ -323,7 +323,7 @@ def test_benchmark_takes_each_optimizer_s_own_best_rate_with_all_seeds(monkeypat
 
 def test_comparisons_refuse_unknown_optimizers_runs_of_another_task_and_a_table_of_nothing(tmp_path):
     argv = [str(RECIPE / "benchmark.yaml"), "--results", str(tmp_path / "runs.json")]
-    with pytest.raises(InputError, match="no optimizer is called adam; choose among adamw"):
+    with pytest.raises(InputError, match="no candidate is called adam; choose among adamw"):
         benchmark.main([*argv, "--optimizers", "adam"])
     with pytest.raises(InputError, match="no optimizer with a complete grid"):
         robustness.main([*argv, "--table", "true"])

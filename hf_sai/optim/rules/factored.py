@@ -30,7 +30,7 @@ MEAN_SQUARES = ("mean_square", "row_mean_square", "column_mean_square")
 KEPT = 0.999
 
 #: Faster ways to the factors of some parts: index -> factors. :mod:`hf_sai.kernels` fills it.
-FASTER: list[Callable[[Sequence[Part]], dict[int, tuple[Tensor, ...]]]] = []
+FASTER: list[Callable[[Sequence[Part]], dict[int, Sequence[Tensor]]]] = []
 
 # So many squares of elements fit into the cache of a CPU's core.
 _PIECE = 1 << 18
@@ -51,24 +51,24 @@ class Factored(Rows):
             part.state["averaged_steps"] = 0
             part.state.update({key: part.zeros(torch.float32, dims) for key, dims in self.kept(part).items()})
 
-    def factors(self, parts: Sequence[Part]) -> list[tuple[Tensor, ...]]:
+    def factors(self, parts: Sequence[Part]) -> list[Sequence[Tensor]]:
         """One tensor for a vector; for others one of the rows and one of the columns. Counts a step in the state.
 
         A gradient whose mean square is not finite leaves the running means as they are, and they divide it: NaN and
         infinities stay where they are, and do not spread over the tensor or stay for later steps.
         """
         for part in parts:
-            self.allocate(part)
-        found: dict[int, tuple[Tensor, ...]] = {}
+            if "averaged_steps" not in part.state:  # measured before the rule was switched on
+                self.allocate(part)
+        found: dict[int, Sequence[Tensor]] = {}
         for faster in FASTER:
             found |= faster(parts)
         rest = [index for index in range(len(parts)) if index not in found]
-        found |= zip(rest, self._plain_factors([parts[index] for index in rest]), strict=True)
+        if rest:
+            found |= zip(rest, self._plain_factors([parts[index] for index in rest]), strict=True)
         return [found[index] for index in range(len(parts))]
 
-    def _plain_factors(self, parts: Sequence[Part]) -> list[tuple[Tensor, ...]]:
-        if not parts:
-            return []
+    def _plain_factors(self, parts: Sequence[Part]) -> list[Sequence[Tensor]]:
         kept = [tuple(self.kept(part).values()) for part in parts]
         sums = [_sums(part.grad, dims) for part, dims in zip(parts, kept, strict=True)]
         means = _running_means(parts, mean_squares(parts, kept, sums))

@@ -30,7 +30,7 @@ class Published:
     def allocate(self, part: Part) -> None:
         """Give a part's state what the rule keeps, unless it is there."""
 
-    def factors(self, parts: Sequence[Part]) -> list[tuple[Tensor, ...]]:
+    def factors(self, parts: Sequence[Part]) -> list[Sequence[Tensor]]:
         """What each gradient is to be multiplied by before the momentum, one factor after the other; none for 1.
 
         All processes that hold some of these parameters must call this with the same parts in the same order.

@@ -27,7 +27,7 @@ class Rows(Published):
 
     name = "rows"
 
-    def factors(self, parts: Sequence[Part]) -> list[tuple[Tensor, ...]]:
+    def factors(self, parts: Sequence[Part]) -> list[Sequence[Tensor]]:
         """One tensor each, with as many dimensions as the parameter; rows of zeros stay zeros."""
         if not parts:
             return []

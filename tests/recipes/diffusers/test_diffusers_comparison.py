@@ -8,7 +8,7 @@ import torch
 from scripts import benchmark, compare, image_scores, train
 
 from hf_sai.publishing.cards import write_card
-from hf_sai.recipe_input import InputError
+from recipes.common.recipe_input import InputError
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from scripts import emoji_data, image_data, make_base, optimizers, train
 
-from hf_sai.recipe_input import InputError
+from recipes.common.recipe_input import InputError
 
 
 @pytest.mark.parametrize(

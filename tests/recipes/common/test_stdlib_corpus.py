@@ -5,7 +5,7 @@ import textwrap
 
 import pytest
 
-from hf_sai.stdlib_corpus import DocstringPair, docstring_pairs, documents, load_docstring_pairs, load_documents
+from recipes.common.stdlib_corpus import DocstringPair, docstring_pairs, documents, load_docstring_pairs, load_documents
 
 LIBRARY = {
     "abc.py": '''

@@ -6,17 +6,29 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_sai.comparison import markdown_table
-from hf_sai.recipe_input import InputError
 from hf_sai.runs.files import atomic_write
+from recipes.common.comparison import markdown_table
+from recipes.common.recipe_input import InputError, option
+from recipes.common.result_files import read_json
 
-__all__ = ["Results", "results_table", "search"]
+__all__ = ["Results", "SearchArguments", "results_table", "search", "told"]
 
 #: Trains once with a learning rate and a seed; what it returns is stored, ``eval_loss`` and ``state_bytes`` among it.
 TrainOnce = Callable[[float, int], dict[str, Any]]
+
+
+@dataclass
+class SearchArguments:
+    """The options that every search has."""
+
+    results: str = field(metadata={"help": "JSON file of finished runs; it grows."})
+    growth: int = option(3, "How often a grid may grow at each of its ends.")
+    seeds: int = option(3, "Seeds at the best learning rate.")
+    table: bool = option(False, "Run nothing: print the table of the results file.")
 
 
 class Results:
@@ -34,7 +46,12 @@ class Results:
         self.path, self.task = Path(path), task
         self.runs: list[dict[str, Any]] = []
         if self.path.is_file():
-            content = json.loads(self.path.read_text())
+            content = read_json(self.path, keys=("task", "runs"))
+            known = {"candidate", "learning_rate", "seed", "eval_loss"}
+            if not isinstance(content["task"], dict) or not isinstance(content["runs"], list):
+                raise InputError(f"{path} is damaged: task must be settings by name, runs a list.")
+            if not all(isinstance(run, dict) and known <= set(run) for run in content["runs"]):
+                raise InputError(f"{path} is damaged: a run has not all of {', '.join(sorted(known))}.")
             theirs = content["task"]
             different = [f"{key} ({theirs.get(key)})" for key in task if theirs.get(key) != task[key]]
             if different:
@@ -140,6 +157,15 @@ def results_table(results: Results, candidates: Iterable[str]) -> str:
         )
     columns = ["optimizer", "eval loss", "seeds", "best lr", "grid (seed 0)", "state (bytes)"]
     return markdown_table(columns, [row for _, row in sorted(rows, key=lambda row: row[0])])
+
+
+def told(run: dict[str, Any]) -> str:
+    """One line about a run that has just ended."""
+    accuracy = f", accuracy {100 * run['eval_accuracy']:.2f} %" if "eval_accuracy" in run else ""
+    return (
+        f"{run['candidate']}: learning rate {run['learning_rate']:g}, seed {run['seed']}: "
+        f"eval loss {run['eval_loss']:.4f}{accuracy} ({run['train_seconds']:.0f} s)"
+    )
 
 
 def _loss(run: dict[str, Any]) -> float:

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from hf_sai.lr_search import Results, results_table, search
-from hf_sai.recipe_input import InputError
+from recipes.common.lr_search import Results, results_table, search
+from recipes.common.recipe_input import InputError
 
 
 def parabola(calls, best=0.1):

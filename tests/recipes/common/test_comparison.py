@@ -1,12 +1,11 @@
-"""Comparing runs: state bytes against arithmetic, rounds of interleaved steps, ratios, tables."""
+"""Comparing runs: rounds of interleaved steps, ratios, tables."""
 
 import pytest
 import torch
 
-from hf_sai.comparison import (
+from recipes.common.comparison import (
     interleaved_step_times,
     markdown_table,
-    optimizer_state_bytes,
     step_time_ratio,
 )
 
@@ -17,26 +16,6 @@ def stepped(optimizer_class, dtype=torch.float32, **options):
     optimizer = optimizer_class([weight], lr=0.1, **options)
     optimizer.step()
     return optimizer
-
-
-@pytest.mark.parametrize(
-    ("optimizer_class", "options", "dtype", "expected"),
-    [
-        (torch.optim.SGD, {}, torch.float32, 0),
-        (torch.optim.SGD, {"momentum": 0.9}, torch.float32, 4 * 30),
-        (torch.optim.SGD, {"momentum": 0.9}, torch.bfloat16, 2 * 30),
-        (torch.optim.AdamW, {}, torch.float32, 8 * 30 + 4),
-    ],
-)
-def test_state_bytes_are_those_of_the_tensors_also_after_saving(optimizer_class, options, dtype, expected, tmp_path):
-    state_dict = stepped(optimizer_class, dtype, **options).state_dict()
-    torch.save(state_dict, tmp_path / "optimizer.pt")
-    assert optimizer_state_bytes(state_dict) == expected
-    assert optimizer_state_bytes(torch.load(tmp_path / "optimizer.pt", weights_only=True)) == expected
-
-
-def test_a_python_number_in_the_state_counts_eight_bytes():
-    assert optimizer_state_bytes({"state": {0: {"gsnr": 1.5, "momentum_buffer": torch.zeros(3), "name": None}}}) == 20
 
 
 def test_steps_are_interleaved_with_rotating_order_and_warmup_is_not_measured(monkeypatch):

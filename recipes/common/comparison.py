@@ -1,40 +1,14 @@
-"""Put training runs side by side: bytes of optimizer state, interleaved step times, a table."""
+"""Put training runs side by side: interleaved step times, a table."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 
-__all__ = ["interleaved_step_times", "markdown_table", "optimizer_state_bytes", "step_time_ratio"]
-
-BYTES_PER_PYTHON_NUMBER = 8
-
-
-def optimizer_state_bytes(state_dict: Mapping[str, Any]) -> int:
-    """Count the bytes that an optimizer keeps for its parameters, from its state dict.
-
-    Args:
-        state_dict: What `optimizer.state_dict()` returned, or what `torch.load(..., weights_only=True)` read from
-            a checkpoint's `optimizer.pt`.
-
-    Returns:
-        Bytes: the size of every tensor in the state, and 8 for each Python number. Parameters, gradients and the
-        hyperparameters of the groups are not counted.
-
-    Example:
-        >>> import torch
-        >>> weight = torch.nn.Parameter(torch.zeros(10))
-        >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
-        >>> weight.grad = torch.ones(10)
-        >>> optimizer.step()
-        >>> optimizer_state_bytes(optimizer.state_dict())
-        40
-    """
-    return sum(_bytes(value) for entry in state_dict["state"].values() for value in entry.values())
+__all__ = ["interleaved_step_times", "markdown_table", "step_time_ratio"]
 
 
 def interleaved_step_times(
@@ -102,12 +76,6 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> 
     text = ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
     text[1] = text[1].replace(" ", "")
     return "\n".join(text)
-
-
-def _bytes(value: object) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    return BYTES_PER_PYTHON_NUMBER if isinstance(value, int | float) else 0
 
 
 def _timed_step(optimizer: torch.optim.Optimizer, clock: Callable[[], float]) -> float:

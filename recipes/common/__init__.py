@@ -1,0 +1,1 @@
+"""What only the recipes and benchmarks use: text without a network, reading settings, search of rates, tables."""

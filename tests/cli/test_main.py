@@ -1,0 +1,20 @@
+"""The command by its three names."""
+
+import subprocess
+import sys
+
+import pytest
+
+from hf_sai import __version__
+
+
+@pytest.mark.longer
+@pytest.mark.parametrize("module", ["hf_sai", "hf_sai.cli"])
+def test_the_command_runs_as_a_module(module):
+    def run(*arguments):
+        return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=120)
+
+    assert run("--version").stdout == f"hf-sai {__version__}\n"
+    nothing = run()
+    assert nothing.returncode == 2
+    assert "usage: hf-sai" in nothing.stderr

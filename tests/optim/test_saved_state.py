@@ -1,0 +1,230 @@
+"""Loading states: hooks and names are honoured, what does not fit is refused, what is overruled is said."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from hf_sai import SGDSaI
+
+RULES = ["published", "rows", "factored"]
+
+
+def named(seed=0, shapes=((4, 3), (5,), (4, 3))):
+    generator = torch.Generator().manual_seed(seed)
+    return [(f"p{i}", nn.Parameter(torch.randn(shape, generator=generator))) for i, shape in enumerate(shapes)]
+
+
+def train(optimizer, steps, start=0):
+    for step in range(start, start + steps):
+        for group in optimizer.param_groups:
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                generator = torch.Generator().manual_seed(1000 * step + sum(map(ord, name)))
+                p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+
+
+def trained(update="published", **options):
+    optimizer = SGDSaI(named(), lr=1e-2, update=update, **options)
+    train(optimizer, 3)
+    return optimizer
+
+
+# --- hooks and names
+
+
+@pytest.mark.parametrize("update", RULES)
+def test_the_same_names_in_another_order_are_loaded_by_name(update):
+    optimizer = trained(update)
+    values = dict(zip(["p0", "p1", "p2"], optimizer.param_groups[0]["params"], strict=True))
+    turned = [(name, nn.Parameter(values[name].detach().clone())) for name in ("p2", "p0", "p1")]
+    other = SGDSaI(turned, lr=1e-2, update=update)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.param_groups[0]["param_names"] == ["p2", "p0", "p1"]
+    train(optimizer, 3, start=3)
+    train(other, 3, start=3)
+    for name, p in turned:
+        assert torch.equal(p, values[name])
+
+
+@pytest.mark.parametrize("update", RULES)
+def test_what_a_load_hook_has_made_is_what_is_loaded(update):
+    optimizer = trained(update)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"] = {0: saved["state"][2], 1: saved["state"][1], 2: saved["state"][0]}
+    del saved["param_groups"][0]["param_names"]
+
+    def turn(_, state_dict):
+        state = state_dict["state"]
+        return {**state_dict, "state": {0: state[2], 1: state[1], 2: state[0]}}
+
+    other = SGDSaI(named(), lr=1e-2, update=update)
+    other.register_load_state_dict_pre_hook(turn)
+    other.load_state_dict(saved)
+    for p, q in zip(optimizer.param_groups[0]["params"], other.param_groups[0]["params"], strict=True):
+        assert optimizer.state[p].keys() == other.state[q].keys()
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], other.state[q]["momentum_buffer"])
+        assert optimizer.state[p]["gsnr"] == other.state[q]["gsnr"]
+
+
+def test_hooks_of_after_loading_see_the_whole_state():
+    optimizer, seen = trained(), []
+    other = SGDSaI(named(), lr=1e-2)
+    other.register_load_state_dict_post_hook(lambda o: seen.append([sorted(state) for state in o.state.values()]))
+    other.load_state_dict(optimizer.state_dict())
+    assert seen == [[["gsnr", "momentum_buffer"]] * 3]
+
+
+def test_other_names_are_refused_with_the_way_out():
+    saved = copy.deepcopy(trained().state_dict())
+    saved["param_groups"][0]["param_names"] = ["k.lora_A", "k.lora_B", "p2"]
+    other = SGDSaI(named(), lr=1e-2)
+    with pytest.raises(
+        ValueError, match=r"parameter k.lora_A where this optimizer has p0 \(2 of 3 differ\).*fresh state"
+    ):
+        other.load_state_dict(saved)
+    assert not other.state
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
+def test_what_wrappers_add_to_names_does_not_count(prefix):
+    saved = copy.deepcopy(trained().state_dict())
+    saved["param_groups"][0]["param_names"] = [f"{prefix}p{i}" for i in range(3)]
+    SGDSaI(named(), lr=1e-2).load_state_dict(saved)
+
+
+# --- states that do not fit
+
+
+@pytest.mark.parametrize("options", [{}, {"update": "factored"}, {"momentum_dtype": torch.bfloat16}], ids=str)
+def test_a_state_of_other_shapes_is_refused_and_nothing_is_loaded(options):
+    small = SGDSaI([("a", nn.Parameter(torch.randn(4, 8)))], **options)
+    train(small, 2)
+    large = SGDSaI([("a", nn.Parameter(torch.randn(8, 8)))], **options)
+    with pytest.raises(
+        ValueError, match=r"of parameter a has shape \(.*\), and the parameter has \(8, 8\).*fresh state"
+    ):
+        large.load_state_dict(small.state_dict())
+    assert not large.state
+    train(large, 2)
+
+
+@pytest.mark.parametrize("momentum_dtype", ["8bit", "4bit"])
+@pytest.mark.parametrize("shape", [(128, 64), (64, 64), (8, 8)], ids=str)
+def test_a_quantised_state_of_other_shapes_is_refused(momentum_dtype, shape):
+    pytest.importorskip("bitsandbytes")
+    saved = SGDSaI([("a", nn.Parameter(torch.randn(shape)))], momentum_dtype=momentum_dtype)
+    train(saved, 2)
+    other = SGDSaI([("a", nn.Parameter(torch.randn(96, 64)))], momentum_dtype=momentum_dtype)
+    with pytest.raises(ValueError, match=r"momentum_buffer of parameter a has shape"):
+        other.load_state_dict(saved.state_dict())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.optim.AdamW,
+        torch.optim.Adafactor,
+        torch.optim.RMSprop,
+        torch.optim.Adagrad,
+        lambda params: torch.optim.SGD(params, momentum=0.9),
+        lambda params: torch.optim.RMSprop(params, momentum=0.9),
+    ],
+    ids=["AdamW", "Adafactor", "RMSprop", "Adagrad", "SGD", "RMSprop with momentum"],
+)
+def test_a_state_of_another_optimizer_is_refused_with_the_way_out(make):
+    theirs = make([p for _, p in named()])
+    for p in theirs.param_groups[0]["params"]:
+        p.grad = torch.randn_like(p)
+    theirs.step()
+    ours = SGDSaI(named(), lr=1e-2)
+    with pytest.raises(ValueError, match=r"written by another optimizer.*fresh state.*remove optimizer.pt"):
+        ours.load_state_dict(theirs.state_dict())
+    assert not ours.state
+    train(ours, 1)
+
+
+def test_groups_of_other_sizes_are_refused_in_one_sentence():
+    with pytest.raises(ValueError, match=r"groups of \[3\] parameters, and this optimizer's have \[2\]"):
+        SGDSaI(named(shapes=((4, 3), (5,))), lr=1e-2).load_state_dict(trained().state_dict())
+
+
+# --- options
+
+
+def test_options_that_the_saved_ones_overrule_are_named_in_one_warning(caplog):
+    pytest.importorskip("bitsandbytes")
+    saved = trained("factored", momentum=0.8, momentum_dtype=torch.bfloat16).state_dict()
+    other = SGDSaI(named(), lr=1e-2, momentum_dtype="8bit", weight_decay=0.5)
+    with caplog.at_level(logging.WARNING, logger="hf_sai"):
+        other.load_state_dict(saved)
+    [record] = caplog.records
+    for text in (
+        "momentum=0.8 (asked for: 0.9)",
+        "update=factored (asked for: published)",
+        "momentum_dtype=torch.bfloat16 (asked for: 8bit)",
+        "weight_decay=0.01 (asked for: 0.5)",
+    ):
+        assert text in record.getMessage()
+    group = other.param_groups[0]
+    assert (group["update"], group["momentum"], group["momentum_dtype"]) == ("factored", 0.8, torch.bfloat16)
+
+
+def test_a_learning_rate_asked_for_at_resume_is_named_and_a_schedules_is_not(caplog):
+    optimizer = trained()
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.5)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["param_groups"][0]["lr"] == 5e-3
+    for lr, warns in ((1e-2, False), (3e-2, True)):
+        other = SGDSaI(named(), lr=lr)
+        torch.optim.lr_scheduler.ConstantLR(other, factor=0.5)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="hf_sai"):
+            other.load_state_dict(saved)
+        assert ("lr=0.01 (asked for: 0.03)" in caplog.text) == warns
+        assert bool(caplog.records) == warns
+    assert scheduler.base_lrs == [1e-2]
+
+
+def test_the_same_options_load_without_a_word(caplog):
+    with caplog.at_level(logging.WARNING, logger="hf_sai"):
+        trained().load_state_dict(trained().state_dict())
+    assert not caplog.records
+
+
+def test_the_removed_rule_is_refused_by_name():
+    saved = copy.deepcopy(trained().state_dict())
+    del saved["param_groups"][0]["update"]
+    saved["param_groups"][0]["normalize_gradient"] = "tensor"
+    with pytest.raises(ValueError, match="normalize_gradient='tensor', which is no longer there"):
+        SGDSaI(named(), lr=1e-2).load_state_dict(saved)
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("momentum_dtype", ["8bit", "4bit"])
+def test_loading_a_quantised_state_takes_no_float_of_it(momentum_dtype):
+    pytest.importorskip("bitsandbytes")
+    shape = (1024, 1024)
+    saved = SGDSaI([("a", nn.Parameter(torch.randn(shape)))], momentum_dtype=momentum_dtype)
+    train(saved, 1)
+    other = SGDSaI([("a", nn.Parameter(torch.randn(shape)))], momentum_dtype=momentum_dtype)
+    largest = 0
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel() * result.element_size())
+            return result
+
+    with Largest():
+        other.load_state_dict(saved.state_dict())
+    assert largest <= 1024 * 1024  # one byte an element, or nothing at all where the tensors are taken as they are
+    ours, theirs = (next(iter(o.state.values())) for o in (other, saved))
+    assert ours["momentum_buffer"].dtype == torch.uint8
+    assert torch.equal(ours["momentum_buffer"], theirs["momentum_buffer"])
