@@ -23,7 +23,7 @@ from watched_run import watch_steps
 
 from hf_sai import SGDSaI
 from hf_sai.optim.gsnr import measure_gsnr
-from hf_sai.publishing.plots import THEMES, draw, dress, new_figure
+from hf_sai.publishing.plots import COLORS, TEXT, draw, dress, new_figure
 from hf_sai.runs.files import atomic_write
 from recipes.common.comparison import markdown_table
 
@@ -44,8 +44,7 @@ def main() -> None:
         watch(args.target, args.arguments, args.steps, args.output)
         return
     measured = {Path(path).stem: json.loads(Path(path).read_text()) for path in [args.target, *args.arguments]}
-    for theme in THEMES:
-        atomic_write(args.picture.with_name(f"{args.picture.name}-{theme}.png"), draw(picture(measured, theme)))
+    atomic_write(args.picture.with_suffix(".png"), draw(picture(measured)))
     print(table(measured))
 
 
@@ -87,12 +86,12 @@ def table(measured: dict[str, dict]) -> str:
     return markdown_table(["", "tensors", "median", "middle nine tenths", "extremes"], rows)
 
 
-def picture(measured: dict[str, dict], theme: str):
-    figure = new_figure(theme, width=5 * len(measured), height=6.4)
+def picture(measured: dict[str, dict]):
+    figure = new_figure(width=5 * len(measured), height=6.4)
     panels = figure.subplots(len(KINDS), len(measured), squeeze=False, sharey="row")
     for column, (name, tensors) in enumerate(measured.items()):
         for row, kind in enumerate(KINDS):
-            axes, color = panels[row][column], THEMES[theme].colors[row]
+            axes, color = panels[row][column], COLORS[row]
             at_step = [sorted(values) for values in zip(*over_first(tensors, kind), strict=True)]
             steps = range(1, len(at_step) + 1)
             for share, alpha in ((0.0, 0.15), (0.05, 0.35)):
@@ -100,9 +99,9 @@ def picture(measured: dict[str, dict], theme: str):
                 high = [values[-1 - int(share * len(values))] for values in at_step]
                 axes.fill_between(steps, low, high, color=color, alpha=alpha, linewidth=0)
             axes.plot(steps, [statistics.median(values) for values in at_step], color=color)
-            dress(axes, theme, "step" if row else "", f"g-SNR / first, {kind}" if column == 0 else "")
+            dress(axes, "step" if row else "", f"g-SNR / first, {kind}" if column == 0 else "")
             if row == 0:
-                axes.set_title(name, color=THEMES[theme].text)
+                axes.set_title(name, color=TEXT)
     return figure
 
 

@@ -28,7 +28,7 @@ import torch
 
 from hf_sai import SGDSaI
 from hf_sai.memory.skeletons import build_skeleton
-from hf_sai.publishing.plots import THEMES, draw, dress, layer_and_kind, new_figure
+from hf_sai.publishing.plots import COLORS, TEXT, draw, dress, layer_and_kind, new_figure
 from hf_sai.runs.files import atomic_write
 from hf_sai.runs.meters import state_bytes
 from recipes.common.comparison import interleaved_step_times, markdown_table, step_time_ratio
@@ -211,8 +211,7 @@ def write(report: dict, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     output.with_suffix(".md").write_text(tables(report))
-    for theme in THEMES:
-        atomic_write(output.with_name(f"{output.name}-{theme}.png"), draw(picture(report["models"][0], theme)))
+    atomic_write(output.with_suffix(".png"), draw(picture(report["models"][0])))
 
 
 def tables(report: dict) -> str:
@@ -238,25 +237,25 @@ def tables(report: dict) -> str:
     return "\n".join(parts)
 
 
-def picture(model: dict, theme: str):
+def picture(model: dict):
     """Step time beside bytes of state, one line for each optimizer; ours are filled."""
     rows = sorted(model["rows"], key=lambda row: -row["ratio"]["median"])
-    figure = new_figure(theme, width=10, height=1.2 + 0.3 * len(rows))
+    figure = new_figure(width=10, height=1.2 + 0.3 * len(rows))
     times, sizes = figure.subplots(1, 2, sharey=True)
     for position, row in enumerate(rows):
         ours = row["optimizer"].startswith("SGD-SaI")
-        color = THEMES[theme].colors[0 if ours else 1]
+        color = COLORS[0 if ours else 1]
         look = {"color": color, "marker": "o" if ours else "s", "markerfacecolor": color if ours else "none"}
         ratio = row["ratio"]
         times.plot([ratio["lower_quartile"], ratio["upper_quartile"]], [position] * 2, color=color)
         times.plot([ratio["median"]], [position], **look)
         sizes.plot([row["state_bytes_per_parameter"]], [position], **look)
-    times.axvline(1, color=THEMES[theme].text, linewidth=0.8)
+    times.axvline(1, color=TEXT, linewidth=0.8)
     times.set_xscale("log")
     times.set_yticks(range(len(rows)), [row["optimizer"] for row in rows])
     sizes.set_xlim(0, None)
-    dress(times, theme, "step time / fused AdamW's (log)", "")
-    dress(sizes, theme, "optimizer state, bytes per parameter", "")
+    dress(times, "step time / fused AdamW's (log)", "")
+    dress(sizes, "optimizer state, bytes per parameter", "")
     return figure
 
 

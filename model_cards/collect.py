@@ -3,7 +3,7 @@
     python model_cards/collect.py                    # all runs of the recipes' demos that are in runs/
     python model_cards/collect.py runs/my_run ...    # these
 
-A folder is written anew when its run is there, and left as it is when not. Cards find their twins in this folder.
+A folder is written anew when its run is there, and left as it is when not. A run `x` and a run `x_adamw` are twins.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_sai.artifacts import finish_run
-from hf_sai.comparison import markdown_table
-from hf_sai.record import RECORD_FILE, RunRecord
-from hf_sai.units import human_bytes
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes.common lies in the repository's root
+
+from hf_sai.publishing.artifacts import finish_run
+from hf_sai.runs.record import RECORD_FILE, RunRecord
+from hf_sai.runs.units import human_bytes
+from recipes.common.comparison import markdown_table
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent / "runs"
@@ -33,8 +35,8 @@ BEGIN, END = "<!-- runs -->\n", "<!-- /runs -->\n"
 def main(argv: Sequence[str]) -> None:
     wanted = [Path(name) for name in argv] or [RUNS / name for name in DEMOS]
     taken = [folder for folder in (copy_run(run) for run in wanted) if folder is not None]
-    for folder in taken:  # after all are copied, so that each finds its twins
-        finish_run(folder)
+    for folder in taken:  # after all are copied, so that each finds its twin
+        finish_run(folder, twins=[twin for twin in twins_of(folder) if (twin / RECORD_FILE).is_file()])
         print(folder)
     readme = HERE / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
@@ -56,13 +58,19 @@ def copy_run(run: Path) -> Path | None:
             sys.exit(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_FILE_BYTES:,} belong here")
     folder = HERE / run.resolve().name
     shutil.rmtree(folder, ignore_errors=True)
-    record.twins = []  # found again in this folder, where their records are
+    record.twins = []  # told again from this folder, where their records are
     record.save(folder)
     for path in files:
         copy = folder / path.relative_to(run)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
     return folder
+
+
+def twins_of(folder: Path) -> list[Path]:
+    """The folder of the same training with the other optimizer, whether it is there or not."""
+    name = folder.name
+    return [folder.with_name(name.removesuffix("_adamw") if name.endswith("_adamw") else f"{name}_adamw")]
 
 
 def table() -> str:

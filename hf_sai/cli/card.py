@@ -20,8 +20,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--twin",
         action="append",
-        help="a run to compare with; may be given several times (default: finished runs in the folders beside it with "
-        "the same settings and another optimizer)",
+        default=[],
+        metavar="DIR",
+        help="a run to compare with; may be given several times (default: those of the card before)",
     )
     parser.add_argument("--template", help="a Jinja template instead of the package's own")
     parser.add_argument("--repo-id", help="where the model will be on the Hub, for the code that loads it")

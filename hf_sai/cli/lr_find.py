@@ -145,13 +145,12 @@ def _verdict(test: RangeTest, args: argparse.Namespace) -> str:
 
 
 def _save(test: RangeTest, folder: Path) -> list[Path]:
-    from hf_sai.publishing.plots import THEMES, draw
+    from hf_sai.publishing.plots import draw
     from hf_sai.trainer.range_plot import plot_range_test
 
     folder.mkdir(parents=True, exist_ok=True)
     losses = [loss if math.isfinite(loss) else None for loss in test.losses]  # JSON has no other numbers
     numbers = {"suggestion": test.suggestion, "learning_rates": test.learning_rates, "losses": losses}
     files = [atomic_write(folder / "lr_find.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")]
-    for theme in THEMES:
-        files.append(atomic_write(folder / f"lr_find-{theme}.png", draw(plot_range_test(test, theme))))
+    files.append(atomic_write(folder / "lr_find.png", draw(plot_range_test(test))))
     return files

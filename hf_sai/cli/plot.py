@@ -17,13 +17,10 @@ def add_parser(subparsers: Any) -> None:
         "plot",
         help="draw loss curves, g-SNR and update ratios of runs",
         description="Draw the loss curves of all runs over steps and over bytes of optimizer state, and each run's "
-        "g-SNR per layer and role and its update-to-weight ratios, for light and dark pages.",
+        "g-SNR per layer and role and its update-to-weight ratios.",
     )
     parser.add_argument("records", nargs="+", metavar="RECORD", help="a run's directory, or its run_record.json")
     parser.add_argument("--out", default="pictures", help="folder for the PNG files (default: pictures)")
-    parser.add_argument(
-        "--theme", choices=("light", "dark", "both"), default="both", help="for which page (default: both)"
-    )
     parser.set_defaults(run=run)
 
 
@@ -31,6 +28,5 @@ def run(args: argparse.Namespace) -> str:
     """Returns the names of the pictures drawn, one a line."""
     from hf_sai.publishing.plots import save_pictures
 
-    themes = ("light", "dark") if args.theme == "both" else (args.theme,)
-    files = save_pictures([RunRecord.load(record) for record in args.records], Path(args.out), themes)
+    files = save_pictures([RunRecord.load(record) for record in args.records], Path(args.out))
     return "\n".join(map(str, files))

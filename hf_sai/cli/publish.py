@@ -22,39 +22,43 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the run's directory")
     parser.add_argument("repo_id", metavar="REPO", help="name or namespace/name of the repository")
     parser.add_argument("--yes", action="store_true", help="upload; default: only list the files")
-    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--public", action="store_true", help="for everybody to see (default: a private repository)")
     parser.add_argument("--revision", help="branch to commit to; made where missing (default: main)")
     parser.add_argument("--message", default="Publish a run of hf-sai", help="the commit's message")
     parser.add_argument(
         "--include", action="append", default=[], metavar="PATTERN", help="upload these files too, such as optimizer.pt"
     )
     parser.add_argument(
-        "--update", action="store_true", help="commit also to a repository that holds something else than a run"
+        "--update",
+        action="store_true",
+        help="commit also to a repository that holds something else than a run, or a card with words of a person",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> str:
     """Returns what would be uploaded, or where it is now."""
-    from hf_sai.publishing.publish import plan_files, publish
+    from hf_sai.publishing.files_to_publish import plan_files
+    from hf_sai.publishing.publish import publish, visibility
 
     if args.yes:
         url = publish(
             args.run_dir,
             args.repo_id,
-            private=args.private,
+            private=not args.public,
             revision=args.revision,
             include=args.include,
             update=args.update,
             message=args.message,
         )
-        return f"published: {url}"
+        return f"published, {visibility(args.repo_id)}: {url}"
     plan = plan_files(args.run_dir, include=args.include)
     lines = [f"{human_bytes(size):>9}  {name}" for name, size in plan.files]
     lines += [f"left out   {name} ({reason})" for name, reason in plan.left_out]
     return "\n".join(
         [
-            f"Dry run: {len(plan.files)} files, {human_bytes(plan.total_bytes)}, would go to {args.repo_id}. "
+            f"Dry run: {len(plan.files)} files, {human_bytes(plan.total_bytes)}, would go to {args.repo_id}, "
+            f"{'for everybody to see' if args.public else 'as a private repository'}. "
             "Add --yes to upload them.",
             *lines,
         ]

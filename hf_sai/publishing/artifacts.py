@@ -6,8 +6,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from hf_sai.publishing.cards import write_card
-from hf_sai.publishing.twins import find_twins
+from hf_sai.publishing.cards import prepare_card
 from hf_sai.runs.environment import is_main_process
 from hf_sai.runs.files import atomic_write
 from hf_sai.runs.record import RunRecord
@@ -23,7 +22,7 @@ PICTURES = "pictures"
 def finish_run(
     directory: str | Path,
     *,
-    twins: Iterable[str | Path] | None = None,
+    twins: Iterable[str | Path] = (),
     template: str | Path | None = None,
     repo_id: str | None = None,
 ) -> list[Path]:
@@ -31,7 +30,7 @@ def finish_run(
 
     Args:
         directory: The run's directory, with its ``run_record.json``.
-        twins: Directories or records of runs to compare with. Default: see :func:`hf_sai.publishing.twins.find_twins`.
+        twins: Directories or records of runs to compare with. Default: those of the card before.
         template: A Jinja template for the card instead of the package's own.
         repo_id: Where the model will be on the Hub.
 
@@ -44,30 +43,31 @@ def finish_run(
     """
     if not is_main_process():
         return []
-    directory = Path(directory)
-    twins = find_twins(directory) if twins is None else list(twins)
-    files = _draw(directory, [RunRecord.load(directory), *map(RunRecord.load, twins)])
-    return [*files, write_card(directory, twins=twins, template=template, repo_id=repo_id)]
+    directory, twins = Path(directory), list(twins)
+    pictures = _draw(directory, [RunRecord.load(directory), *map(RunRecord.load, twins)])
+    names = [path.name for path in pictures]
+    # All is made before anything is written: a card that is refused leaves the pictures as they were.
+    texts = prepare_card(directory, twins=twins, template=template, repo_id=repo_id, pictures=names)
+    written = [atomic_write(path, content) for path, content in (pictures | texts).items()]
+    return [*written[: len(pictures)], written[-1]]
 
 
-def _draw(directory: Path, records: list[RunRecord]) -> list[Path]:
+def _draw(directory: Path, records: list[RunRecord]) -> dict[Path, bytes]:
+    """The run's pictures and where they belong."""
     from hf_sai.publishing import plots
 
     own = records[0]
-    files: list[Path] = []
+    files: dict[Path, bytes] = {}
     jobs = {"loss": (plots.plot_loss, records), "gsnr": (plots.plot_gsnr, own), "updates": (plots.plot_updates, own)}
     for name, (plot, shown) in jobs.items():
-        first = directory / PICTURES / f"{name}-light.png"
-        if name == "loss" and own.twins and len(records) == 1 and first.exists():
+        path = directory / PICTURES / f"{name}.png"
+        if name == "loss" and own.twins and len(records) == 1 and path.exists():
             continue  # drawn with its twins, whose curves are not at hand now
-        for theme in plots.THEMES:
-            try:
-                content = plots.draw(plot(shown, theme))  # type: ignore[operator]
-            except ValueError as reason:  # the run has nothing to draw of this kind
-                logger.info("No %s picture: %s", name, reason)
-                break
-            except ImportError as reason:
-                logger.warning("The card has no pictures: %s", reason)
-                return files
-            files.append(atomic_write(first.with_name(f"{name}-{theme}.png"), content))
+        try:
+            files[path] = plots.draw(plot(shown))  # type: ignore[operator]
+        except ValueError as reason:  # the run has nothing to draw of this kind
+            logger.info("No %s picture: %s", name, reason)
+        except ImportError as reason:
+            logger.warning("The card has no pictures: %s", reason)
+            return {}
     return files

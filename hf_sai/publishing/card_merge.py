@@ -11,10 +11,14 @@ import huggingface_hub
 import yaml
 from huggingface_hub import CardData, ModelCard, ModelCardData
 
+from hf_sai.publishing.card_yaml import dump_metadata, load_metadata
 from hf_sai.runs.files import read_text
+from hf_sai.runs.paths import is_local_path
 
-__all__ = ["is_hub_id", "load_card", "merge_data", "merge_text"]
+__all__ = ["TEMPLATE", "Card", "is_hub_id", "load_card", "merge_data", "merge_text", "words_of_a_person"]
 
+#: The body of a card.
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
 MAX_CARD_BYTES = 4 * 2**20
 MAX_YAML_DEPTH = 50
 #: Metadata in which the old card's entries are kept beside the new ones; elsewhere the old card's value stays, ...
@@ -30,12 +34,30 @@ _TRAINER_COMMENT = "automatically according to the information the Trainer had a
 _TRAINER_GAPS = ("Model description", "Intended uses & limitations", "Training and evaluation data")
 
 
+class Card(ModelCard):
+    """huggingface_hub's card, with metadata written as the Hub reads it.
+
+    Args:
+        data: The metadata.
+        text: The body.
+        source: The card as it stood in a file.
+    """
+
+    def __init__(self, data: CardData, text: str, source: str = "") -> None:
+        self.data, self.text, self.source = data, text, source
+
+    @property  # type: ignore[misc]
+    def content(self) -> str:
+        """The card with its metadata."""
+        return f"---\n{dump_metadata(self.data.to_dict())}\n---\n{self.text}"
+
+
 def is_hub_id(value: object) -> bool:
     """Whether a value can be the name of a repository on the Hub; a path of this machine cannot."""
     return isinstance(value, str) and len(value) <= 96 and _HUB_ID.fullmatch(value) is not None and ".." not in value
 
 
-def load_card(path: str | Path) -> ModelCard:
+def load_card(path: str | Path) -> Card:
     """Read a card that anybody may have made.
 
     Args:
@@ -50,11 +72,10 @@ def load_card(path: str | Path) -> ModelCard:
     content = read_text(path, MAX_CARD_BYTES)
     block = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", content, re.DOTALL)
     try:
-        if block is not None:
-            _check_yaml(block.group(1))
-        else:
-            content = f"---\n{{}}\n---\n{content}"
-        return ModelCard(content)
+        if block is None:
+            return Card(ModelCardData(), content, content)
+        _check_yaml(block.group(1))
+        return Card(ModelCardData(**load_metadata(block.group(1))), content[block.end() :], content)
     except (yaml.YAMLError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the metadata of {path} cannot be read ({reason}); mend or remove it") from None
@@ -80,6 +101,32 @@ def merge_text(old: str, new: str) -> tuple[str, bool]:
     return f"{old.rstrip()}\n\n{new}", False
 
 
+def words_of_a_person(path: str | Path, new: str = "") -> list[str]:
+    """Lines and metadata of a card that a person wrote, as far as a new card would lose them.
+
+    Args:
+        path: The card that is there.
+        new: The text of the new card; empty where it is not known yet.
+
+    Returns:
+        The lines; none for a card that a tool wrote and nobody touched.
+
+    Raises:
+        ValueError: The card that is there cannot be read.
+    """
+    old = load_card(path)
+    if not old.text.strip() or (not _SECTION.search(old.text) and _is_untouched(old.text)):
+        return []
+    kept = {
+        line.strip()
+        for line in [*new.splitlines(), *_SECTION.sub("", read_text(TEMPLATE, MAX_CARD_BYTES)).splitlines()]
+    }
+    own = [line.strip() for line in _SECTION.sub("", old.text).splitlines() if line.strip()]
+    if _SECTION.search(old.text):  # its title is the run's name
+        own = [line for line in own if not line.startswith("# ")]
+    return [line for line in own if line not in kept]
+
+
 def merge_data(old: CardData, new: CardData) -> ModelCardData:
     """The metadata of both cards: lists united, measurements renewed, and else what the old card says.
 
@@ -94,7 +141,7 @@ def merge_data(old: CardData, new: CardData) -> ModelCardData:
     if before.get("licence") == "license":  # TRL's template says so where it means nothing
         del before["licence"]
     # PEFT writes the path a local base model was loaded from, and None for a base without a name.
-    before["base_model"] = [name for name in _list(before.get("base_model")) if is_hub_id(name)] or None
+    before["base_model"] = [name for name in _list(before.get("base_model")) if _is_base(name)] or None
     if before["base_model"] and len(before["base_model"]) == 1:
         before["base_model"] = before["base_model"][0]
     merged = {**after, **{key: value for key, value in before.items() if value is not None and key not in _MEASURED}}
@@ -152,7 +199,7 @@ def _fits(text: str, template: str) -> bool:
 
 
 def _is_base(name: str) -> bool:
-    return name != "None" and is_hub_id(name)
+    return name != "None" and is_hub_id(name) and not is_local_path(name)
 
 
 def _list(value: object) -> list[str]:

@@ -13,9 +13,28 @@ from hf_sai.runs.units import human_bytes
 if TYPE_CHECKING:
     from jinja2.sandbox import SandboxedEnvironment
 
-__all__ = ["environment", "usage_code"]
+__all__ = ["environment", "library", "usage_code"]
 
 MAX_SAMPLE_CHARACTERS = 1500
+#: Module to library, as the Hub spells it.
+_LIBRARIES = {
+    "transformers": "transformers",
+    "peft": "peft",
+    "diffusers": "diffusers",
+    "sentence_transformers": "sentence-transformers",
+    "timm": "timm",
+    "setfit": "setfit",
+    "open_clip": "open_clip",
+}
+_AUTO = {
+    "text-generation": "AutoModelForCausalLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "image-classification": "AutoModelForImageClassification",
+    "fill-mask": "AutoModelForMaskedLM",
+}
 
 
 def environment() -> SandboxedEnvironment:
@@ -66,7 +85,20 @@ def code_block(text: Any, language: str = "") -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def usage_code(record: RunRecord, repo_id: str, task: str | None, revision: str | None = None) -> str:
+def library(record: RunRecord) -> str | None:
+    """The library that loads the model, as the Hub calls it; None where nobody knows.
+
+    A class of the training script itself, or of a module beside it, is transformers' where it has such a configuration.
+    """
+    name = str(record.model.get("library"))
+    if name in _LIBRARIES:
+        return _LIBRARIES[name]
+    return "transformers" if isinstance(record.model.get("type"), str) and not record.model.get("adapter") else None
+
+
+def usage_code(
+    record: RunRecord, repo_id: str, task: str | None, revision: str | None = None, subfolder: str | None = None
+) -> str:
     """Python code that loads the model and uses it.
 
     Args:
@@ -74,19 +106,22 @@ def usage_code(record: RunRecord, repo_id: str, task: str | None, revision: str 
         repo_id: The model's place, on the Hub or on disk.
         task: Its pipeline tag.
         revision: Its branch; default: main.
+        subfolder: Where in its place an adapter lies.
 
     Returns:
         Code that runs as it is where the model can be found.
     """
-    library, is_adapter = record.model.get("library"), bool(record.model.get("adapter"))
+    is_adapter = bool(record.model.get("adapter"))
     place = repr(repo_id) if revision in (None, "main") else f"{repo_id!r}, revision={revision!r}"
-    if library == "diffusers":
+    if library(record) == "diffusers":
         return _diffusers_code(record, place, is_adapter)
+    if is_adapter and subfolder is not None:
+        return _named_adapter_code(record, place, task, repr(subfolder))
     if task != "text-generation":
-        kind = (
-            record.model.get("class") if re.fullmatch(r"[A-Za-z]\w*", str(record.model.get("class"))) else "AutoModel"
-        )
-        if library == "transformers":
+        kind = str(record.model.get("class"))
+        if record.model.get("library") != "transformers" or not re.fullmatch(r"[A-Za-z]\w*", kind):
+            kind = _AUTO.get(str(task), "AutoModel")
+        if library(record) == "transformers":
             return f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({place})"
         if is_adapter:
             return f"from peft import AutoPeftModel\n\nmodel = AutoPeftModel.from_pretrained({place})"
@@ -99,6 +134,26 @@ def usage_code(record: RunRecord, repo_id: str, task: str | None, revision: str 
         f"tokenizer = AutoTokenizer.from_pretrained({place})\n"
         f"model = {auto}.from_pretrained({place})\n"
         f"{_inputs_code(record)}\n"
+        "output = model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=50)\n"
+        "print(tokenizer.decode(output[0], skip_special_tokens=True))"
+    )
+
+
+def _named_adapter_code(record: RunRecord, place: str, task: str | None, folder: str) -> str:
+    """PEFT's automatic classes would look for the base model in the adapter's folder, so it is loaded by itself."""
+    auto = _AUTO.get(str(task), "AutoModel")
+    is_text = task == "text-generation"
+    code = (
+        "from peft import PeftConfig, PeftModel\n"
+        f"from transformers import {auto}{', AutoTokenizer' if is_text else ''}\n\n"
+        f"config = PeftConfig.from_pretrained({place}, subfolder={folder})\n"
+        f"base = {auto}.from_pretrained(config.base_model_name_or_path)\n"
+        f"model = PeftModel.from_pretrained(base, {place}, subfolder={folder})"
+    )
+    if not is_text:
+        return code
+    return (
+        f"{code}\ntokenizer = AutoTokenizer.from_pretrained({place})\n{_inputs_code(record)}\n"
         "output = model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=50)\n"
         "print(tokenizer.decode(output[0], skip_special_tokens=True))"
     )

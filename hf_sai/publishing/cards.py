@@ -3,9 +3,8 @@
 The text comes from a Jinja template (``templates/model_card.md.jinja``, or the user's own), which sees:
 ``record`` (:class:`hf_sai.runs.record.RunRecord`), ``runs`` (its summary, then its twins'), ``metric_names``,
 ``pictures`` (the files in ``pictures/``), ``usage``, ``commands``, ``settings``, ``options``, ``versions``,
-``samples``,
-``images`` and a few short texts; and the filters ``md`` (escapes text for Markdown), ``code`` (a fenced block),
-``number``, ``count``, ``bytes``.
+``samples``, ``images`` and a few short texts; and the filters ``md`` (escapes text for Markdown), ``code`` (a fenced
+block), ``number``, ``count``, ``bytes``.
 """
 
 from __future__ import annotations
@@ -15,17 +14,26 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CardData, EvalResult, ModelCardData
 
-from hf_sai.publishing.card_merge import MAX_CARD_BYTES, is_hub_id, load_card, merge_data, merge_text
-from hf_sai.publishing.card_text import code_block, environment, usage_code
+from hf_sai.publishing.card_merge import MAX_CARD_BYTES, TEMPLATE, Card, is_hub_id, load_card, merge_data, merge_text
+from hf_sai.publishing.card_text import code_block, environment, library, usage_code
+from hf_sai.publishing.files_to_publish import adapter_folder
 from hf_sai.runs.files import atomic_write, read_text
-from hf_sai.runs.record import RunRecord
+from hf_sai.runs.record import RECORD_FILE, RunRecord
 
-__all__ = ["CARD_FILE", "TEMPLATE", "card_data", "card_for_hub", "render_card", "write_card"]
+__all__ = [
+    "CARD_FILE",
+    "TEMPLATE",
+    "base_model",
+    "card_data",
+    "card_for_hub",
+    "prepare_card",
+    "render_card",
+    "write_card",
+]
 
 CARD_FILE = "README.md"
-TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
 #: Keeps a card that another tool wrote, the first time it is replaced.
 BACKUP_FILE = "README.before-hf-sai.md"
 MAX_TEMPLATE_BYTES = 2**20
@@ -103,22 +111,56 @@ def write_card(
         ValueError: The record, the template or the card that is there cannot be read.
         OSError: The card cannot be written; the old one is unchanged.
     """
+    files = prepare_card(directory, twins=twins, template=template, repo_id=repo_id)
+    return [atomic_write(path, text) for path, text in files.items()][-1]
+
+
+def prepare_card(
+    directory: str | Path,
+    *,
+    twins: Iterable[str | Path] = (),
+    template: str | Path | None = None,
+    repo_id: str | None = None,
+    pictures: Iterable[str] = (),
+) -> dict[Path, str]:
+    """What :func:`write_card` would write, without writing it.
+
+    Args:
+        directory: As for :func:`write_card`.
+        twins: As for :func:`write_card`.
+        template: As for :func:`write_card`.
+        repo_id: As for :func:`write_card`.
+        pictures: Names of files that ``pictures/`` is about to get, beside those that are there.
+
+    Returns:
+        Path to text, to be written in this order: the record if there are new twins, the copy of a card that is
+        replaced, and the card.
+
+    Raises:
+        ValueError: As for :func:`write_card`.
+    """
     directory = Path(directory)
-    record = RunRecord.load(directory)
+    record, files = RunRecord.load(directory), {}
     summaries = [RunRecord.load(twin).summary() for twin in twins]
     if summaries:
         record.twins = summaries
-        record.save(directory)
-    pictures = [path.name for path in sorted((directory / "pictures").glob("*.png"))]
-    card = render_card(record, template=template, repo_id=repo_id, pictures=pictures)
+        files[directory / RECORD_FILE] = record.to_text()
+    known = {path.name for path in (directory / "pictures").glob("*.png")}
+    card = render_card(
+        record,
+        template=template,
+        repo_id=repo_id,
+        pictures=sorted({*known, *pictures}),
+        subfolder=adapter_folder(directory),
+    )
     path = directory / CARD_FILE
     if path.exists():
         old = load_card(path)
         text, replaced = merge_text(old.text, card.text)
         if replaced and not (directory / BACKUP_FILE).exists():
-            atomic_write(directory / BACKUP_FILE, old.content)
+            files[directory / BACKUP_FILE] = old.source
         card = _card(merge_data(old.data, card.data), text)
-    return atomic_write(path, str(card))
+    return {**files, path: str(card)}
 
 
 def render_card(
@@ -127,7 +169,8 @@ def render_card(
     template: str | Path | None = None,
     repo_id: str | None = None,
     pictures: Iterable[str] = (),
-) -> ModelCard:
+    subfolder: str | None = None,
+) -> Card:
     """A new card from a record alone.
 
     Args:
@@ -135,9 +178,10 @@ def render_card(
         template: A Jinja template instead of the package's own; it runs in Jinja's sandbox.
         repo_id: The model's place on the Hub or on disk.
         pictures: Names of the files in ``pictures/``.
+        subfolder: Where in the model's place PEFT saved an adapter that has a name of its own.
 
     Returns:
-        A ``huggingface_hub.ModelCard``.
+        The card, a ``huggingface_hub.ModelCard``.
 
     Raises:
         ValueError: The template cannot be read or rendered.
@@ -146,7 +190,7 @@ def render_card(
 
     source = read_text(template or TEMPLATE, MAX_TEMPLATE_BYTES)
     try:
-        text = environment().from_string(source).render(_context(record, repo_id, set(pictures)))
+        text = environment().from_string(source).render(_context(record, repo_id, set(pictures), subfolder))
     except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         place = f" line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise ValueError(f"template {template or TEMPLATE}{place}: {type(error).__name__} {error}") from error
@@ -173,10 +217,11 @@ def card_for_hub(directory: str | Path, repo_id: str, revision: str | None = Non
     except ValueError:
         return text
     anywhere = "hf-sai-any-place"
-    written = code_block(usage_code(record, anywhere, _task(record)), "python")
+    folder = adapter_folder(directory)
+    written = code_block(usage_code(record, anywhere, _task(record), subfolder=folder), "python")
     place = r"""(?:'[^'\n]*'|"[^"\n]*")(?:, revision='[^'\n]*')?"""
     pattern = re.escape(written).replace(re.escape(repr(anywhere)), place)
-    new = code_block(usage_code(record, repo_id, _task(record), revision), "python")
+    new = code_block(usage_code(record, repo_id, _task(record), revision, folder), "python")
     return re.sub(pattern, lambda _: new, text, count=1)
 
 
@@ -191,14 +236,18 @@ def card_data(record: RunRecord) -> ModelCardData:
     metrics = record.metrics()
     fields: dict[str, Any] = {
         "model_name": record.name,
-        "library_name": record.model.get("library") if record.model.get("library") != "torch" else None,
-        "base_model": _base_model(record),
+        "library_name": library(record),
+        "base_model": base_model(record),
         "pipeline_tag": task,
         "datasets": list(dict.fromkeys(datasets)) or None,
         "metrics": [name for name in metrics if name != "loss"] or None,
         "eval_results": _eval_results(record, metrics, task) or None,
     }
-    fields.update(known)
+    # What lies on this machine is nobody else's business.
+    bases, known["datasets"] = (_on_the_hub(known.pop(key, None)) for key in ("base_model", "datasets"))
+    if bases and len(bases) > 1:
+        known["base_model"] = bases
+    fields.update({key: value for key, value in known.items() if value is not None})
     fields["tags"] = list(dict.fromkeys([*tags, *_strings(known.get("tags"))]))
     return ModelCardData(**{key: _one_line(value) for key, value in fields.items() if value is not None})
 
@@ -229,7 +278,7 @@ def _evaluation_data(record: RunRecord) -> list[dict[str, Any]]:
     return found or record.data
 
 
-def _context(record: RunRecord, repo_id: str | None, pictures: set[str]) -> dict[str, Any]:
+def _context(record: RunRecord, repo_id: str | None, pictures: set[str], subfolder: str | None) -> dict[str, Any]:
     card, settings = _mapping(record.run.get("card")), record.settings
     repo_id = repo_id or _string(settings.get("hub_model_id")) or _output_dir(settings) or record.name
     before = {
@@ -249,8 +298,8 @@ def _context(record: RunRecord, repo_id: str | None, pictures: set[str]) -> dict
         "before": before,
         "metric_names": list(runs[0]["metrics"]),
         "pictures": pictures,
-        "usage": usage_code(record, repo_id, _task(record)),
-        "commands": list(dict.fromkeys(session["command"] for session in record.run.get("sessions", []))),
+        "usage": usage_code(record, repo_id, _task(record), subfolder=subfolder),
+        "commands": list(dict.fromkeys(_command(session) for session in record.run.get("sessions", []))),
         "settings": _shown_settings(settings),
         "options": [
             (key, value)
@@ -261,7 +310,7 @@ def _context(record: RunRecord, repo_id: str | None, pictures: set[str]) -> dict
         "description": _string(card.get("description")) or f"The model of the run {record.name}.",
         "limits": _string(card.get("limits")) or _DEFAULT_LIMITS,
         "adapter": _mapping(record.model.get("adapter")),
-        "base_model": _base_model(record),
+        "base_model": base_model(record),
         "is_sai": _is_sai(record),
         "optimizer_name": record.optimizer.get("name", "an unknown optimizer"),
         "optimizer_class": record.optimizer.get("class", record.optimizer.get("name", "unknown")),
@@ -272,6 +321,16 @@ def _context(record: RunRecord, repo_id: str | None, pictures: set[str]) -> dict
         "images": [image for image in record.images[:MAX_SAMPLES] if _OWN_IMAGE.fullmatch(image["file"])],
         "samples": [_shown_sample(sample) for sample in record.samples[:MAX_SAMPLES]],
     }
+
+
+def _command(session: dict[str, Any]) -> str:
+    """The command of a session; a notebook's kernel is started by none that anybody would repeat."""
+    return "# in a notebook" if "ipykernel_launcher" in session["command"] else session["command"]
+
+
+def _on_the_hub(names: Any) -> list[str] | None:
+    found = [name for name in ([names] if isinstance(names, str) else _strings(names)) if is_hub_id(name)]
+    return found or None
 
 
 def _shown_sample(sample: dict[str, Any]) -> dict[str, str | None]:
@@ -296,8 +355,8 @@ def _shown_settings(settings: dict[str, Any]) -> list[tuple[str, Any]]:
     ]
 
 
-def _card(data: CardData, text: str) -> ModelCard:
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.lstrip()}")
+def _card(data: CardData, text: str) -> Card:
+    return Card(data, f"\n{text.lstrip()}")
 
 
 def _is_sai(record: RunRecord) -> bool:
@@ -309,7 +368,7 @@ def _task(record: RunRecord) -> str | None:
     return next((task for ending, task in _TASKS.items() if described.endswith(ending)), None)
 
 
-def _base_model(record: RunRecord) -> str | None:
+def base_model(record: RunRecord) -> str | None:
     """The base model's name on the Hub; a local path is nobody else's business."""
     name = _mapping(record.run.get("card")).get("base_model") or record.model.get("base_model")
     return name if is_hub_id(name) else None

@@ -1,7 +1,8 @@
 """Pictures of runs, drawn from their records: loss curves, g-SNR per layer and role, update-to-weight ratios.
 
-Needs matplotlib (``pip install "hf-sai[plots]"``). Every picture comes for a light and for a dark page. Colours are
-told apart by people with any of the common colour deficiencies, and each line has its own dashes and marker besides.
+Needs matplotlib (``pip install "hf-sai[plots]"``). Every picture has its own light background, so that it reads on
+every page. Colours are told apart by people with any of the common colour deficiencies, and each line has its own
+dashes and marker besides.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "THEMES",
+    "BACKGROUND",
+    "COLORS",
+    "GRID",
+    "TEXT",
     "draw",
     "dress",
     "layer_and_kind",
@@ -37,22 +40,10 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Theme:
-    """Colours of one picture; each colour stands out from the background by a contrast of at least 3."""
-
-    background: str
-    text: str
-    grid: str
-    colors: tuple[str, ...]
-
-
+BACKGROUND, TEXT, GRID = "#ffffff", "#1f2328", "#d0d7de"
 # Found by search: among 6,000 random colours those whose smallest difference (CIELAB, over normal sight and simulated
 # protan, deutan and tritan sight) is largest, beside a blue and an orange, at a contrast of 3.2 to the background.
-THEMES = {
-    "light": Theme("#ffffff", "#1f2328", "#d0d7de", ("#0072b2", "#d55e00", "#130637", "#af837b", "#7e0bec", "#540507")),
-    "dark": Theme("#0d1117", "#e6edf3", "#30363d", ("#56b4e9", "#ff8c42", "#fafcde", "#6e6682", "#b605f9", "#cf1438")),
-}
+COLORS = ("#0072b2", "#d55e00", "#130637", "#af837b", "#7e0bec", "#540507")
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 _MARKERS = "os^Dv*"
 MAX_RUNS = len(_MARKERS)
@@ -61,7 +52,7 @@ MAX_LAYERS = 400
 MAX_ROLES = 24
 
 
-def plot_loss(records: Sequence[RunRecord], theme: str = "light") -> Figure:
+def plot_loss(records: Sequence[RunRecord]) -> Figure:
     """Loss of several runs over steps and over time, and evaluation loss over bytes of optimizer state.
 
     On the left, training loss is the thin line and evaluation loss the markers. In the middle the same over the seconds
@@ -71,25 +62,24 @@ def plot_loss(records: Sequence[RunRecord], theme: str = "light") -> Figure:
 
     Args:
         records: 1 to 6 runs.
-        theme: ``light`` or ``dark``.
 
     Returns:
         A matplotlib figure.
 
     Raises:
-        ValueError: No runs, more than 6, an unknown theme, or no loss in any record.
+        ValueError: No runs, more than 6, or no loss in any record.
     """
-    _check(records, theme)
+    _check(records)
     if not any(record.curve("loss") or record.curve("eval_loss") for record in records):
         raise ValueError(f"none of the records ({', '.join(r.name for r in records)}) holds a loss to draw")
     seconds = [record.summary()["step_seconds"] for record in records]
     timed = any(seconds)
-    figure = new_figure(theme, width=14 if timed else 10)
+    figure = new_figure(width=14 if timed else 10)
     over_steps, *over_time, over_bytes = figure.subplots(
         1, 3 if timed else 2, width_ratios=[2, 2, 1] if timed else [2, 1]
     )
     for index, record in enumerate(records):
-        style = _style(index, theme)
+        style = _style(index)
         marked = {**style, "linestyle": "none", "marker": _MARKERS[index], "markersize": 5}
         train, evaluation = record.curve("loss"), record.curve("eval_loss")
         label = f"{_short(record.name, 28)} ({_short(str(record.optimizer.get('name', '?')), 16)})"
@@ -104,20 +94,20 @@ def plot_loss(records: Sequence[RunRecord], theme: str = "light") -> Figure:
                 steps, losses = _columns(points)
                 over_time[0].plot([step * seconds[index] for step in steps], losses, **look, linewidth=1.3)
         if record.state_bytes is not None and evaluation:
-            _draw_column(over_bytes, record.state_bytes, [loss for _, loss in evaluation], index, theme)
-    dress(over_steps, theme, "optimizer step", "loss (line: training, markers: evaluation)")
+            _draw_column(over_bytes, record.state_bytes, [loss for _, loss in evaluation], index)
+    dress(over_steps, "optimizer step", "loss (line: training, markers: evaluation)")
     for axes in over_time:
-        dress(axes, theme, "time in training steps (s)", "")
-    dress(over_bytes, theme, "optimizer state (bytes)", "evaluation loss")
+        dress(axes, "time in training steps (s)", "")
+    dress(over_bytes, "optimizer state (bytes)", "evaluation loss")
     sizes = [record.state_bytes or 0 for record in records]
     over_bytes.set_xlim(0, 1.3 * max(sizes, default=0) or 1)  # room for the last loss, written beside its marker
     over_bytes.xaxis.set_major_formatter(lambda value, _: human_bytes(value))
     over_bytes.xaxis.set_major_locator(_locator(4))
-    _legend(over_steps, theme)
+    _legend(over_steps)
     return figure
 
 
-def plot_gsnr(record: RunRecord, theme: str = "light") -> Figure:
+def plot_gsnr(record: RunRecord) -> Figure:
     """g-SNR over sqrt(n) of every layer and kind of parameter, as a map.
 
     1 is a gradient without a mean; higher means that its elements agree. A crossed cell is unmeasured; an empty one
@@ -125,7 +115,6 @@ def plot_gsnr(record: RunRecord, theme: str = "light") -> Figure:
 
     Args:
         record: A run with SGD-SaI.
-        theme: ``light`` or ``dark``.
 
     Returns:
         A matplotlib figure.
@@ -133,7 +122,7 @@ def plot_gsnr(record: RunRecord, theme: str = "light") -> Figure:
     Raises:
         ValueError: The record has no g-SNR.
     """
-    _check([record], theme)
+    _check([record])
     rows = record.gsnr.get("parameters", [])
     if not rows:
         raise ValueError(f"{record.name} was trained with {record.optimizer.get('name')}, which has no g-SNR to draw")
@@ -144,37 +133,34 @@ def plot_gsnr(record: RunRecord, theme: str = "light") -> Figure:
     layers = sorted(dict.fromkeys(layer for _, layer in cells), key=_layer_order)[:MAX_LAYERS]
     table = [[_median(cells.get((kind, layer), ())) for layer in layers] for kind in kinds]
 
-    figure = new_figure(theme, width=min(16, 4 + 0.38 * len(layers)), height=1.6 + 0.3 * len(kinds))
+    figure = new_figure(width=min(16, 4 + 0.38 * len(layers)), height=1.6 + 0.3 * len(kinds))
     axes = figure.subplots()
     known = [value for line in table for value in line if math.isfinite(value)]
-    colors = axes.pcolormesh(
-        table, cmap="cividis", norm=_log_norm(known), edgecolors=THEMES[theme].background, linewidth=1.5
-    )
+    colors = axes.pcolormesh(table, cmap="cividis", norm=_log_norm(known), edgecolors=BACKGROUND, linewidth=1.5)
     for y, kind in enumerate(kinds):
         for x, layer in enumerate(layers):
             if (kind, layer) in cells and not math.isfinite(table[y][x]):
-                axes.plot(x + 0.5, y + 0.5, marker="x", color=THEMES[theme].colors[1], markersize=7)
+                axes.plot(x + 0.5, y + 0.5, marker="x", color=COLORS[1], markersize=7)
     axes.set_yticks([y + 0.5 for y in range(len(kinds))], [_short(kind, 48) for kind in kinds])
     axes.set_xticks([x + 0.5 for x in range(len(layers))], layers, rotation=90 if max(map(len, layers)) > 5 else 0)
     axes.invert_yaxis()
-    dress(axes, theme, "layer", "")
+    dress(axes, "layer", "")
     axes.grid(False)
     axes.tick_params(length=0)
     bar = figure.colorbar(colors, ax=axes, pad=0.02)
-    bar.set_label("g-SNR / √n", color=THEMES[theme].text)
-    bar.ax.tick_params(colors=THEMES[theme].text, which="both")
+    bar.set_label("g-SNR / √n", color=TEXT)
+    bar.ax.tick_params(colors=TEXT, which="both")
     bar.ax.yaxis.set_major_formatter("{x:.3g}")
     bar.ax.yaxis.set_minor_formatter("{x:.3g}")
-    bar.outline.set_edgecolor(THEMES[theme].grid)
+    bar.outline.set_edgecolor(GRID)
     return figure
 
 
-def plot_updates(record: RunRecord, theme: str = "light") -> Figure:
+def plot_updates(record: RunRecord) -> Figure:
     """Update-to-weight ratio of each role over steps, on a logarithmic scale.
 
     Args:
         record: A run whose record has the scalars of :meth:`hf_sai.runs.recorder.RunRecorder.scalars`.
-        theme: ``light`` or ``dark``.
 
     Returns:
         A matplotlib figure; roles beyond the sixth repeat the colours, those beyond the 24th are left to the record.
@@ -182,25 +168,25 @@ def plot_updates(record: RunRecord, theme: str = "light") -> Figure:
     Raises:
         ValueError: The record has no such ratios.
     """
-    _check([record], theme)
+    _check([record])
     prefix = "sai/update_ratio/"
     curves = {key.removeprefix(prefix): record.curve(key) for key in record.keys(prefix)[:MAX_ROLES]}
     curves = {role: [point for point in points if point[1] > 0] for role, points in curves.items()}
     if not any(curves.values()):
         raise ValueError(f"{record.name} has no update-to-weight ratios: it was trained without RunRecordCallback")
-    figure = new_figure(theme, width=8)
+    figure = new_figure(width=8)
     axes = figure.subplots()
     for index, (role, points) in enumerate(curves.items()):
         axes.plot(
             *_columns(points),
-            **_style(index, theme),
+            **_style(index),
             marker=_MARKERS[index % MAX_RUNS],
             markersize=4,
             label=_short(role),
         )
     axes.set_yscale("log")
-    dress(axes, theme, "optimizer step", "norm of update / norm of weights")
-    _legend(axes, theme)
+    dress(axes, "optimizer step", "norm of update / norm of weights")
+    _legend(axes)
     return figure
 
 
@@ -211,15 +197,12 @@ def draw(figure: Figure, dpi: int = 110) -> bytes:
     return buffer.getvalue()
 
 
-def save_pictures(
-    records: Sequence[RunRecord], folder: str | Path, themes: Iterable[str] = ("light", "dark")
-) -> list[Path]:
+def save_pictures(records: Sequence[RunRecord], folder: str | Path) -> list[Path]:
     """Draw all that the records hold: one picture of all losses, and per run its g-SNR and update ratios.
 
     Args:
         records: The runs; files about single runs are named after them if there are several.
-        folder: Where to write ``loss-light.png``, ``gsnr-light.png``, ``updates-light.png``, and the same ``-dark``.
-        themes: Which of ``light`` and ``dark``.
+        folder: Where to write ``loss.png``, ``gsnr.png`` and ``updates.png``.
 
     Returns:
         The files written.
@@ -228,19 +211,18 @@ def save_pictures(
         ValueError: There is nothing to draw in any record.
         OSError: A picture cannot be written.
     """
-    jobs: list[tuple[str, Any, tuple[Any, ...]]] = [("loss", plot_loss, (records,))]
+    jobs: list[tuple[str, Any, Any]] = [("loss", plot_loss, records)]
     for record in records:
         suffix = f"-{_file_name(record.name)}" if len(records) > 1 else ""
-        jobs += [(f"gsnr{suffix}", plot_gsnr, (record,)), (f"updates{suffix}", plot_updates, (record,))]
+        jobs += [(f"gsnr{suffix}", plot_gsnr, record), (f"updates{suffix}", plot_updates, record)]
     written, reasons = [], []
-    for name, plot, arguments in jobs:
-        for theme in themes:
-            try:
-                figure = plot(*arguments, theme)
-            except ValueError as error:
-                reasons.append(str(error))
-                break
-            written.append(atomic_write(Path(folder) / f"{name}-{theme}.png", draw(figure)))
+    for name, plot, argument in jobs:
+        try:
+            figure = plot(argument)
+        except ValueError as error:
+            reasons.append(str(error))
+            continue
+        written.append(atomic_write(Path(folder) / f"{name}.png", draw(figure)))
     if not written:
         raise ValueError("nothing to draw: " + "; ".join(reasons))
     return written
@@ -276,8 +258,8 @@ def layer_and_kind(name: str) -> tuple[str, str]:
     ), kind
 
 
-def new_figure(theme: str, width: float, height: float = 4.2) -> Figure:
-    """An empty figure in a theme's colours, sizes in inches."""
+def new_figure(width: float, height: float = 4.2) -> Figure:
+    """An empty figure, sizes in inches."""
     # The object interface: no global state, and no window system is asked for.
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -285,31 +267,29 @@ def new_figure(theme: str, width: float, height: float = 4.2) -> Figure:
     except ImportError as error:
         raise ImportError('pictures need matplotlib: pip install "hf-sai[plots]"') from error
 
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor=THEMES[theme].background)
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor=BACKGROUND)
     FigureCanvasAgg(figure)
     return figure
 
 
-def dress(axes: Axes, theme: str, x: str, y: str) -> None:
-    """Give axes a theme's colours, a grid and the names ``x`` and ``y``."""
-    look = THEMES[theme]
-    axes.set_facecolor(look.background)
-    axes.set_xlabel(x, color=look.text)
-    axes.set_ylabel(y, color=look.text)
-    axes.tick_params(colors=look.text, which="both")
-    axes.grid(True, color=look.grid, linewidth=0.8)
+def dress(axes: Axes, x: str, y: str) -> None:
+    """Give axes the pictures' colours, a grid and the names ``x`` and ``y``."""
+    axes.set_facecolor(BACKGROUND)
+    axes.set_xlabel(x, color=TEXT)
+    axes.set_ylabel(y, color=TEXT)
+    axes.tick_params(colors=TEXT, which="both")
+    axes.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
-        spine.set_color(look.grid)
+        spine.set_color(GRID)
 
 
-def _legend(axes: Axes, theme: str) -> None:
-    look = THEMES[theme]
-    axes.legend(facecolor=look.background, edgecolor=look.grid, labelcolor=look.text, framealpha=0.9, handlelength=3)
+def _legend(axes: Axes) -> None:
+    axes.legend(facecolor=BACKGROUND, edgecolor=GRID, labelcolor=TEXT, framealpha=0.9, handlelength=3)
 
 
-def _draw_column(axes: Axes, size: int, losses: list[float], index: int, theme: str) -> None:
-    color = THEMES[theme].colors[index]
+def _draw_column(axes: Axes, size: int, losses: list[float], index: int) -> None:
+    color = COLORS[index]
     axes.plot([size] * len(losses), losses, color=color, linewidth=1, alpha=0.4)
     for place, loss in enumerate(losses, start=1):
         strength = 0.25 + 0.75 * place / len(losses)
@@ -319,18 +299,16 @@ def _draw_column(axes: Axes, size: int, losses: list[float], index: int, theme: 
         (size, losses[-1]),
         (7, 0),
         textcoords="offset points",
-        color=THEMES[theme].text,
+        color=TEXT,
         va="center",
     )
 
 
-def _style(index: int, theme: str) -> dict[str, Any]:
-    return {"color": THEMES[theme].colors[index % MAX_RUNS], "linestyle": _DASHES[index % MAX_RUNS]}
+def _style(index: int) -> dict[str, Any]:
+    return {"color": COLORS[index % MAX_RUNS], "linestyle": _DASHES[index % MAX_RUNS]}
 
 
-def _check(records: Sequence[RunRecord], theme: str) -> None:
-    if theme not in THEMES:
-        raise ValueError(f"theme is {theme!r}, but must be one of {', '.join(THEMES)}")
+def _check(records: Sequence[RunRecord]) -> None:
     if not 1 <= len(records) <= MAX_RUNS:
         raise ValueError(f"{len(records)} runs were given; a picture takes 1 to {MAX_RUNS}")
 

@@ -1,137 +1,39 @@
-"""Publishes a finished run to the Hugging Face Hub: only files on an allow-list, in one commit, never a secret."""
+"""Publishes a finished run to the Hugging Face Hub: in one commit, privately, without paths of this machine."""
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import logging
-import re
+import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_sai.publishing.cards import CARD_FILE, card_for_hub
+from hf_sai.publishing.card_merge import words_of_a_person
+from hf_sai.publishing.cards import CARD_FILE, base_model, card_for_hub
+from hf_sai.publishing.files_to_publish import plan_files
 from hf_sai.runs.files import read_text
-from hf_sai.runs.record import RECORD_FILE
-from hf_sai.runs.redact import known_secrets, redact_text
+from hf_sai.runs.paths import hide_paths, is_local_path
+from hf_sai.runs.record import MAX_RECORD_BYTES, RECORD_FILE, RunRecord
+from hf_sai.runs.redact import redact_text
 
-__all__ = ["ALLOWED", "NEVER", "PublishError", "PublishPlan", "create_repository", "plan_files", "publish"]
+__all__ = ["PublishError", "create_repository", "publish", "visibility"]
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS_AND_SETTINGS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.fp16.safetensors",
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "scheduler_config.json",
-)
-#: Lists the parts of a diffusers pipeline, each in a folder of that name.
-_PIPELINE_INDEX = "model_index.json"
-_MAX_INDEX_BYTES = 2**20
-#: What is uploaded beside the parts of a diffusers pipeline, as patterns of paths below the run's directory. ``*`` does
-#: not reach into folders.
-ALLOWED = (
-    *_WEIGHTS_AND_SETTINGS,
-    _PIPELINE_INDEX,
-    "README.md",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-    RECORD_FILE,
-    "pictures/*.png",
-    "images/*.png",
-    "samples/*.txt",
-    "samples/*.png",
-    "sample.txt",
-    "all_results.json",
-    "eval_results.json",
-    "train_results.json",
-)
-#: What is not uploaded even when it is asked for.
-NEVER = (".*", "*.env", "*.pem", "*.key", "id_rsa*", "id_ed25519*", "credentials*", "*.before-hf-sai.md")
-#: Files that may be larger than this are weights, which hold no text.
-MAX_SCANNED_BYTES = 64 * 2**20
-_PARTS_OF_A_MODEL = ("*.safetensors", "*/*.safetensors")
+#: Keys of configurations under which libraries note where something was loaded from.
+_PLACES = ("base_model_name_or_path", "_name_or_path", "name_or_path", "tokenizer_file", "best_model_checkpoint")
+#: Texts that are the model's, and no settings.
+_TEXTS = ("chat_template", "text", "prompt", "content")
+_WORD_LISTS = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 
 
 class PublishError(OSError):
     """Publishing failed; the message is one sentence without secrets that says what to do. The run is as it was."""
-
-
-@dataclass(frozen=True)
-class PublishPlan:
-    """What publishing a run would upload.
-
-    Attributes:
-        files: (path below the run's directory, bytes), sorted.
-        left_out: (path, reason) of every other file or folder, sorted.
-    """
-
-    files: tuple[tuple[str, int], ...]
-    left_out: tuple[tuple[str, str], ...]
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all files."""
-        return sum(size for _, size in self.files)
-
-
-def plan_files(run_dir: str | Path, *, include: Iterable[str] = (), secrets: Iterable[str] = ()) -> PublishPlan:
-    """Decide which files of a run's directory to upload.
-
-    Args:
-        run_dir: The directory.
-        include: Patterns of further files, such as ``optimizer.pt`` or ``checkpoint-100/*``.
-        secrets: Strings that no file may hold, beside those of this process.
-
-    Returns:
-        The files, and what is left out and why.
-
-    Raises:
-        ValueError: There is no such directory, nothing to upload in it, or a file that holds a secret.
-    """
-    root = Path(run_dir)
-    if not root.is_dir():
-        raise ValueError(f"{root} is not a directory: give the directory of a finished run")
-    allowed = (*ALLOWED, *_parts_of_pipeline(root), *include)
-    files, left_out = [], []
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root).as_posix()
-        if path.is_dir() and not path.is_symlink():
-            continue
-        reason = _reason_against(path, name, allowed)
-        if reason is None:
-            files.append((name, path.stat().st_size))
-        else:
-            left_out.append((name, reason))
-    if not any(fnmatch.fnmatch(name, pattern) for name, _ in files for pattern in _PARTS_OF_A_MODEL):
-        raise ValueError(f"{root} holds no weights (*.safetensors) to publish: is it the directory of a finished run?")
-    hidden = known_secrets(secrets)
-    for name, size in files:
-        if size <= MAX_SCANNED_BYTES and not name.endswith(".safetensors"):
-            _refuse_secrets(root / name, hidden)
-    return PublishPlan(tuple(files), tuple(left_out))
 
 
 def publish(
@@ -139,7 +41,7 @@ def publish(
     repo_id: str,
     *,
     token: str | None = None,
-    private: bool | None = None,
+    private: bool = True,
     revision: str | None = None,
     include: Iterable[str] = (),
     update: bool = False,
@@ -148,16 +50,18 @@ def publish(
 ) -> str:
     """Upload a run in one commit: all of it arrives, or nothing changes.
 
-    The card is uploaded with code that loads the model from there; all other files as they are.
+    The card is uploaded with code that loads the model from there, configurations and the record without paths of this
+    machine (a base model that only lies here becomes null); all other files as they are.
 
     Args:
         run_dir: The run's directory.
         repo_id: ``name`` or ``namespace/name``.
         token: Access token; default: the one of ``hf auth login`` or ``HF_TOKEN``.
-        private: Whether a new repository is private; default: the namespace's default.
+        private: Whether a new repository is private; one that is there stays as it is.
         revision: Branch; made where missing. Default: main.
         include: Patterns of files beside the allowed ones.
-        update: Commit also to a repository that holds something else than a run of hf-sai.
+        update: Commit also to a repository that holds something else than a run of hf-sai, or a card with words of a
+            person that this run's card has not.
         message: The commit's message.
         path_in_repo: Folder in the repository to put the files in.
 
@@ -170,11 +74,19 @@ def publish(
     """
     plan = plan_files(run_dir, include=include, secrets=[token] if token else ())
     prefix = f"{path_in_repo.strip('/')}/" if path_in_repo else ""
-    api, repo_id = create_repository(repo_id, token=token, private=private, revision=revision, update=update)
-    card = card_for_hub(run_dir, repo_id, revision).encode() if CARD_FILE in dict(plan.files) else b""
+    has_card = CARD_FILE in dict(plan.files)
+    card = card_for_hub(run_dir, repo_id, revision) if has_card and not prefix else None
+    options: dict[str, Any] = {"private": private, "revision": revision, "update": update}
+    api, repo_id = create_repository(repo_id, token=token, card=card, **options)
+    contents: dict[str, bytes | None] = {}
+    if has_card:  # once more, with the repository's full name
+        contents[CARD_FILE] = card_for_hub(run_dir, repo_id, revision).encode()
+    record = RunRecord.load(run_dir) if RECORD_FILE in dict(plan.files) else None
+    for name, _ in plan.files:
+        contents[name] = contents.get(name) or _for_others(Path(run_dir, name), name, record)
     operations = [
-        CommitOperationAdd(f"{prefix}{name}", card if name == CARD_FILE else str(Path(run_dir, name)))
-        for name, _ in plan.files
+        CommitOperationAdd(f"{prefix}{name}", content if content is not None else str(Path(run_dir, name)))
+        for name, content in contents.items()
     ]
     commit = _call(
         lambda: api.create_commit(repo_id, operations, commit_message=message, revision=revision), repo_id, token
@@ -187,9 +99,10 @@ def create_repository(
     repo_id: str,
     *,
     token: str | None = None,
-    private: bool | None = None,
+    private: bool = True,
     revision: str | None = None,
     update: bool = False,
+    card: str | None = "",
 ) -> tuple[HfApi, str]:
     """Make sure that the repository and the branch are there and may be written; do it before a long training.
 
@@ -198,14 +111,15 @@ def create_repository(
         token: Access token; default: the stored one.
         private: Whether a new repository is private.
         revision: Branch to make where missing.
-        update: Accept a repository that holds something else than a run of hf-sai.
+        update: Accept a repository that holds something else than a run of hf-sai, or a person's card.
+        card: The card that is about to be uploaded; empty where it is not known yet, None where there will be none.
 
     Returns:
         A client, and the repository's full name.
 
     Raises:
         ValueError: An impossible name.
-        PublishError: No token, the Hub refuses, or the repository holds something else.
+        PublishError: No token, the Hub refuses, or the repository is public or holds something else.
     """
     try:
         validate_repo_id(repo_id)
@@ -215,57 +129,84 @@ def create_repository(
         raise PublishError("there is no access token: run `hf auth login`, or set HF_TOKEN to a token that may write")
     api = HfApi(token=token, library_name="hf-sai")
     full_name = _call(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id, repo_id, token)
+    if private and not _call(lambda: api.model_info(full_name).private, full_name, token):
+        raise PublishError(
+            f"{full_name} is public: say so if this run is to be (--public, private=False, --hub_private_repo false), "
+            "or choose another name"
+        )
     if not update:
-        files = _call(lambda: api.list_repo_files(full_name), full_name, token)
-        if RECORD_FILE not in files and any(name not in (".gitattributes", "README.md") for name in files):
+        branch, files = _call(lambda: _branch_and_files(api, full_name, revision), full_name, token)
+        if RECORD_FILE not in files and any(name not in (".gitattributes", CARD_FILE) for name in files):
             raise PublishError(
                 f"{full_name} exists and holds no run of hf-sai; choose another name, or update it all the same "
                 "(--update, update=True)"
+            )
+        if card is not None and CARD_FILE in files and _holds_words(api, full_name, branch, card, token):
+            raise PublishError(
+                f"the card of {full_name} holds words of a person that this run's card has not; put them into the "
+                f"run's {CARD_FILE}, or replace the card (--update, update=True)"
             )
     if revision is not None:
         _call(lambda: api.create_branch(full_name, branch=revision, exist_ok=True), full_name, token)
     return api, full_name
 
 
-def _parts_of_pipeline(root: Path) -> list[str]:
-    """Patterns for the folders that a diffusers pipeline says it consists of."""
-    path = root / _PIPELINE_INDEX
-    if path.is_symlink() or not path.is_file():
-        return []
-    try:
-        index = json.loads(read_text(path, _MAX_INDEX_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not the index of a diffusers pipeline: {error}") from None
-    folders = [key for key, value in index.items() if isinstance(value, list)] if isinstance(index, dict) else []
-    return [f"{name}/{file}" for name in folders if re.fullmatch(r"\w+", name) for file in _WEIGHTS_AND_SETTINGS]
+def visibility(repo_id: str, token: str | None = None) -> str:
+    """Whether a repository on the Hub is ``private`` or ``public``."""
+    api = HfApi(token=token, library_name="hf-sai")
+    is_private = _call(lambda: api.model_info(api.create_repo(repo_id, exist_ok=True).repo_id).private, repo_id, token)
+    return "private" if is_private else "public"
 
 
-def _reason_against(path: Path, name: str, allowed: tuple[str, ...]) -> str | None:
-    parts = name.split("/")
-    if any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in NEVER):
-        return "never uploaded"
-    if path.is_symlink() or not path.is_file():
-        return "not a plain file"
-    if any(_matches(name, pattern) for pattern in allowed):
+def _branch_and_files(api: HfApi, name: str, revision: str | None) -> tuple[str | None, list[str]]:
+    """The branch that will be committed to, or the one it will be made from (None: main), and what it holds."""
+    if revision is not None:
+        try:
+            return revision, api.list_repo_files(name, revision=revision)
+        except RevisionNotFoundError:
+            pass
+    return None, api.list_repo_files(name)
+
+
+def _holds_words(api: HfApi, name: str, revision: str | None, card: str, token: str | None) -> bool:
+    """Whether the card on the Hub has words of a person that the new one has not."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = _call(
+            lambda: api.hf_hub_download(name, CARD_FILE, revision=revision, local_dir=folder, force_download=True),
+            name,
+            token,
+        )
+        try:
+            return bool(words_of_a_person(path, card))
+        except ValueError:  # what cannot be read is nobody's to throw away
+            return True
+
+
+def _for_others(path: Path, name: str, record: RunRecord | None) -> bytes | None:
+    """A configuration or record without paths of this machine; None where it is fit to be seen as it is."""
+    if not name.endswith(".json") or path.stat().st_size > MAX_RECORD_BYTES:
         return None
-    return "not on the list; --include it if it is to be public"
+    try:
+        if name == RECORD_FILE:
+            return None if record is None else record.to_text().encode()
+        content = json.loads(read_text(path, MAX_RECORD_BYTES))
+    except (ValueError, RecursionError):
+        return None
+    base = base_model(record) if record is not None else None
+    shown = _without_places(content, base, word_list=name.rpartition("/")[2] in _WORD_LISTS)
+    return None if shown == content else (json.dumps(shown, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _matches(name: str, pattern: str) -> bool:
-    parts, patterns = name.split("/"), pattern.split("/")
-    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
-
-
-def _refuse_secrets(path: Path, secrets: Iterable[str]) -> None:
-    content = path.read_bytes()
-    found = any(secret.encode() in content for secret in secrets)
-    if found or (path.suffix in (".md", ".json", ".txt") and _has_token_shape(content)):
-        raise ValueError(f"{path} holds an access token; take it out before it is public (and revoke it)")
-
-
-def _has_token_shape(content: bytes) -> bool:
-    text = content.decode("utf-8", errors="ignore")
-    return any(redact_text(line) != line for line in text.splitlines() if "hf_" in line)
+def _without_places(value: Any, base: str | None, *, word_list: bool = False, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {k: _without_places(v, base, word_list=word_list, key=str(k)) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_places(v, base, word_list=word_list, key=key) for v in value]
+    if not isinstance(value, str) or word_list:
+        return value
+    if key in _PLACES and is_local_path(value) and value:
+        return base if key in ("base_model_name_or_path", "_name_or_path") else None
+    return value if key in _TEXTS else hide_paths(value)
 
 
 def _call(action: Any, repo_id: str, token: str | None) -> Any:

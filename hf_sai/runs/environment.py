@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import shlex
-import socket
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +14,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["command_line", "hardware", "is_main_process", "short_path", "versions"]
+from hf_sai.runs.paths import short_path
+from hf_sai.runs.redact import REDACTED, is_secret_name, redact_words
+
+__all__ = ["command_line", "hardware", "is_main_process", "settings_of", "versions"]
 
 _PACKAGES = (
     "hf-sai",
@@ -33,6 +35,8 @@ _PACKAGES = (
 )
 #: What starts a training script in processes of its own, by the name of the program or of the module.
 _LAUNCHERS = ("accelerate", "torchrun", "deepspeed", "accelerate.commands.launch", "torch.distributed.run")
+#: What runs the cells of notebooks.
+_KERNELS = ("ipykernel_launcher", "ipykernel", "colab_kernel_launcher")
 #: deepspeed's launcher starts another one.
 _MAX_LAUNCHERS = 3
 _ADDRESS = re.compile(r"(--(?:main_process_ip|master[_-]addr|rdzv[_-]endpoint)(?:=|\s+))\S+")
@@ -82,10 +86,31 @@ def command_line() -> str:
     """The command that trains, for a shell, launcher included, with nothing that only this machine knows.
 
     The interpreter becomes ``python``, a launcher's path its name, paths as in :func:`short_path`, addresses of
-    machines ``HOST``. Secrets are not looked for here: what is written goes through ``redact`` as a whole.
+    machines ``HOST``, and the values of ``--hub_token`` and the like ``<redacted>``. A notebook has no such command:
+    its kernel's is none that anybody could repeat.
     """
     words = _launcher_words() or ["python", *sys.orig_argv[1:]]
-    return _ADDRESS.sub(r"\g<1>HOST", " ".join(shlex.quote(short_path(word)) for word in words))
+    if any(module in words for module in _KERNELS):
+        return "# in a notebook"
+    shown = (_quoted(short_path(word)) for word in redact_words(words))
+    return _ADDRESS.sub(r"\g<1>HOST", " ".join(shown))
+
+
+def settings_of(args: Any) -> dict[str, Any]:
+    """The training arguments, with a tokenizer's tokens as they are.
+
+    ``to_dict`` of transformers' arguments puts ``<EOS_TOKEN>`` in the place of every field whose name ends so.
+
+    Args:
+        args: ``TrainingArguments``.
+    """
+    settings: dict[str, Any] = args.to_dict()
+    for name, value in settings.items():
+        given = getattr(args, name, None)
+        is_telling = isinstance(given, str) and is_secret_name(name, given)
+        if value == f"<{name.upper()}>" and not is_telling:
+            settings[name] = given
+    return settings
 
 
 def is_main_process() -> bool:
@@ -95,27 +120,9 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def short_path(word: str) -> str:
-    """A word of a command, or a path, without what only this machine knows.
-
-    The working directory is left out, the home directory becomes ``~``, and of other absolute paths the last part is
-    kept. The machine's name, with which TensorBoard's folders end, becomes ``HOST``.
-
-    Example:
-        >>> short_path("--data=/mnt/somebody/corpus.txt")
-        '--data=/path/to/corpus.txt'
-    """
-    option, equals, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
-    if os.path.isabs(value):
-        path = Path(value)
-        if path.is_relative_to(Path.cwd()):
-            value = str(path.relative_to(Path.cwd()))
-        elif path.is_relative_to(Path.home()) and Path.home() != Path("/"):
-            value = f"~/{path.relative_to(Path.home())}"
-        else:
-            value = f"/path/to/{path.name}"
-    value = re.sub(rf"_{re.escape(socket.gethostname())}(?=$|/)", "_HOST", value)
-    return f"{option}{equals}{value}"
+def _quoted(word: str) -> str:
+    name, equals, value = word.rpartition("=")
+    return f"{shlex.quote(name) if name else ''}{equals}{value}" if value == REDACTED else shlex.quote(word)
 
 
 def _launcher_words() -> list[str] | None:

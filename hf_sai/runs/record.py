@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_sai.runs.files import atomic_write, read_text
+from hf_sai.runs.paths import hide_paths, is_local_path, short_path
 from hf_sai.runs.redact import redact
 
 __all__ = ["RECORD_FILE", "RECORD_VERSION", "RunRecord", "is_number"]
@@ -138,9 +139,12 @@ class RunRecord:
         Raises:
             OSError: It cannot be written; an older record is unchanged.
         """
-        content = redact(to_json(asdict(self)), secrets)
-        text = json.dumps({"format": "hf-sai run record", "version": RECORD_VERSION, **content}, indent=1)
-        return atomic_write(_record_file(path), text + "\n")
+        return atomic_write(_record_file(path), self.to_text(secrets))
+
+    def to_text(self, secrets: Iterable[str] = ()) -> str:
+        """The record as :meth:`save` writes it: JSON without secrets and without paths of this machine."""
+        content = redact(_without_paths(to_json(asdict(self))), secrets)
+        return json.dumps({"format": "hf-sai run record", "version": RECORD_VERSION, **content}, indent=1) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> RunRecord:
@@ -179,6 +183,36 @@ class RunRecord:
         if problem:
             raise ValueError(f"{path} is not a valid run record: {problem}")
         return cls(**known)
+
+
+def _without_paths(content: dict[str, Any]) -> dict[str, Any]:
+    """The content without folders of this machine; what a model wrote and how its parameters are called stays."""
+    kept = {name: content[name] for name in ("samples", "gsnr")}
+    shown = {name: _hide(value) for name, value in content.items() if name not in kept}
+    card, model = shown["run"].get("card"), shown["model"]
+    places = [(model, "base_model"), *((source, "id") for source in shown["data"])]
+    if isinstance(card, dict):
+        places += [(card, "base_model"), (card, "datasets")]
+    for where, key in places:
+        if key in where:
+            where[key] = _marked(where[key])
+    return {name: kept.get(name, shown.get(name)) for name in content}
+
+
+def _hide(value: Any) -> Any:
+    if isinstance(value, str):
+        return short_path(value) if "/" in value or "\\" in value else value
+    if isinstance(value, dict):
+        return {hide_paths(key): _hide(item) for key, item in value.items()}
+    return [_hide(item) for item in value] if isinstance(value, list) else value
+
+
+def _marked(name: Any) -> Any:
+    """A name that could be a repository's on the Hub but is a folder here, with "./", so that nobody mistakes it."""
+    if isinstance(name, list):
+        return [_marked(item) for item in name]
+    is_plain = isinstance(name, str) and name and not name.startswith((".", "/", "~", "file:"))
+    return f"./{name}" if is_plain and is_local_path(name) else name
 
 
 def to_json(value: Any) -> Any:

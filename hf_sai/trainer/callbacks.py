@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_sai.runs.environment import settings_of
 from hf_sai.runs.record import RunRecord
 from hf_sai.runs.recorder import RunRecorder
 
@@ -137,7 +138,7 @@ class RunRecordCallback(TrainerCallback):
 
 def _settings(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
     """The arguments as they are in force: ``auto_find_batch_size`` leaves the first batch size in them."""
-    settings = args.to_dict()
+    settings = settings_of(args)
     if args.auto_find_batch_size and state.train_batch_size:
         settings["per_device_train_batch_size"] = state.train_batch_size // max(1, args.n_gpu)
     if state.is_hyper_param_search and state.trial_params:

@@ -60,7 +60,7 @@ class PublishCallback(TrainerCallback):
         self._job: Future[str] | None = None
         self._options: dict[str, Any] = {
             "token": args.hub_token,
-            "private": args.hub_private_repo,
+            "private": args.hub_private_repo is not False,  # None, too: public is what somebody said
             "revision": getattr(args, "hub_revision", None),
             "update": True,  # the repository was looked at when this was made
         }

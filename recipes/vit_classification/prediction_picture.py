@@ -8,7 +8,7 @@ import torch
 from picture_views import Collator, PictureViews
 from transformers import PreTrainedModel
 
-from hf_sai.publishing.plots import THEMES, draw, new_figure
+from hf_sai.publishing.plots import COLORS, TEXT, draw, new_figure
 from hf_sai.runs.files import atomic_write
 
 __all__ = ["draw_predictions"]
@@ -30,11 +30,11 @@ def draw_predictions(model: PreTrainedModel, views: PictureViews, collate: Colla
     Returns:
         The path.
     """
-    look, count = THEMES["light"], min(ROWS * COLUMNS, len(views))
+    count = min(ROWS * COLUMNS, len(views))
     chosen = [index * len(views) // count for index in range(count)]
     batch = collate([views[index] for index in chosen])
     guesses = model.eval()(pixel_values=batch["pixel_values"].to(model.device, model.dtype)).logits.argmax(-1).tolist()
-    figure = new_figure("light", width=COLUMNS, height=1.3 * ROWS)
+    figure = new_figure(width=COLUMNS, height=1.3 * ROWS)
     for place, (index, guess) in enumerate(zip(chosen, guesses, strict=True), start=1):
         axes = figure.add_subplot(ROWS, COLUMNS, place)
         axes.set_axis_off()
@@ -44,7 +44,7 @@ def draw_predictions(model: PreTrainedModel, views: PictureViews, collate: Colla
         guessed, right = (_short(model.config.id2label[label]) for label in (guess, views.labels[index]))
         wrong = guess != views.labels[index]
         title = f"{guessed}, not {right}" if wrong else guessed
-        axes.set_title(title, fontsize=8, color=look.colors[1] if wrong else look.text)
+        axes.set_title(title, fontsize=8, color=COLORS[1] if wrong else TEXT)
     path.parent.mkdir(parents=True, exist_ok=True)
     return atomic_write(path, draw(figure))
 

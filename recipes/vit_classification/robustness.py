@@ -4,8 +4,8 @@
         --results recipes/vit_classification/results/robustness.json
 
 Every optimizer is trained with each of the learning rates 0.1, 0.01, 0.001, 0.0001 and each of the weight decays 0.01,
-0.001, 0.0001. A table gives the best, the mean and the spread of the accuracy over this grid; heat maps for light and
-dark pages are drawn beside the results file. Every run is written there at once, and a run that stands there is not
+0.001, 0.0001. A table gives the best, the mean and the spread of the accuracy over this grid; heat maps are
+drawn beside the results file. Every run is written there at once, and a run that stands there is not
 repeated. `--optimizers name name` runs only these, `--table true` only prints the table and draws the heat maps.
 """
 
@@ -22,7 +22,7 @@ from train import ScriptArguments, check_arguments
 from transformers import TrainingArguments
 from vit_task import OPTIMIZERS, Task, task_settings
 
-from hf_sai.publishing.plots import THEMES, draw, new_figure
+from hf_sai.publishing.plots import GRID, TEXT, draw, new_figure
 from hf_sai.runs.files import atomic_write
 from recipes.common.candidates import choose
 from recipes.common.comparison import markdown_table
@@ -58,9 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     if not complete:
         raise InputError(f"{options.results} has no optimizer with a complete grid; leave out --table.")
     print(table(results, complete))
-    for theme in THEMES:
-        picture = Path(options.results).with_suffix("").with_name(f"{Path(options.results).stem}-{theme}.png")
-        print(f"heat maps: {atomic_write(picture, draw(heat_maps(results, complete, theme)))}")
+    picture = Path(options.results).with_suffix(".png")
+    print(f"heat maps: {atomic_write(picture, draw(heat_maps(results, complete)))}")
 
 
 def grid() -> list[tuple[float, float]]:
@@ -104,10 +103,9 @@ def table(results: Results, names: list[str]) -> str:
     return markdown_table(["optimizer", "best accuracy (%)", "mean over the grid", "std", "worst", "seeds"], rows)
 
 
-def heat_maps(results: Results, names: list[str], theme: str):
+def heat_maps(results: Results, names: list[str]):
     """Draw the accuracy over the grid, one map an optimizer."""
-    look = THEMES[theme]
-    figure = new_figure(theme, width=1.2 + 3.1 * len(names), height=3.6)
+    figure = new_figure(width=1.2 + 3.1 * len(names), height=3.6)
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         values = [[accuracy(results, name, lr, decay) for decay in WEIGHT_DECAYS] for lr in LEARNING_RATES]
@@ -118,18 +116,18 @@ def heat_maps(results: Results, names: list[str], theme: str):
             axes.text(x, y, f"{line[x]:.1f}", ha="center", va="center", color=ink, fontsize=11)
         flat = list(itertools.chain(*values))
         title = f"{name}\nmean {statistics.mean(flat):.1f}, std {statistics.pstdev(flat):.1f}"
-        axes.set_title(title, color=look.text, fontsize=11)
+        axes.set_title(title, color=TEXT, fontsize=11)
         axes.set_xticks(range(len(WEIGHT_DECAYS)), [f"{decay:g}" for decay in WEIGHT_DECAYS])
         axes.set_yticks(range(len(LEARNING_RATES)), [f"{lr:g}" for lr in LEARNING_RATES])
-        axes.set_xlabel("weight decay", color=look.text)
-        axes.tick_params(colors=look.text, length=0)
+        axes.set_xlabel("weight decay", color=TEXT)
+        axes.tick_params(colors=TEXT, length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
-    panels[0].set_ylabel("learning rate", color=look.text)
+    panels[0].set_ylabel("learning rate", color=TEXT)
     bar = figure.colorbar(colors, ax=panels, pad=0.01)
-    bar.set_label("accuracy (%)", color=look.text)
-    bar.ax.tick_params(colors=look.text)
-    bar.outline.set_edgecolor(look.grid)
+    bar.set_label("accuracy (%)", color=TEXT)
+    bar.ax.tick_params(colors=TEXT)
+    bar.outline.set_edgecolor(GRID)
     return figure
 
 

@@ -61,7 +61,7 @@ def test_gsnr_stability_measures_every_step_and_draws(tmp_path, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", ["gsnr_stability.py", "--picture", str(picture), str(output)])
     benchmark.main()
     assert "| training | vectors |" in capsys.readouterr().out
-    assert all(picture.with_name(f"picture-{theme}.png").stat().st_size > 1000 for theme in ("light", "dark"))
+    assert picture.with_suffix(".png").stat().st_size > 1000
 
 
 def test_gsnr_stability_names_a_script_that_ends_too_early(tmp_path, monkeypatch):

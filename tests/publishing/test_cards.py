@@ -75,7 +75,7 @@ def test_a_card_tells_everything_that_makes_the_result(run):
         "| base/decay | ",
         "| max_steps | 6 |",
         "## g-SNR",
-        "pictures/gsnr-light.png",
+        "pictures/gsnr.png",
         "| counting (this one) | SGDSaI | 0.01 | 6 |",
         "| counting-adamw | AdamW | 0.001 | 6 |",
         "Counts to nine.",
@@ -85,7 +85,7 @@ def test_a_card_tells_everything_that_makes_the_result(run):
         assert part in text, part
     command = RunRecord.load(run).run["sessions"][0]["command"]
     assert command in text
-    assert (run / "pictures" / "loss-dark.png").exists()
+    assert (run / "pictures" / "loss.png").exists()
 
 
 def test_metadata_holds_what_was_measured(run):
@@ -397,7 +397,6 @@ def test_a_full_disk_is_told_and_leaves_card_and_record_as_they_were(tmp_path, m
     commands = (
         ["card", tmp_path],
         ["plot", tmp_path, "--out", tmp_path],
-        ["report", tmp_path, "--out", tmp_path / "r"],
     )
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
@@ -415,3 +414,57 @@ def test_other_processes_write_no_card(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert finish_run(tmp_path) == []
     assert not (tmp_path / CARD_FILE).exists()
+
+
+def test_a_card_that_is_refused_leaves_the_pictures_as_they_were(tmp_path, capsys):
+    make_record("one").save(tmp_path)
+    assert main(["card", str(tmp_path)]) == 0
+    make_record("one", offset=1.0).save(tmp_path)
+    (tmp_path / CARD_FILE).write_text("---\n[broken\n---\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(["card", str(tmp_path)]) == 1
+    assert "mend or remove it" in capsys.readouterr().err
+    assert main(["card", str(tmp_path), "--twin", str(tmp_path / "nowhere")]) == 1
+    assert main(["card", str(tmp_path), "--template", str(tmp_path / "nowhere")]) == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_card_keeps_its_twins_when_it_is_written_again(tmp_path):
+    make_record("own").save(tmp_path / "own")
+    make_record("other", "AdamW").save(tmp_path / "other")
+    assert "AdamW" not in finish_run(tmp_path / "own")[-1].read_text()  # nobody named it
+    finish_run(tmp_path / "own", twins=[tmp_path / "other"])
+    assert "| other | AdamW |" in finish_run(tmp_path / "own")[-1].read_text()
+
+
+def test_a_class_of_the_script_itself_is_loaded_by_its_library():
+    record = make_record("mine")
+    record.model = {"class": "MyGPT2LMHeadModel", "library": "__main__", "type": "gpt2"}
+    card = render_card(record, repo_id="me/mine")
+    assert card.data.library_name == "transformers"
+    assert "AutoModelForCausalLM.from_pretrained('me/mine')" in card.text
+    record.model = {"class": "Net", "library": "__main__"}
+    card = render_card(record, repo_id="me/mine")
+    assert card.data.library_name is None
+    assert "snapshot_download('me/mine')" in card.text
+
+
+def test_a_notebooks_kernel_is_shown_as_a_notebook():
+    record = make_record("mine")
+    record.run["sessions"] = [{"command": "python -m ipykernel_launcher -f /path/to/kernel.json", "from_step": 0}]
+    text = render_card(record).text
+    assert "ipykernel" not in text
+    assert "# in a notebook" in text
+
+
+def test_folders_of_the_machine_are_no_data_sets_or_bases_of_a_card(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    record = make_record("mine")
+    record.data = [{"name": "mine", "id": "data/mine"}, {"name": "theirs", "id": "them/theirs"}]
+    record.run["card"] = {"base_model": "/home/SOMEBODY/base", "datasets": ["/home/SOMEBODY/d", "me/d", "data/mine"]}
+    record.save("run")
+    data = ModelCard.load(write_card("run")).data
+    assert data.datasets == ["me/d"]
+    assert data.base_model is None
+    assert "SOMEBODY" not in (tmp_path / "run" / CARD_FILE).read_text()

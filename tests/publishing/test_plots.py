@@ -1,4 +1,4 @@
-"""Pictures: they show what the records hold, on light and dark pages, for every eye, and say why if they cannot."""
+"""Pictures: they show what the records hold, on every page, for every eye, and say why if they cannot."""
 
 import io
 import itertools
@@ -9,9 +9,11 @@ from PIL import Image
 
 from hf_sai.cli.main import main
 from hf_sai.publishing.plots import (
+    BACKGROUND,
+    COLORS,
     MAX_LAYERS,
     MAX_ROLES,
-    THEMES,
+    TEXT,
     draw,
     layer_and_kind,
     plot_gsnr,
@@ -83,12 +85,12 @@ def test_update_ratios_are_drawn_per_role():
     assert len(line_with(axes, "base/decay").get_xydata()) == 40
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_a_picture_has_its_themes_background_and_is_the_same_each_time(theme):
-    first, second = draw(plot_loss([make_record()], theme)), draw(plot_loss([make_record()], theme))
+def test_a_picture_brings_its_own_opaque_background_and_is_the_same_each_time():
+    first, second = draw(plot_loss([make_record()])), draw(plot_loss([make_record()]))
     assert first == second
-    image = Image.open(io.BytesIO(first)).convert("RGB")
-    assert "#{:02x}{:02x}{:02x}".format(*image.getpixel((2, 2))) == THEMES[theme].background
+    image = Image.open(io.BytesIO(first)).convert("RGBA")
+    assert "#{:02x}{:02x}{:02x}".format(*image.getpixel((2, 2))) == BACKGROUND
+    assert image.getchannel("A").getextrema() == (255, 255)
     assert image.width > 1000
 
 
@@ -118,31 +120,25 @@ SIGHT = {
 }
 
 
-@pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("sight", SIGHT)
-def test_every_two_colours_differ_for_every_eye(theme, sight):
-    seen = [lab(SIGHT[sight] @ linear(color)) for color in THEMES[theme].colors]
+def test_every_two_colours_differ_for_every_eye(sight):
+    seen = [lab(SIGHT[sight] @ linear(color)) for color in COLORS]
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 25
 
 
-@pytest.mark.parametrize("theme", THEMES)
-def test_colours_and_text_stand_out_from_the_background(theme):
-    look = THEMES[theme]
-
+def test_colours_and_text_stand_out_from_the_background():
     def contrast(color):
-        light = sorted((linear(c) @ [0.2126, 0.7152, 0.0722] for c in (color, look.background)), reverse=True)
+        light = sorted((linear(c) @ [0.2126, 0.7152, 0.0722] for c in (color, BACKGROUND)), reverse=True)
         return (light[0] + 0.05) / (light[1] + 0.05)
 
-    assert min(map(contrast, look.colors)) >= 3
-    assert contrast(look.text) >= 7
+    assert min(map(contrast, COLORS)) >= 3
+    assert contrast(TEXT) >= 7
 
 
 def test_all_pictures_of_two_runs_are_saved(tmp_path):
     files = save_pictures([make_record("a/../b"), make_record("adamw", "AdamW")], tmp_path / "p")
     assert sorted(f.name for f in files) == sorted(
-        f"{name}-{theme}.png"
-        for name in ("loss", "gsnr-a_.._b", "updates-a_.._b", "updates-adamw")
-        for theme in ("light", "dark")
+        f"{name}.png" for name in ("loss", "gsnr-a_.._b", "updates-a_.._b", "updates-adamw")
     )
     assert all(f.parent == tmp_path / "p" for f in files)
 
@@ -152,7 +148,6 @@ def test_all_pictures_of_two_runs_are_saved(tmp_path):
     [
         (lambda: plot_loss([]), "0 runs were given; a picture takes 1 to 6"),
         (lambda: plot_loss([make_record()] * 7), "7 runs were given"),
-        (lambda: plot_loss([make_record()], "blue"), "theme is 'blue', but must be one of light, dark"),
         (lambda: plot_loss([RunRecord(run={"name": "empty"})]), r"none of the records \(empty\) holds a loss"),
         (lambda: plot_gsnr(make_record(optimizer="AdamW")), "AdamW, which has no g-SNR"),
         (lambda: plot_updates(RunRecord(run={"name": "x"})), "x has no update-to-weight ratios"),
@@ -195,12 +190,9 @@ def test_the_command_draws_from_directories_and_files(tmp_path, capsys):
     make_record().save(tmp_path / "a")
     make_record("adamw", "AdamW").save(tmp_path / "b" / "kept.json")
     out = tmp_path / "pictures"
-    assert (
-        main(["plot", str(tmp_path / "a"), str(tmp_path / "b" / "kept.json"), "--out", str(out), "--theme", "dark"])
-        == 0
-    )
+    assert main(["plot", str(tmp_path / "a"), str(tmp_path / "b" / "kept.json"), "--out", str(out)]) == 0
     names = sorted(path.name for path in out.iterdir())
-    assert names == ["gsnr-sgd-dark.png", "loss-dark.png", "updates-adamw-dark.png", "updates-sgd-dark.png"]
+    assert names == ["gsnr-sgd.png", "loss.png", "updates-adamw.png", "updates-sgd.png"]
     assert sorted(capsys.readouterr().out.split()) == [str(out / name) for name in names]
 
 

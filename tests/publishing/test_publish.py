@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from hf_sai.cli.main import main
 from hf_sai.publishing.artifacts import finish_run
-from hf_sai.publishing.publish import PublishError, plan_files, publish
+from hf_sai.publishing.files_to_publish import plan_files
+from hf_sai.publishing.publish import PublishError, publish
 from hf_sai.runs.record import RECORD_FILE, RunRecord
 from hf_sai.runs.recorder import RunRecorder
 from hf_sai.trainer.callbacks import RunRecordCallback
@@ -80,7 +81,6 @@ def test_what_is_asked_for_is_added_but_never_secrets(finished):
     names = {name for name, _ in plan.files}
     assert names == PUBLIC | {
         "optimizer.pt",
-        "training_args.bin",
         "scheduler.pt",
         "notes.txt",
         "checkpoint-5/model.safetensors",
@@ -174,7 +174,7 @@ def test_the_command_is_a_dry_run_unless_told_otherwise(finished, hub, capsys):
     assert "left out   .env (never uploaded)" in out
     assert hub.requests == []
     assert main(["publish", str(finished), "tester/counting", "--yes", "--revision", "v1"]) == 0
-    assert "published: http://127.0.0.1" in capsys.readouterr().out
+    assert "published, private: http://127.0.0.1" in capsys.readouterr().out
     assert set(hub.files("tester/counting", "v1")) > PUBLIC
 
 
@@ -229,7 +229,7 @@ def test_a_wrong_a_weak_and_a_missing_token_are_told_apart(finished, hub, capsys
 
 
 def test_a_repository_with_something_else_in_it_is_not_overwritten(finished, hub, capsys):
-    hub.repos["tester/other"] = {"private": False, "branches": {"main": {"pytorch_model.bin": b"precious"}}}
+    hub.repos["tester/other"] = {"private": True, "branches": {"main": {"pytorch_model.bin": b"precious"}}}
     assert main(["publish", str(finished), "tester/other", "--yes"]) == 1
     assert "tester/other exists and holds no run of hf-sai" in capsys.readouterr().err
     assert hub.files("tester/other") == {"pytorch_model.bin": b"precious"}
@@ -247,11 +247,11 @@ def test_a_directory_without_weights_is_refused(tmp_path, capsys):
 def test_a_file_with_a_token_in_it_is_not_published(finished, hub, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
-    for name, secret in (("README.md", "hf_" + "a1B2" * 8), ("training_args.bin", TOKEN)):
+    for name, secret in (("README.md", "hf_" + "a1B2" * 8), ("optimizer.pt", TOKEN)):
         kept = (run / name).read_text()
         (run / name).write_text(kept + secret)
-        with pytest.raises(ValueError, match=f"{name} holds an access token") as caught:
-            publish(run, "tester/run", include=["training_args.bin"])
+        with pytest.raises(ValueError, match=rf"{name} \(.*\) holds an access token") as caught:
+            publish(run, "tester/run", include=["optimizer.pt"])
         assert secret not in str(caught.value)
         (run / name).write_text(kept)
     assert hub.commits == []
@@ -339,6 +339,7 @@ def test_a_lost_connection_during_training_costs_a_warning_and_the_end_publishes
     assert "model.safetensors" in hub.files("tester/pushed")
 
 
+TESTS = [Path(__file__).parents[1], Path(__file__).parents[1] / "trainer"]
 WHOLE_WAY = """
 import sys
 from transformers import AutoModelForCausalLM, Trainer
@@ -362,7 +363,7 @@ def run_with(server, command, home):
         "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": TOKEN,
         "HF_HOME": str(home),
-        "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([*map(str, TESTS), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(command, env={**os.environ, **place}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -396,7 +397,7 @@ def test_a_recipe_publishes_its_run(recipe, weights, tmp_path):
     with HubServer() as server:
         done = run_with(server, list(map(str, command)), tmp_path / "hf")
     files = server.hub.files("tester/made", "v1")
-    assert {"README.md", RECORD_FILE, "pictures/gsnr-dark.png", weights} <= set(files)
+    assert {"README.md", RECORD_FILE, "pictures/gsnr.png", weights} <= set(files)
     assert b"'tester/made', revision='v1')" in files["README.md"]
     assert server.hub.commits[0][2] == "Training in progress, step 1"
     assert server.hub.repos["tester/made"]["private"] is True
@@ -404,3 +405,117 @@ def test_a_recipe_publishes_its_run(recipe, weights, tmp_path):
     written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert not any(TOKEN.encode() in content for content in [*files.values(), *written])
     assert TOKEN not in done.stdout + done.stderr
+
+
+def test_a_new_repository_is_private_unless_public_is_said(finished, hub, capsys):
+    assert main(["publish", str(finished), "tester/mine"]) == 0
+    assert "as a private repository" in capsys.readouterr().out
+    assert main(["publish", str(finished), "tester/mine", "--yes"]) == 0
+    assert "published, private: " in capsys.readouterr().out
+    assert hub.repos["tester/mine"]["private"] is True
+    assert main(["publish", str(finished), "tester/open", "--public"]) == 0
+    assert "for everybody to see" in capsys.readouterr().out
+    assert main(["publish", str(finished), "tester/open", "--public", "--yes"]) == 0
+    assert "published, public: " in capsys.readouterr().out
+    assert hub.repos["tester/open"]["private"] is False
+    publish(finished, "tester/by_hand")
+    assert hub.repos["tester/by_hand"]["private"] is True
+
+
+def test_a_public_repository_is_committed_to_only_if_public_is_said(finished, hub, capsys):
+    publish(finished, "tester/open", private=False)
+    assert main(["publish", str(finished), "tester/open", "--yes"]) == 1
+    assert "tester/open is public: say so" in capsys.readouterr().err
+    assert len(hub.commits) == 1
+    assert main(["publish", str(finished), "tester/open", "--yes", "--public"]) == 0
+    assert len(hub.commits) == 2
+
+
+@pytest.mark.parametrize(("asked", "private"), [(None, True), (True, True), (False, False)])
+def test_trainers_push_is_private_unless_public_is_said(hub, tmp_path, asked, private):
+    take_over_push_to_hub(arguments(tmp_path, push_to_hub=True, hub_model_id="tester/p", hub_private_repo=asked))
+    assert hub.repos["tester/p"]["private"] is private
+
+
+def test_a_card_that_a_person_wrote_is_not_replaced_unasked(finished, hub, capsys):
+    own = b"---\nlicense: mit\n---\n# Mine\n\nThese words took me a day.\n"
+    hub.repos["tester/mine"] = {"private": True, "branches": {"main": {".gitattributes": b"*", "README.md": own}}}
+    assert main(["publish", str(finished), "tester/mine", "--yes"]) == 1
+    assert "holds words of a person" in capsys.readouterr().err
+    assert hub.files("tester/mine")["README.md"] == own
+    with pytest.raises(PublishError, match="words of a person"):
+        take_over_push_to_hub(arguments(finished, push_to_hub=True, hub_model_id="tester/mine"))
+    assert main(["publish", str(finished), "tester/mine", "--yes", "--update"]) == 0
+    assert b"hf-sai:training" in hub.files("tester/mine")["README.md"]
+
+
+def test_words_that_a_person_added_on_the_hub_are_not_lost(finished, hub, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    publish(run, "tester/mine")
+    publish(run, "tester/mine")  # what the tool wrote itself is no person's
+    files = hub.files("tester/mine")
+    files["README.md"] = files["README.md"].replace(b"## Limits\n", b"## Limits\n\nAsk my cat.\n")
+    with pytest.raises(PublishError, match="words of a person"):
+        publish(run, "tester/mine")
+    card = run / "README.md"
+    card.write_text(card.read_text().replace("## Limits\n", "## Limits\n\nAsk my cat.\n"))
+    publish(run, "tester/mine")
+    assert b"Ask my cat." in hub.files("tester/mine")["README.md"]
+
+
+def test_a_card_without_text_is_no_persons(finished, hub):
+    hub.repos["tester/new"] = {"private": True, "branches": {"main": {"README.md": b"---\nlicense: mit\n---\n"}}}
+    publish(finished, "tester/new")
+    assert b"hf-sai:training" in hub.files("tester/new")["README.md"]
+
+
+def test_no_path_of_the_machine_is_published(hub, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = tmp_path / "SOMEBODY" / "private-base"
+    tiny_gpt2().save_pretrained(base)
+    config = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    lora = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    run = tmp_path / "run"
+    recorder = RunRecorder(run, data=[{"name": str(base), "id": str(base)}], card={"base_model": str(base)})
+    recorder.start(lora, torch.optim.SGD(lora.parameters(), lr=0.1), settings={"train_file": f"file://{base}/x.txt"})
+    recorder.finish()
+    lora.save_pretrained(run)
+    (run / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(base), "x": [1.5]}))
+    (run / "tokenizer_config.json").write_text(json.dumps({"name_or_path": str(base), "eos_token": "</s>"}))
+    finish_run(run)
+    local = (run / "adapter_config.json").read_text()
+    publish(run, "tester/lora", include=["trainer_state.json"])
+    for name, content in hub.files("tester/lora").items():
+        assert b"SOMEBODY" not in content, name
+    files = hub.files("tester/lora")
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
+    assert json.loads(files["adapter_config.json"])["r"] == 8
+    assert json.loads(files["trainer_state.json"]) == {"best_model_checkpoint": None, "x": [1.5]}
+    assert json.loads(files["tokenizer_config.json"])["eos_token"] == "</s>"
+    assert (run / "adapter_config.json").read_text() == local
+
+
+def test_an_adapter_with_a_name_of_its_own_is_carded_published_and_loaded_by_the_cards_code(hub, tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+    from test_cards import python_code, tokenizer
+
+    base, run = tmp_path / "base", tmp_path / "run"
+    tiny_gpt2().save_pretrained(base)
+    config = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    lora = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config, adapter_name="style")
+    recorder = RunRecorder(run)
+    recorder.start(lora, torch.optim.SGD(lora.parameters(), lr=0.1))
+    recorder.finish()
+    lora.save_pretrained(run)
+    tokenizer().save_pretrained(run)
+    assert main(["card", str(run), "--repo-id", str(run)]) == 0
+    capsys.readouterr()
+    code = python_code((run / "README.md").read_text())
+    assert "subfolder='style'" in code
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("Return the")
+    publish(run, "tester/style")
+    files = hub.files("tester/style")
+    assert {"style/adapter_config.json", "style/adapter_model.safetensors", "README.md"} <= set(files)
+    assert "PeftModel.from_pretrained(base, 'tester/style', subfolder='style')" in files["README.md"].decode()

@@ -67,7 +67,7 @@ def test_smoke_command_trains_on_real_text_and_says_where_everything_is(smoke_ru
     assert results["metrics"]["eval_loss"] < math.log(vocabulary) - 0.5
     assert results["metrics"]["eval_perplexity"] == pytest.approx(math.exp(results["metrics"]["eval_loss"]))
     assert results["optimizer"]["optim"] == "sgd_sai"
-    for name in ("pictures/loss-light.png", "results.json", "README.md"):
+    for name in ("pictures/loss.png", "results.json", "README.md"):
         assert str(run / name) in output
         assert (run / name).stat().st_size > 0
     assert (run / "sample.txt").read_text().startswith("Return the")

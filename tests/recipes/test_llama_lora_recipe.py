@@ -121,7 +121,7 @@ def test_smoke_command_teaches_the_real_model_and_says_where_everything_is(smoke
     assert set(results["after"]) == {"eval_loss", "rouge_l", "well_formed"}
     for name in ("results.json", "generations.md"):
         assert str(run / name) in output
-    for name in ("pictures/loss-light.png", "pictures/gsnr-light.png", "generations.md", "README.md"):
+    for name in ("pictures/loss.png", "pictures/gsnr.png", "generations.md", "README.md"):
         assert (run / name).stat().st_size > 0
     record = json.loads((run / "run_record.json").read_text())
     roles = {row["group"] for row in record["gsnr"]["parameters"] if row["ratio"] is not None}

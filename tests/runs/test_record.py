@@ -494,14 +494,11 @@ def small_whole_record(folder):
 WRONG = ([], {"a": 1}, 10**400, KeyError)
 
 
-def test_whatever_loads_has_a_card_and_a_report(tmp_path, monkeypatch):
-    from hf_sai.publishing import report
+def test_whatever_loads_has_a_card(tmp_path):
     from hf_sai.publishing.cards import render_card
 
-    monkeypatch.setattr(report, "_both_themes", lambda plot, shown: None)
     for record in mangled_records(small_whole_record(tmp_path), tmp_path, WRONG):
         assert str(render_card(record)).startswith("---\n")
-        assert report.render_report([record], [tmp_path]).startswith("<!doctype html>")
 
 
 @pytest.mark.slow

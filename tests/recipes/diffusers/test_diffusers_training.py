@@ -62,7 +62,7 @@ def test_smoke_run_gives_every_kind_of_layer_its_own_scale_and_shows_it(smoke_ru
     groups = (run / "groups.txt").read_text()
     assert "base/decay" in groups
     assert "UNMEASURED" not in groups
-    assert (run / "pictures" / "gsnr-light.png").stat().st_size > 0
+    assert (run / "pictures" / "gsnr.png").stat().st_size > 0
     assert record.data[0]["license"] == "cc-by-4.0"
     assert "Twitter" in record.data[0]["attribution"]
 

@@ -1,0 +1,218 @@
+"""Decides which files of a run go to the Hub: what loading needs and what explains the run, never a secret."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_sai.publishing.secret_scan import find_secret
+from hf_sai.runs.files import read_text
+from hf_sai.runs.record import RECORD_FILE
+from hf_sai.runs.redact import known_secrets
+
+__all__ = ["ALLOWED", "NEVER", "PublishPlan", "adapter_folder", "plan_files"]
+
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "dict.txt", "bpe.codes", "byte_maps.json", "emoji.json"),
+    *("vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json", "word_shape.json"),
+    *("word_pronunciation.json", "normalizer.json", "audio_tokenizer_config.json"),
+    *("*.spm", "*.tiktoken", "tokenizer.model", "spiece.model", "spm.model", "spm_char.model", "tiktoken.model"),
+    *("sentencepiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"),
+)
+#: What a model, or one part of a pipeline, is loaded from.
+_MODEL = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("image_processor_config.json", "feature_extractor_config.json", "scheduler_config.json"),
+    *("quantize_config.json", "quantization_config.json"),
+    *_TOKENIZER,
+)
+#: Code of a model's own, by the names that transformers' documentation gives it.
+_CODE = (
+    *("configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py", "image_processing_*.py"),
+    *("video_processing_*.py", "feature_extraction_*.py", "generation_*.py", "pipeline.py"),
+    "custom_generate/generate.py",
+)
+#: Lists the parts of a diffusers pipeline, each in a folder of that name.
+_PIPELINE_INDEX = "model_index.json"
+#: Lists the modules of sentence-transformers, each in a folder of its own.
+_MODULES = "modules.json"
+_MAX_INDEX_BYTES = 2**20
+#: What is uploaded beside the parts that a model names itself, as patterns of paths below the run's directory. ``*``
+#: does not reach into folders.
+ALLOWED = (
+    *_MODEL,
+    *_CODE,
+    "additional_chat_templates/*.jinja",
+    _PIPELINE_INDEX,
+    *(_MODULES, "config_sentence_transformers.json", "sentence_bert_config.json"),
+    *("README.md", "LICENSE", "LICENSE.txt", "NOTICE"),
+    RECORD_FILE,
+    *("pictures/*.png", "images/*.png", "samples/*.txt", "samples/*.png", "sample.txt"),
+    *("all_results.json", "eval_results.json", "train_results.json"),
+)
+#: What is not uploaded even when it is asked for, in any case of letters; ``training_args.bin`` pickles ``hub_token``.
+NEVER = (
+    *(".*", "_netrc", "*.env", "*.pem", "*.key", "*.pfx", "*.p12", "*.jks", "*.keystore", "*.kdbx", "*.ppk", "*.token"),
+    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "credential*", "secret*", "*secrets.*", "*credentials.*"),
+    *("client_secret*", "service_account*.json", "kaggle.json", "passwords*", "token", "tokens.txt"),
+    *("training_args.bin", "*.before-hf-sai.md", "*.part"),
+)
+
+
+@dataclass(frozen=True)
+class PublishPlan:
+    """What publishing a run would upload.
+
+    Attributes:
+        files: (path below the run's directory, bytes), sorted.
+        left_out: (path, reason) of every other file or folder, sorted.
+    """
+
+    files: tuple[tuple[str, int], ...]
+    left_out: tuple[tuple[str, str], ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(size for _, size in self.files)
+
+
+def plan_files(run_dir: str | Path, *, include: Iterable[str] = (), secrets: Iterable[str] = ()) -> PublishPlan:
+    """Decide which files of a run's directory to upload.
+
+    Args:
+        run_dir: The directory.
+        include: Patterns of further files, such as ``optimizer.pt`` or ``checkpoint-100/*``.
+        secrets: Strings that no file may hold, beside those of this process.
+
+    Returns:
+        The files, and what is left out and why.
+
+    Raises:
+        ValueError: There is no such directory, nothing to upload in it, or a file that holds a secret.
+    """
+    root = Path(run_dir)
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a directory: give the directory of a finished run")
+    allowed = (*ALLOWED, *_parts(root), *_own_code(root), *include)
+    files, left_out = [], []
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            continue
+        reason = _reason_against(path, name, allowed)
+        if reason is None:
+            files.append((name, path.stat().st_size))
+        else:
+            left_out.append((name, reason))
+    if not any(name.endswith(".safetensors") for name, _ in files):
+        pickled = any(name in ("pytorch_model.bin", "adapter_model.bin") for name, _ in left_out)
+        hint = "save them again with safe_serialization" if pickled else "is it the directory of a finished run?"
+        raise ValueError(f"{root} holds no weights (*.safetensors) to publish: {hint}")
+    hidden = known_secrets(secrets)
+    for name, _ in files:
+        found = find_secret(root / name, name, hidden)
+        if found is not None:
+            raise ValueError(
+                f"{root / name} ({found[0]}) holds {found[1]}; take it out before it is public (and revoke it)"
+            )
+    return PublishPlan(tuple(files), tuple(left_out))
+
+
+def adapter_folder(directory: str | Path) -> str | None:
+    """The folder in which PEFT saved an adapter that has a name of its own; None for one in the directory itself.
+
+    Args:
+        directory: The run's directory.
+    """
+    directory = Path(directory)
+    if (directory / "adapter_config.json").is_file():
+        return None
+    return next(iter(_adapter_folders(directory)), None)
+
+
+def _adapter_folders(root: Path) -> list[str]:
+    folders = sorted(file.parent for file in root.glob("*/adapter_config.json"))
+    return [
+        path.name for path in folders if not re.fullmatch(r"checkpoint-\d+|\..*", path.name) and not path.is_symlink()
+    ]
+
+
+def _parts(root: Path) -> Iterator[str]:
+    """Patterns for the folders in which a pipeline, sentence-transformers or PEFT keep parts of what they load."""
+    folders = _adapter_folders(root)
+    index = _index(root / _PIPELINE_INDEX, "the index of a diffusers pipeline")
+    if isinstance(index, dict):
+        folders += [key for key, value in index.items() if isinstance(value, list)]
+    modules = _index(root / _MODULES, "a list of sentence-transformers' modules")
+    if isinstance(modules, list):
+        folders += [str(entry.get("path")) for entry in modules if isinstance(entry, dict) and entry.get("path")]
+    if modules is not None:  # its own names for them
+        folders += [path.name for path in sorted(root.glob("[0-9]_*")) if path.is_dir()]
+    for name in dict.fromkeys(folders):
+        if re.fullmatch(r"\w[\w-]*", name):
+            # Names are no patterns here: \w has none of their signs.
+            yield from (f"{name}/{file}" for file in _MODEL)
+            yield from (f"{name}/{file}" for file in _CODE if "/" not in file)
+
+
+def _own_code(root: Path) -> set[str]:
+    """The files that ``auto_map`` names, and those that these import from beside them."""
+    found: set[str] = set()
+    waiting = []
+    for file in sorted(root.glob("*config.json")):
+        content = _index(file, "a configuration", strict=False)
+        named = content.get("auto_map") if isinstance(content, dict) else None
+        for value in named.values() if isinstance(named, dict) else ():
+            for reference in value if isinstance(value, list) else [value]:
+                if isinstance(reference, str) and "--" not in reference:
+                    waiting.append(reference.rpartition(".")[0])
+    while waiting:
+        module = waiting.pop()
+        path = root / f"{module.replace('.', '/')}.py"
+        name = path.relative_to(root).as_posix()
+        if name in found or not re.fullmatch(r"\w+(\.\w+)*", module) or not path.is_file() or path.is_symlink():
+            continue
+        found.add(name)
+        try:
+            source = read_text(path, _MAX_INDEX_BYTES)
+        except ValueError:
+            continue
+        waiting += re.findall(r"^\s*from\s+\.(\w[\w.]*)\s+import", source, re.MULTILINE)
+        for names in re.findall(r"^\s*from\s+\.\s+import\s+([\w, ]+)", source, re.MULTILINE):
+            waiting += [part.split()[0] for part in names.split(",") if part.split()]
+    return found
+
+
+def _index(path: Path, what: str, strict: bool = True) -> Any:
+    if path.is_symlink() or not path.is_file():
+        return None
+    try:
+        return json.loads(read_text(path, _MAX_INDEX_BYTES))
+    except (ValueError, RecursionError) as error:
+        if strict:
+            raise ValueError(f"{path} is not {what}: {error}") from None
+        return None
+
+
+def _reason_against(path: Path, name: str, allowed: tuple[str, ...]) -> str | None:
+    parts = name.lower().split("/")
+    if any(fnmatch.fnmatchcase(part, pattern) for part in parts for pattern in NEVER):
+        return "never uploaded"
+    if path.is_symlink() or not path.is_file():
+        return "not a plain file"
+    if any(_matches(name, pattern) for pattern in allowed):
+        return None
+    return "not on the list; --include it if it is to be public"
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, patterns = name.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))

@@ -1,0 +1,81 @@
+"""What goes to the Hub: all that loading needs, in every library's layout, and nothing that is somebody's own."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hf_sai.publishing.files_to_publish import plan_files
+
+LAYOUTS = {
+    "marian": ["source.spm", "target.spm", "vocab.json", "tokenizer_config.json"],
+    "qwen2-vl": ["preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json", "tokenizer.json"],
+    "custom code": ["configuration_my.py", "modeling_my.py", "tokenization_my.py"],
+    "sentence-transformers": [
+        *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
+        *("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"),
+    ],
+    "phobert, gpt-sw3, wav2vec2": [
+        *("bpe.codes", "vocab.txt", "spiece.model", "feature_extractor_config.json", "normalizer.json"),
+    ],
+    "several chat templates": ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"],
+    "two adapters": ["adapter_config.json", "style/adapter_config.json", "style/adapter_model.safetensors"],
+    "an adapter with a name of its own": ["style/adapter_config.json", "style/adapter_model.safetensors"],
+}
+MODULES = [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}, {"idx": 2, "path": "2_Dense"}]
+
+
+def write(folder, name, content="{}"):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if name.endswith(".safetensors"):
+        save_file({"x": torch.zeros(1)}, path)
+    else:
+        path.write_text(json.dumps(MODULES) if name == "modules.json" else content)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_is_left_out_that_loading_needs(tmp_path, layout):
+    for name in ["config.json", "model.safetensors", *LAYOUTS[layout]]:
+        write(tmp_path, name)
+    assert plan_files(tmp_path).left_out == ()
+
+
+def test_a_list_of_modules_that_names_none_leaves_no_module_out(tmp_path):
+    for name in ("model.safetensors", "1_Pooling/config.json"):
+        write(tmp_path, name)
+    (tmp_path / "modules.json").write_text("{}")
+    assert "1_Pooling/config.json" in dict(plan_files(tmp_path).files)
+
+
+def test_code_that_a_configuration_names_goes_with_what_it_imports(tmp_path):
+    write(tmp_path, "model.safetensors")
+    write(tmp_path, "config.json", '{"auto_map": {"AutoModel": "net.Net", "AutoConfig": "other/repo--conf.C"}}')
+    write(tmp_path, "net.py", "from .parts import A\nfrom . import layers\nimport torch\n")
+    for name in ("parts.py", "layers.py", "train.py", "conf.py"):
+        write(tmp_path, name, "x = 1\n")
+    plan = plan_files(tmp_path)
+    assert {name for name, _ in plan.files} == {"model.safetensors", "config.json", "net.py", "parts.py", "layers.py"}
+
+
+NEVER = [
+    *(".env", "my.ENV", "server.PEM", "ID_RSA", "id_ed25519.pub", "secrets.yaml", "SECRET.json", "Credentials.json"),
+    *("training_args.bin", "checkpoint-1/training_args.bin", "keys/server.Key", "kaggle.json", "prod-secrets.toml"),
+    *(".netrc", "cert.p12", "store.kdbx", "token", "client_secret_1.json", "passwords.txt"),
+]
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_what_is_somebodys_own_is_never_uploaded_in_any_case_of_letters(tmp_path, name):
+    write(tmp_path, "model.safetensors")
+    write(tmp_path, name)
+    plan = plan_files(tmp_path, include=["*", "*/*", name])
+    assert dict(plan.left_out)[name] == "never uploaded"
+    assert [name for name, _ in plan.files] == ["model.safetensors"]
+
+
+def test_pickled_weights_are_refused_with_a_way_out(tmp_path):
+    write(tmp_path, "pytorch_model.bin")
+    with pytest.raises(ValueError, match="save them again with safe_serialization"):
+        plan_files(tmp_path)

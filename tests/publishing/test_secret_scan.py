@@ -1,0 +1,178 @@
+"""No secret becomes public: it is found in every file that is uploaded, in whatever form, and told by file and line."""
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+import zlib
+
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+from safetensors.torch import save_file
+
+from hf_sai.publishing.files_to_publish import plan_files
+from hf_sai.publishing.secret_scan import find_secret
+
+# Put together here, so that nobody's scanner takes this file for a leak.
+SECRETS = {
+    "Hugging Face": "hf_" + "aB3dE6gH9" * 4,
+    "GitHub": "ghp_" + "a1B2c3D4e5" * 3 + "a1B2c3",
+    "GitHub, fine-grained": "github_pat_" + "A1b2C3d4" * 4,
+    "GitLab": "glpat-" + "a1B2c3D4e5F6g7H8i9J0",
+    "OpenAI": "sk-" + "a1B2c3D4e5F6g7H8i9J0" + "T3BlbkFJ" + "a1B2c3D4e5F6g7H8i9J0",
+    "OpenAI, project": "sk-proj-" + "a1B2c3D4e5F6" * 4,
+    "Anthropic": "sk-ant-api03-" + "a1B2c3D4e5F6" * 4,
+    "AWS": "AKIA" + "Z7Y6X5W4V3U2T1S0",
+    "Google": "AIza" + "SyA1b2C3d4E5f6G7h8I9j0K1l2M3n4O5p6Q",
+    "Slack": "xoxb-" + "123456789012-123456789012-" + "a1B2c3D4e5F6g7H8",
+    "Stripe": "sk_live_" + "a1B2c3D4e5F6g7H8i9J0k1L2",
+    "private key": "-----BEGIN RSA " + "PRIVATE KEY-----",
+    "encrypted key": "-----BEGIN ENCRYPTED " + "PRIVATE KEY-----",
+    "login": "https://somebody:" + "s3cr3tw0rd@host.org/x",
+}
+TOKEN = SECRETS["Hugging Face"]
+
+
+def run_of(folder):
+    save_file({"x": torch.zeros(2)}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    return folder
+
+
+def refusal(folder, include=()):
+    with pytest.raises(ValueError, match="take it out before it is public") as caught:
+        plan_files(folder, include=include)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", SECRETS)
+@pytest.mark.parametrize(
+    ("name", "form", "line"),
+    [
+        ("README.md", "# Title\n\nuse {} here\n", 3),
+        ("config.json", '{{"a": 1,\n "note": "{}"}}', 2),
+        ("chat_template.jinja", "a\n{{# {} #}}\n", 2),
+        ("sample.txt", "one\ntwo\nthree {}\n", 3),
+        ("modeling_mine.py", "x = 1\n\n# {}\n", 3),
+        ("tokenizer.json", '{{"model": {{"vocab":\n{{"{}": 5}}}}}}', 2),
+        ("merges.txt", "a b\n{}", 2),
+    ],
+)
+def test_a_secret_in_a_text_stops_the_upload_and_is_told_by_file_and_line(tmp_path, kind, name, form, line):
+    secret = SECRETS[kind]
+    (run_of(tmp_path) / name).write_text(form.format(secret))
+    said = refusal(tmp_path)
+    assert f"{tmp_path / name} (line {line}) holds " in said
+    assert secret not in said
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig"])
+def test_a_secret_in_another_encoding_is_found(tmp_path, encoding):
+    (run_of(tmp_path) / "sample.txt").write_bytes(f"one\nsee {TOKEN} there\n".encode(encoding))
+    assert "sample.txt (" in refusal(tmp_path)
+
+
+def png(chunks):
+    out = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(out, "png")
+    content = out.getvalue()
+    packed = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return content[:-12] + packed + content[-12:]
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        (b"tEXt", b"Comment\0" + TOKEN.encode()),
+        (b"zTXt", b"Comment\0\0" + zlib.compress(TOKEN.encode())),
+        (b"iTXt", b"Comment\0\0\0en\0\0" + TOKEN.encode()),
+        (b"iTXt", b"Comment\0\1\0en\0\0" + zlib.compress(TOKEN.encode())),
+        (b"eXIf", b"II*\0" + TOKEN.encode()),
+        (b"prVt", TOKEN.encode()),
+    ],
+)
+def test_a_secret_in_a_pictures_metadata_is_found(tmp_path, chunk):
+    (run_of(tmp_path) / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(png([chunk]))
+    assert "images/a.png (" in refusal(tmp_path)
+
+
+def test_pictures_as_pillow_and_ours_write_them_pass(tmp_path):
+    run_of(tmp_path)
+    (tmp_path / "images").mkdir()
+    words = PngImagePlugin.PngInfo()
+    words.add_text("Software", "matplotlib")
+    Image.effect_noise((300, 300), 90).save(tmp_path / "images" / "a.png", pnginfo=words)
+    assert "images/a.png" in dict(plan_files(tmp_path).files)
+
+
+def test_a_secret_in_the_header_of_weights_is_found_even_if_escaped(tmp_path):
+    run_of(tmp_path)
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors", metadata={"note": TOKEN})
+    assert "model.safetensors (the header)" in refusal(tmp_path)
+    header = json.dumps({"__metadata__": {"note": TOKEN}}).replace("hf_", "\\u0068f_").encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert "model.safetensors (the header)" in refusal(tmp_path)
+
+
+def test_a_secret_in_a_pickle_or_a_packed_archive_is_found(tmp_path):
+    run_of(tmp_path)
+    for secret in (TOKEN, SECRETS["OpenAI"], SECRETS["OpenAI, project"], SECRETS["GitHub"]):
+        (tmp_path / "state.pkl").write_bytes(pickle.dumps({"hub": secret, "x": b"\0\1\2" * 9}, protocol=4))
+        assert "state.pkl (" in refusal(tmp_path, ["state.pkl"])
+    torch.save({"hub": TOKEN}, tmp_path / "optimizer.pt")
+    assert "optimizer.pt (" in refusal(tmp_path, ["optimizer.pt"])
+    with zipfile.ZipFile(tmp_path / "data.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.txt", f"x {TOKEN}")
+    assert "data.npz (a.txt in the archive)" in refusal(tmp_path, ["data.npz"])
+
+
+def test_a_secret_behind_the_first_64_mebibytes_is_found(tmp_path):
+    with open(run_of(tmp_path) / "sample.txt", "wb") as file:
+        file.write((b"word " * 19 + b"word\n") * (66 * 2**20 // 100))
+        file.write(TOKEN.encode())
+    assert "sample.txt (line " in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", '{"a": {\n"api_key": "zx81zx81"}}'),
+        ("config.json", '{"a":\n"python x.py --hub_token zx81zx81"}'),
+        ("README.md", "run\npython x.py --hub_token zx81zx81"),
+        ("README.md", "run\nHF_TOKEN=zx81zx81 python x.py"),
+        ("modeling_mine.py", 'import os\npassword = "zx81zx81zx"'),
+        ("chat_template.jinja", 'a\n{% set api_key = "zx81zx81zx" %}'),
+    ],
+)
+def test_what_a_name_gives_away_is_found(tmp_path, name, content):
+    (run_of(tmp_path) / name).write_text(content)
+    assert "(line 2) holds" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", '{"eos_token": "<|im_end|>", "pad_token": "<pad>", "image_token": "<image>", "token": "<s>"}'),
+        ("vocab.json", '{"password": 5, "token": 6, "api_key": 7, "secret": 8}'),
+        ("README.md", "--hub_token <redacted> --eos_token '<|im_end|>' HF_TOKEN=$HF_TOKEN https://huggingface.co/a/b"),
+        ("README.md", 'model = AutoModel.from_pretrained("a", token=True)  # or token=hub_token'),
+        ("modeling_mine.py", 'token = os.environ["HF_TOKEN"]\npassword = get_password()\nself.key = key'),
+        ("sample.txt", 'def f():\n    password = "generated by the model"'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"5": {"content": "<pad>"}}, "sep_token": "[SEP]"}'),
+        ("tokenizer.json", json.dumps({"precompiled_charsmap": "ABIA" + "A" * 400, "vocab": {"AKIA": 1}})),
+    ],
+)
+def test_what_loading_or_reading_needs_is_no_secret(tmp_path, name, content):
+    (run_of(tmp_path) / name).write_text(content)
+    assert name in dict(plan_files(tmp_path).files)
+
+
+def test_without_detect_secrets_nothing_is_planned(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "detect_secrets.core.plugins.util", None)
+    with pytest.raises(ImportError, match=r'pip install "hf-sai\[hub\]"'):
+        find_secret(run_of(tmp_path) / "config.json", "config.json")

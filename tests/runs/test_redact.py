@@ -1,0 +1,164 @@
+"""Redaction: what a name or a shape gives away is hidden in every form; a tokenizer's tokens and common words stay."""
+
+import json
+import sys
+
+import pytest
+
+from hf_sai.runs.environment import command_line, settings_of
+from hf_sai.runs.record import RunRecord
+from hf_sai.runs.redact import known_secrets, redact, redact_text, redact_words
+
+SECRET = "s3cr3t" + "Value99"
+VARIABLES = (
+    *("AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_KEY", "DB_PWD", "KEY_PASSPHRASE", "DEPLOY_KEY", "PGPASS", "PGPASSWORD"),
+    *("HF_TOKEN", "WANDB_API_KEY", "GITHUB_PAT", "MY_SECRET", "SMTP_PASS", "GOOGLE_CREDENTIALS", "REGISTRY_AUTH"),
+)
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_what_a_variable_of_the_environment_holds_is_hidden(name, monkeypatch):
+    monkeypatch.setenv(name, SECRET)
+    assert redact_text(f"it is {SECRET}, really") == "it is <redacted>, really"
+    assert redact_text(f"{name}=x1 python train.py") == f"{name}=<redacted> python train.py"
+
+
+@pytest.mark.parametrize("name", ["PWD", "OLDPWD", "SORT_KEYS", "TOKENIZERS_PARALLELISM", "KEYBOARD"])
+def test_variables_that_only_sound_like_secrets_are_left_alone(name, monkeypatch):
+    monkeypatch.setenv(name, SECRET)
+    assert SECRET not in known_secrets()
+
+
+@pytest.mark.parametrize("value", ["password", "Postgres", "transformers"])
+def test_a_password_that_is_a_common_word_does_not_hide_the_word(value, monkeypatch):
+    monkeypatch.setenv("DB_PASSWORD", value)
+    assert redact({"description": f"Finds a {value} in texts."}) == {"description": f"Finds a {value} in texts."}
+    assert redact_text(f"--db_password {value}") == "--db_password <redacted>"
+
+
+FLAGS = (
+    *("hub_token", "secret_key", "access_key", "private_key", "passphrase", "pwd", "auth", "password", "api-key"),
+    *(
+        "hf_token",
+        "token",
+        "wandb_api_key",
+        "storage_key",
+        "neptune_api_token",
+        "my_token",
+        "db_pass",
+        "aws_session_token",
+    ),
+)
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize(
+    "form",
+    [
+        "--{flag} {secret} --lr 1",
+        "--{flag}={secret} --lr 1",
+        "--{flag} '{secret} more' --lr 1",
+        "trainer.{flag}={secret} x=1",
+        "+trainer.{flag}={secret} x=1",
+        '{{"{flag}": "{secret}", "x": 1}}',
+        "{{'{flag}': '{secret}', 'x': 1}}",
+        '--json \'{{\\"{flag}\\": \\"{secret}\\"}}\'',
+        "https://host/path?{flag}={secret}&x=1",
+        "a=1,{flag}={secret},x=1",
+    ],
+)
+def test_what_a_flag_or_setting_holds_is_hidden_in_every_form(flag, form):
+    text = form.format(flag=flag, secret=SECRET)
+    shown = redact_text(text)
+    assert SECRET not in shown
+    assert "<redacted>" in shown
+    assert redact_text(shown) == shown
+    assert redact({flag: SECRET, "list": [text]}) == {flag: "<redacted>", "list": [shown]}
+
+
+@pytest.mark.parametrize("text", ["Authorization: Bearer x", '{"Authorization": "Bearer x"}', f"bearer {SECRET}"])
+def test_headers_that_let_somebody_in_are_hidden(text):
+    assert "<redacted>" in redact_text(text)
+    assert SECRET not in redact_text(text)
+
+
+SHAPES = (
+    *(
+        "hf_" + "a1B2" * 8,
+        "ghp_" + "a1B2" * 9,
+        "github_pat_" + "a1B2" * 9,
+        "glpat-" + "a1B2" * 5,
+        "sk-proj-" + "a1B2" * 9,
+    ),
+    *("AKIA" + "A1B2" * 4, "AIza" + "a1B2c" * 7, "xoxb-1234567890-" + "a1B2" * 4, "GOCSPX-" + "a1B2" * 7),
+)
+
+
+@pytest.mark.parametrize("secret", SHAPES)
+def test_what_has_the_shape_of_a_token_is_hidden_anywhere(secret):
+    assert redact_text(f"see {secret}.") == "see <redacted>."
+    assert redact_text(f"https://user:{secret}@host/x") == "https://<redacted>@host/x"
+
+
+HARMLESS = (
+    "--eos_token <|im_end|> --pad_token <pad> --image_token <image> --bos_token=<s> --mask_token [MASK]",
+    "--placeholder_token <cat-toy> --initializer_token toy --unk_token unk",
+    "--tokenizer_name gpt2 --num_input_tokens 5 --max_new_tokens 3 --eos_token_id 2 --dataset_text_key text",
+    "--use_auth_token True --token_type ids --label_key y --sort_key=z",
+    '{"eos_token": "</s>", "image_token": "<image>", "token": 50256}',
+    "The password is asked for, the token: it names the secret of tokens.",
+    "Bearer of bad news, basic training",
+)
+
+
+@pytest.mark.parametrize("text", HARMLESS)
+def test_what_is_needed_to_repeat_a_run_stays(text):
+    assert redact_text(text) == text
+    assert redact_words(text.split()) == text.split()
+
+
+def test_settings_of_a_tokenizer_stay_in_the_record():
+    settings = {"eos_token": "<|im_end|>", "pad_token": "<pad>", "image_token": "<image>", "hub_token": "x"}
+    assert redact(settings) == {**settings, "hub_token": "<redacted>"}
+
+
+def test_the_command_keeps_special_tokens_and_hides_secrets_with_blanks_and_quotes(monkeypatch):
+    words = ["python", "train.py", "--eos_token", "<|im_end|>", "--password", "it's a b", "--api_key=a b", "db.pwd=x y"]
+    monkeypatch.setattr(sys, "orig_argv", words)
+    command = "python train.py --eos_token '<|im_end|>' --password <redacted> --api_key=<redacted> db.pwd=<redacted>"
+    assert command_line() == command
+    assert redact_text(command) == command
+
+
+def test_a_notebooks_kernel_is_no_command(monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "ipykernel_launcher", "-f", "/root/.local/kernel-1.json"])
+    assert command_line() == "# in a notebook"
+
+
+def test_no_field_of_a_record_holds_a_secret(tmp_path):
+    record = RunRecord(
+        run={"name": "n", "card": {"description": f"--hub_token {SECRET}"}},
+        settings={"nested": [{"api_key": SECRET}], "text": f'{{"token": "{SECRET}"}}'},
+        data=[{"name": f"https://u:{SECRET}@h/d"}],
+        samples=[{"title": "t", "text": f"?token={SECRET}"}],
+    )
+    record.save(tmp_path)
+    text = (tmp_path / "run_record.json").read_text()
+    assert SECRET not in text
+    assert json.loads(text)["settings"]["nested"] == [{"api_key": "<redacted>"}]
+
+
+def test_transformers_does_not_hide_a_tokenizers_tokens_from_the_record(tmp_path):
+    from dataclasses import dataclass
+
+    from transformers import TrainingArguments
+
+    @dataclass
+    class Arguments(TrainingArguments):  # as TRL's
+        eos_token: str | None = None
+        pad_token: str | None = None
+
+    settings = settings_of(Arguments(str(tmp_path), eos_token="<|im_end|>", hub_token=SECRET, report_to=[]))
+    assert settings["eos_token"] == "<|im_end|>"
+    assert settings["pad_token"] is None
+    assert SECRET not in str(settings)
