@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import operator
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -20,6 +21,8 @@ from hf_sai.optim.update import KERNELS, Choice, Kernel, is_ordinary
 
 __all__ = ["compiled_module"]
 
+logger = logging.getLogger(__name__)
+
 
 def compiled_module(name: str) -> ModuleType | None:
     """A module of this folder; None if what it is written in is not installed, and while torch.compile traces."""
@@ -31,6 +34,11 @@ def _imported(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(f"hf_sai.kernels.{name}")
     except ImportError:  # or not for this numpy or Python
+        return None
+    except Exception as error:  # a broken compiler must not end a training that can do without it
+        logger.warning(
+            "%s does not work here (%s: %s); torch's own operations are used.", name, type(error).__name__, error
+        )
         return None
 
 

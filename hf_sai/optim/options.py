@@ -65,7 +65,10 @@ class Option:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write integers of more than 4,300 digits
+        text = f"an integer of {value.bit_length()} bits"
     return text if len(text) <= 200 else f"{text[:100]}... ({len(text)} characters)"
 
 
