@@ -61,7 +61,9 @@ def start_ranks(script: str | Path, world_size: int, folder: Path, *arguments: s
             "WORLD_SIZE": str(world_size),
             "LOCAL_WORLD_SIZE": str(world_size),
             "HF_SAI_TEST_FOLDER": str(folder),
-            "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]).rstrip(
+                os.pathsep
+            ),
             **ON_DEVICE,
             # One process that sees several GPUs would be given nn.DataParallel by Trainer.
             **({"CUDA_VISIBLE_DEVICES": "0"} if DEVICE == "cuda" and world_size == 1 else {}),
