@@ -231,7 +231,7 @@ def demo(results: dict) -> str:
         ["eval loss", *bold_best([f"{run['eval_loss']:.3f}" for run in (adamw, ours)])],
         ["perplexity", *bold_best([f"{run['eval_perplexity']:.1f}" for run in (adamw, ours)])],
         ["optimizer state (bytes)", f"{adamw['state_bytes']:,}", f"**{ours['state_bytes']:,}**"],
-        ["time of the optimizer's step, against AdamW's, two runs", "**1**", ", ".join(map(str, ours["step_ratios"]))],
+        ["time of the optimizer's step, against AdamW's", "**1**", ", ".join(map(str, ours["step_ratios"]))],
     ]
     return markdown_table(["", "AdamW (fused)", "SGD-SaI, factored, momentum 0.8"], rows)
 
