@@ -63,7 +63,7 @@ _ATTRIBUTES = {
 class Piece(Part):
     """What this rank's part of a flat tensor holds of one parameter; nothing, if its length is 0."""
 
-    __slots__ = ("_early_gradient", "_flat", "_ready", "_start", "parameter")
+    __slots__ = ("_early_gradient", "_flat", "_start", "parameter")
 
     kind = "the flat tensors that DeepSpeed ZeRO hands the optimizer"
     refused: ClassVar = Slice.refused
@@ -76,7 +76,7 @@ class Piece(Part):
         self.parameter, self.shape = parameter, torch.Size((numel,))
         self._start = (start, length)
         self._early_gradient = early_gradient
-        self.fresh, self._ready = False, False
+        self.fresh = False
 
     def within(self, flat: _Flat, group: dict[str, Any], state: dict[str, Any], number: int) -> None:
         """Take the piece of a flat tensor as it is now."""

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_sai.optim.stochastic import in_many_processes
+
 if TYPE_CHECKING:
     from hf_sai.optim.sgd_sai import SGDSaI
 
@@ -106,7 +108,7 @@ def refuse_normalize(group: dict[str, Any]) -> None:
 
 
 def _refuse_many_processes() -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if in_many_processes():
         raise ValueError(
             f"gradient_release updates before the gradients of the {dist.get_world_size()} processes have been "
             "averaged. Leave it out, or train with one process; sharded gradients (FSDP2) save more."

@@ -146,10 +146,6 @@ class Part:
         shape = [length if d in kept else 1 for d, length in enumerate(self.param.shape)]
         return torch.zeros(shape, dtype=dtype or self.param.dtype, device=self.param.device)
 
-    def __getitem__(self, key: str) -> Tensor:
-        """A tensor of the state, as much of it as this process holds."""
-        return local(self.state[key])
-
 
 class Layout:
     """The parts of one optimizer's parameters, each of which knows by itself how it lies.
