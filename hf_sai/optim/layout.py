@@ -71,6 +71,9 @@ class Part:
     #: What parts of this kind are called in a refusal.
     kind = "whole parameters"
 
+    #: Whether a later run may part the parameter in other ways, so that what is saved must not depend on this one.
+    parted = False
+
     @classmethod
     def recognises(cls, p: Tensor) -> bool:
         """Whether an optimizer's parameter has parts of this kind."""
@@ -133,6 +136,10 @@ class Part:
     def table_device(self) -> torch.device:
         """Where a table of this part's sums must lie: where its holders communicate, and where float64 exists."""
         return torch.device("cpu") if self.param.device.type == "mps" else self.param.device
+
+    def lying(self, tensor: Tensor) -> Tensor:
+        """A tensor of the shape that this process has of the parameter, as state of it that can be parted anew."""
+        return tensor
 
     def zeros(self, dtype: torch.dtype | None = None, kept: Sequence[int] | None = None) -> Tensor:
         """A new state tensor of zeros that lies as the parameter does.

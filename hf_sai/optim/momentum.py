@@ -11,6 +11,7 @@ import functools
 import math
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from hf_sai.optim.layout import Part, local
 
 __all__ = [
+    "BLOCK_KEY",
     "MIN_QUANTIZED",
     "MOMENTUM_KEYS",
     "QUANTIZED",
@@ -30,12 +32,16 @@ __all__ = [
     "load",
     "momentum_of",
     "require_quantizer",
+    "saved",
     "start",
     "store",
 ]
 
 #: What of a parameter's state is its momentum; the scales are there for a quantised one.
 MOMENTUM_KEYS = ("momentum_buffer", "momentum_scales")
+
+#: In a state dict, beside a momentum that was quantised and is saved as values.
+BLOCK_KEY = "momentum_block"
 
 #: Name of a quantised momentum -> elements that share a scale.
 QUANTIZED = {"8bit": 256, "4bit": 128}
@@ -91,6 +97,8 @@ class QuantizedMomentum:
         from bitsandbytes import functional
 
         value = value.float().flatten()
+        if value.numel() == 0:
+            return
         if self.is_8bit:
             blocksize = QUANTIZED["8bit"]
             codes, state = functional.quantize_blockwise(value, codes_table(value.device), blocksize=blocksize)
@@ -98,6 +106,31 @@ class QuantizedMomentum:
             codes, state = functional.quantize_4bit(value, blocksize=QUANTIZED["4bit"], quant_type="nf4")
         self.codes.copy_(codes.view_as(self.codes))
         self.scales.copy_(state.absmax)
+
+    def store_loaded(self, value: Tensor) -> None:
+        """Quantise what :meth:`load` gave, so that it gives the same again, unless blocks are cut differently now.
+
+        4 bits do by themselves. In 8 bits no code stands for -1, so that a block whose largest element is negative
+        would come back 0.7 % smaller each time.
+        """
+        if not self.is_8bit:
+            return self.store(value)
+        table, size = codes_table(value.device), QUANTIZED["8bit"]
+        value = value.float().flatten()
+        blocks = torch.nn.functional.pad(value, (0, -value.numel() % size)).view(-1, size)
+        lowest, largest = blocks.amin(1), blocks.amax(1)
+        scales = torch.maximum(largest, lowest / table[0])
+        codes, midpoints = torch.zeros_like(blocks, dtype=torch.uint8), (table[1:] + table[:-1]) / 2
+        found = torch.zeros_like(scales, dtype=torch.bool)
+        # Dividing by the lowest code may miss the scale by a rounding: of its neighbours one gives the very values.
+        for scale in (torch.nextafter(scales, scales * 2), torch.nextafter(scales, scales * 0), scales):
+            near = torch.bucketize(blocks / scale.clamp_min(torch.finfo(scale.dtype).tiny)[:, None], midpoints)
+            same = (table[near] * scale[:, None] == blocks).all(1)
+            better = ~found if scale is scales else same & ~found
+            codes = torch.where(better[:, None], near.to(torch.uint8), codes)
+            self.scales.copy_(torch.where(better, scale, self.scales))
+            found |= same
+        self.codes.copy_(codes.flatten()[: value.numel()].view_as(self.codes))
 
 
 @functools.cache
@@ -168,6 +201,26 @@ def start(part: Part) -> None:
     part.fresh = False
 
 
+def saved(part: Part) -> dict[str, Any]:
+    """What a state dict holds of a part's momentum instead of what the state does.
+
+    Blocks of 8 or 4 bits are those of this process's share of the parameter, and another run may share it out
+    differently. So they are saved as values, float32, which can be parted anew, and quantised again when they are
+    loaded: to the same codes where the blocks are the same.
+    """
+    if not part.parted or not isinstance(part.group["momentum_dtype"], str) or "momentum_buffer" not in part.state:
+        return {}
+    values = load(momentum_of(part)).to(torch.float32)
+    buffer = part.lying(values)
+    if buffer is values:
+        return {"momentum_buffer": buffer}
+    # torch.distributed.checkpoint casts silently and would take the codes of whole parameters for values, or values for
+    # codes. It misses this key in the one case, and the scales in the other. It is no number, for of these
+    # set_state_dict cannot load those into a full state that it does not expect; nor has it no dimension.
+    block = torch.tensor([QUANTIZED[part.group["momentum_dtype"]]], device=values.device)
+    return {"momentum_buffer": buffer, BLOCK_KEY: block}
+
+
 def drop(part: Part) -> None:
     """Forget the momentum, of a group whose coefficient is 0 now; a later one starts anew."""
     for key in MOMENTUM_KEYS:
@@ -186,6 +239,8 @@ def convert(saved: dict[str, Tensor], part: Part) -> dict[str, Tensor] | None:
         of another shape.
     """
     saved = {key: value.to(part.param.device) for key, value in saved.items()}
+    if "momentum_buffer" in saved and saved["momentum_buffer"].is_floating_point():
+        saved.pop("momentum_scales", None)  # of the state before: set_state_dict keeps what a full state does not have
     found = {key: (tuple(local(value).shape), value.dtype) for key, value in saved.items()}
     if found == form(part):
         return saved
@@ -199,6 +254,8 @@ def convert(saved: dict[str, Tensor], part: Part) -> dict[str, Tensor] | None:
 
 def _fits(found: dict[str, tuple[tuple[int, ...], torch.dtype]], part: Part, momentum_dtype: str | None) -> bool:
     expected = form(part.alike({**part.group, "momentum_dtype": momentum_dtype}))
+    if momentum_dtype is None and not all(dtype.is_floating_point for _, dtype in found.values()):
+        return False  # codes without their scales
     shapes = {key: shape for key, (shape, _) in expected.items()}
     return shapes == {key: shape for key, (shape, _) in found.items()}
 
@@ -207,5 +264,6 @@ def _converted(saved: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
     source, target = part.alike(part.group), part.alike(part.group)
     source.state.update(saved)
     allocate(target)
-    store(momentum_of(target), load(momentum_of(source)))
+    values, kept = load(momentum_of(source)), momentum_of(target)
+    kept.store_loaded(values) if isinstance(kept, QuantizedMomentum) else store(kept, values)
     return target.state

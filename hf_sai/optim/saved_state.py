@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_sai.optim.layout import UNMEASURED, Part, kind_of, local
-from hf_sai.optim.momentum import MOMENTUM_KEYS, convert
+from hf_sai.optim.momentum import BLOCK_KEY, MOMENTUM_KEYS, convert
 from hf_sai.optim.options import OPTIONS, upgrade_group
 from hf_sai.optim.rules import RULES
 
@@ -24,7 +24,7 @@ __all__ = ["Incoming", "read"]
 
 logger = logging.getLogger(__name__)
 
-_OURS = frozenset({"gsnr", *MOMENTUM_KEYS, *chain.from_iterable(rule.keys for rule in RULES.values())})
+_OURS = frozenset({"gsnr", *MOMENTUM_KEYS, BLOCK_KEY, *chain.from_iterable(rule.keys for rule in RULES.values())})
 
 _FRESH = (
     "To train on with the saved weights and a fresh state, load the weights alone (Trainer: give the checkpoint as the "
@@ -74,6 +74,8 @@ def read(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[
         if not state:
             continue
         _require_ours(name, state)
+        # Of keys that it did not save, torch.distributed.checkpoint's flat form makes empty dicts.
+        state = {key: value for key, value in state.items() if key != BLOCK_KEY and not isinstance(value, dict)}
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         states[index] = {key: value for key, value in state.items() if key not in tensors}
         incoming.append((p, group, _in_form(name, p, group, tensors)))

@@ -21,7 +21,7 @@ from hf_sai.optim import gsnr
 from hf_sai.optim import momentum as momenta
 from hf_sai.optim.gradient_release import Releases, refuse_normalize
 from hf_sai.optim.gsnr import GSNRReport
-from hf_sai.optim.layout import UNMEASURED, Layout, Part, admit, find_layout, name_of
+from hf_sai.optim.layout import UNMEASURED, Layout, Part, admit, find_layout, kind_of, name_of
 from hf_sai.optim.options import DEFAULTS, OPTIONS, check_options, upgrade_group
 from hf_sai.optim.rules import RULES
 from hf_sai.optim.saved_state import Incoming, read
@@ -221,6 +221,22 @@ class SGDSaI(Optimizer):
         self._layout = None
         if self._releases is not None:
             self._releases.watch(len(self.param_groups) - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch saves it; of sharded parameters a momentum of 8 or 4 bits as float32 values.
+
+        These can be sharded anew, and take 4 bytes an element of the shard for as long as the dict lives.
+        """
+        state_dict = super().state_dict()
+        state = state_dict["state"]
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for index, p in zip(saved["params"], group["params"], strict=True):
+                if index in state:  # detached, for the gradient need not be brought into the parameter's form
+                    instead = momenta.saved(kind_of(p)(p.detach(), group, state[index]))
+                    if instead:
+                        kept = {key: v for key, v in state[index].items() if key not in momenta.MOMENTUM_KEYS}
+                        state[index] = {**kept, **instead}
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of the official ``SGD_sai``; what was measured stays measured.

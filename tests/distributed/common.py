@@ -189,6 +189,13 @@ def same_placements(optimizer: SGDSaI) -> bool:
     )
 
 
+def same_on_all_ranks(whole: Tensor) -> bool:
+    """Whether a tensor is equal bit for bit on all ranks."""
+    gathered = [torch.empty_like(whole) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, whole.contiguous())
+    return all(torch.equal(gathered[0], other) for other in gathered)
+
+
 def params_of(optimizer: SGDSaI) -> list[Tensor]:
     """The optimizer's parameters; after evaluation FSDP2 leaves the model with others, unsharded."""
     return [p for group in optimizer.param_groups for p in group["params"]]

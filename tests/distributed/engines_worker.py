@@ -27,6 +27,7 @@ from common import (
     my_batch,
     params_of,
     reference,
+    same_on_all_ranks,
     same_placements,
     shard,
     tensor_parallel,
@@ -187,28 +188,6 @@ def whole_shapes(mode):
     }
 
 
-def low_bit_ddp():
-    """Momentum in 8 and 4 bits, which needs a tensor of 4096 elements: replicas stay equal, and near one process."""
-    differences = {}
-    for kind in ("8bit", "4bit"):
-        losses = []
-        for rank, size in ((0, 1), (RANK, WORLD)):
-            torch.manual_seed(0)
-            model = nn.Sequential(nn.Embedding(23, 128), nn.Linear(128, 64)).to(DEVICE)
-            optimizer = SGDSaI(model.parameters(), **OPTIONS, momentum_dtype=kind)
-            trained = nn.parallel.DistributedDataParallel(model) if size > 1 else model
-            losses.append(train(trained, optimizer, range(STEPS), rank, size))
-        differences[kind] = max(abs(a / b - 1) for a, b in zip(*losses, strict=True))
-        differences[f"{kind} replicas"] = all(same_on_all_ranks(p.detach()) for p in model.parameters())
-    return differences
-
-
-def same_on_all_ranks(whole):
-    gathered = [torch.empty_like(whole) for _ in range(WORLD)]
-    dist.all_gather(gathered, whole)
-    return all(torch.equal(gathered[0], other) for other in gathered)
-
-
 def low_bit_refused(mode):
     """The kinds of momentum that are not done for slices (FSDP1) and for shards (FSDP2) of parameters."""
     options = [{"momentum_dtype": "8bit"}, {"momentum_dtype": "4bit"}]
@@ -299,7 +278,6 @@ CHECKS = {
     **{f"bf16_momentum_{mode}": (lambda mode=mode: bf16_momentum(mode)) for mode in ("fsdp2", "tp", "hsdp")},
     **{f"rounding_{mode}": (lambda mode=mode: rounding(mode)) for mode in ("ddp", "tp", "hsdp")},
     "bf16_mixed": lambda: bf16("fsdp2", dtype=torch.float32, mp_policy=MIXED),
-    "low_bit_ddp": low_bit_ddp,
     "late_and_broken": late_and_broken,
     "late_ddp": lambda: late("ddp"),
     "late_fsdp2": lambda: late("fsdp2"),
@@ -307,7 +285,6 @@ CHECKS = {
     "shapes_fsdp1": lambda: whole_shapes("fsdp1"),
     "shapes_fsdp2": lambda: whole_shapes("fsdp2"),
     "low_bit_fsdp1": lambda: low_bit_refused("fsdp1"),
-    "low_bit_fsdp2": lambda: low_bit_refused("fsdp2"),
     "fsdp2_offload": lambda: train_and_compare("fsdp2", offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "flat_parameters_refused": flat_parameters_refused,
     "scaler_ddp": lambda: scaler("ddp"),

@@ -36,9 +36,7 @@ TWO = [
     "late_fsdp1",
     "shapes_fsdp1",
     "shapes_fsdp2",
-    "low_bit_ddp",
     "low_bit_fsdp1",
-    "low_bit_fsdp2",
     "flat_parameters_refused",
     "scaler_ddp",
     "scaler_fsdp2",
@@ -199,20 +197,12 @@ def test_grouping_goes_by_the_whole_parameters_shapes(runs, world_size, mode):
     assert any(result[f"shapes_{mode}"]["cut"] for result in runs[world_size]) == (mode == "fsdp1")
 
 
-def test_low_bit_momentum_under_ddp_keeps_replicas_equal_and_trains_as_one_process(runs):
-    for result in runs[2]:
-        for kind in ("8bit", "4bit"):
-            assert result["low_bit_ddp"][f"{kind} replicas"]
-            assert result["low_bit_ddp"][kind] <= 1e-3
-
-
 def test_low_bit_momentum_and_stochastic_rounding_are_refused_before_the_first_update_with_the_cure(runs):
     for result in runs[2]:
         *blocks, bf16, rounding = result["low_bit_fsdp1"]["messages"]
         assert all("torch.bfloat16" in message and "FSDP2" in message for message in blocks)
         assert all("use FSDP2" in message for message in (bf16, rounding))
-        assert len(blocks) == len(result["low_bit_fsdp2"]["messages"]) == 2
-        assert all("Use torch.bfloat16" in message for message in result["low_bit_fsdp2"]["messages"])
+        assert len(blocks) == 2
 
 
 def test_flat_parameters_are_refused_before_the_first_update_with_the_cure(runs):
