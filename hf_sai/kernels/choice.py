@@ -98,7 +98,12 @@ def _factors_by_numba(parts: Sequence[Part]) -> dict[int, Sequence[Tensor]]:
     mine = {
         index: part
         for index, part in enumerate(parts)
-        if wanted[id(part.group)] and part.param.is_cpu and is_ordinary(part.param) and not part.holders()
+        if wanted[id(part.group)]
+        and part.param.is_cpu
+        and is_ordinary(part.param)
+        and not part.holders()
+        and part.grad is not None
+        and part.boxes(part.grad) is None
     }
     module = compiled_module("numba_factored") if mine else None
     return {} if module is None else module.factors(mine)

@@ -150,8 +150,19 @@ class Part:
         """
         if kept is None:
             return torch.zeros_like(self.param, dtype=dtype)
-        shape = [length if d in kept else 1 for d, length in enumerate(self.param.shape)]
-        return torch.zeros(shape, dtype=dtype or self.param.dtype, device=self.param.device)
+        return torch.zeros(self.shape_of(kept), dtype=dtype or self.param.dtype, device=self.param.device)
+
+    def shape_of(self, kept: Sequence[int]) -> tuple[int, ...]:
+        """The shape that :meth:`zeros` gives in this process a tensor with these dimensions in full."""
+        return tuple(length if d in kept else 1 for d, length in enumerate(self.param.shape))
+
+    def boxes(self, tensor: Tensor) -> Iterator[tuple[Tensor, slice, slice]] | None:
+        """For a part that has not its parameter's dimensions: how it lies in the whole as a matrix. None for others."""
+        return None
+
+    def as_saved(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The part's state as a state dict holds it."""
+        return state
 
 
 class Layout:
@@ -181,6 +192,10 @@ class Layout:
     def part(self, p: Tensor, group: dict[str, Any], number: int = 0) -> Part:
         """One parameter's part."""
         return kind_of(p)(p, group, self.optimizer.state[p], number)
+
+    def together(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """These and those without a gradient here of which other processes may have one, in an order all agree on."""
+        return parts
 
     def unmeasured(self, parts: Iterable[Part]) -> list[Part]:
         """Those to be measured now; where other processes hold some, too, the same on all of them."""

@@ -202,23 +202,24 @@ def start(part: Part) -> None:
 
 
 def saved(part: Part) -> dict[str, Any]:
-    """What a state dict holds of a part's momentum instead of what the state does.
+    """A part's state as a state dict holds it, where parameters are in pieces.
 
     Blocks of 8 or 4 bits are those of this process's share of the parameter, and another run may share it out
     differently. So they are saved as values, float32, which can be parted anew, and quantised again when they are
     loaded: to the same codes where the blocks are the same.
     """
-    if not part.parted or not isinstance(part.group["momentum_dtype"], str) or "momentum_buffer" not in part.state:
-        return {}
+    if not isinstance(part.group["momentum_dtype"], str) or "momentum_buffer" not in part.state:
+        return part.as_saved(part.state)
+    kept = part.as_saved({key: v for key, v in part.state.items() if key not in MOMENTUM_KEYS})
     values = load(momentum_of(part)).to(torch.float32)
     buffer = part.lying(values)
     if buffer is values:
-        return {"momentum_buffer": buffer}
+        return {**kept, "momentum_buffer": buffer}
     # torch.distributed.checkpoint casts silently and would take the codes of whole parameters for values, or values for
     # codes. It misses this key in the one case, and the scales in the other. It is no number, for of these
     # set_state_dict cannot load those into a full state that it does not expect; nor has it no dimension.
     block = torch.tensor([QUANTIZED[part.group["momentum_dtype"]]], device=values.device)
-    return {"momentum_buffer": buffer, BLOCK_KEY: block}
+    return {**kept, "momentum_buffer": buffer, BLOCK_KEY: block}
 
 
 def drop(part: Part) -> None:

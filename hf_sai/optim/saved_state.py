@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sai.optim.layout import UNMEASURED, Part, kind_of, local
+from hf_sai.optim.layout import UNMEASURED, Part, kind_of, local, whole_shapes
 from hf_sai.optim.momentum import BLOCK_KEY, MOMENTUM_KEYS, convert
 from hf_sai.optim.options import OPTIONS, upgrade_group
 from hf_sai.optim.rules import RULES
@@ -155,13 +155,13 @@ def _same_name(one: str, other: str) -> bool:
 def _in_form(name: str, p: Tensor, group: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A parameter's saved tensors on its device and in the form its group keeps them."""
     part = kind_of(p)(p, group, {})
+    (part.shape,) = whole_shapes([p])
     momentum = {key: tensors[key] for key in MOMENTUM_KEYS if key in tensors}
     # Copied: no two optimizers may share running means. Of a momentum that fits torch keeps the tensor it was given.
     formed = {key: value.to(p.device, copy=True) for key, value in tensors.items() if key not in momentum}
     for key, dims in RULES[group["update"]].kept(part).items():
         if key in formed:
-            expected = tuple(length if d in dims else 1 for d, length in enumerate(part.param.shape))
-            if tuple(local(formed[key]).shape) != expected:
+            if tuple(local(formed[key]).shape) != part.shape_of(dims):
                 raise _does_not_fit(name, key, formed[key], part)
             formed[key] = formed[key].to(torch.float32)
     if "momentum_buffer" in momentum:

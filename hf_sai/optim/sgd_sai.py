@@ -231,11 +231,10 @@ class SGDSaI(Optimizer):
         state = state_dict["state"]
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for index, p in zip(saved["params"], group["params"], strict=True):
-                if index in state:  # detached, for the gradient need not be brought into the parameter's form
-                    instead = momenta.saved(kind_of(p)(p.detach(), group, state[index]))
-                    if instead:
-                        kept = {key: v for key, v in state[index].items() if key not in momenta.MOMENTUM_KEYS}
-                        state[index] = {**kept, **instead}
+                kind = kind_of(p)
+                if index in state and kind.parted:
+                    # Detached, for the gradient need not be brought into the parameter's form.
+                    state[index] = momenta.saved(kind(p.detach(), group, state[index]))
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -336,8 +335,9 @@ class SGDSaI(Optimizer):
                 by_group[id(part.group)].append(part)
         # --- the rule's gradient
         factors: dict[int, Sequence[Tensor]] = {}
+        together = [part for part in self.layout.together(parts) if part.gsnr != UNMEASURED]
         for name, rule in RULES.items():
-            own = [part for of in by_group.values() if of[0].group["update"] == name for part in of]
+            own = [part for part in together if part.group["update"] == name]
             factors |= zip((part.number for part in own), rule.factors(own), strict=True)
         # --- m = g at first
         for of in by_group.values():

@@ -89,7 +89,7 @@ def make(mode, **options):
 
 def train_and_compare(mode, **options):
     """The run, its differences from one process, and its collectives."""
-    optimizer_options = {key: options.pop(key) for key in ("fused", "foreach", "normalize") if key in options}
+    optimizer_options = {key: options.pop(key) for key in ("fused", "foreach", "normalize", "update") if key in options}
     model, rank, size = make(mode, **options)
     optimizer = SGDSaI(groups_of(model), **{**OPTIONS, **optimizer_options})
     per_step = []
@@ -188,25 +188,23 @@ def whole_shapes(mode):
     }
 
 
-def low_bit_refused(mode):
-    """The kinds of momentum that are not done for slices (FSDP1) and for shards (FSDP2) of parameters."""
-    options = [{"momentum_dtype": "8bit"}, {"momentum_dtype": "4bit"}]
-    if mode == "fsdp1":
-        model, *_ = make("fsdp1")
-        options += [{"momentum_dtype": torch.bfloat16}, {"stochastic_rounding": True}]
-    else:
-        model = fully_shard(nn.Sequential(nn.Embedding(23, 128), nn.Linear(128, 64)))  # blocks need 4096 elements
+def fsdp1_refused():
+    """What is not done for slices: rounding, before anything is updated; running means, when they are to be saved."""
+    model, rank, size = make("fsdp1")
+    optimizer = SGDSaI(model.parameters(), **OPTIONS, stochastic_rounding=True)
+    before = [p.detach().clone() for p in params_of(optimizer)]
     messages = []
-    for option in options:
-        optimizer = SGDSaI(model.parameters(), **OPTIONS, **option)
-        before = [p.detach().clone() for p in params_of(optimizer)]
-        try:
-            model(my_batch(0, RANK, WORLD)).sum().backward()
-            optimizer.step()
-        except ValueError as error:
-            messages.append(str(error))
-        after = zip(before, params_of(optimizer), strict=True)
-        assert all(torch.equal(*(t.to_local() if isinstance(t, DTensor) else t for t in pair)) for pair in after)
+    try:
+        train(model, optimizer, range(1), rank, size)
+    except ValueError as error:
+        messages.append(str(error))
+    assert all(torch.equal(*pair) for pair in zip(before, params_of(optimizer), strict=True))
+    optimizer = SGDSaI(model.parameters(), **OPTIONS, update="factored")
+    train(model, optimizer, range(1), rank, size)
+    try:
+        optimizer.state_dict()
+    except ValueError as error:
+        messages.append(str(error))
     return {"messages": messages}
 
 
@@ -284,7 +282,7 @@ CHECKS = {
     "late_fsdp1": lambda: late("fsdp1"),
     "shapes_fsdp1": lambda: whole_shapes("fsdp1"),
     "shapes_fsdp2": lambda: whole_shapes("fsdp2"),
-    "low_bit_fsdp1": lambda: low_bit_refused("fsdp1"),
+    "fsdp1_refused": fsdp1_refused,
     "fsdp2_offload": lambda: train_and_compare("fsdp2", offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "flat_parameters_refused": flat_parameters_refused,
     "scaler_ddp": lambda: scaler("ddp"),
@@ -297,6 +295,10 @@ CHECKS = {
     "fsdp2_normalize": lambda: train_and_compare("fsdp2", normalize=True),
     "fsdp1_leaves": lambda: train_and_compare("fsdp1", leaves=True),
     "fsdp1_fused": lambda: train_and_compare("fsdp1", fused=True),
+    "fsdp1_factored": lambda: train_and_compare("fsdp1", update="factored"),
+    "fsdp1_rows": lambda: train_and_compare("fsdp1", update="rows"),
+    "fsdp1_leaves_factored": lambda: train_and_compare("fsdp1", leaves=True, update="factored"),
+    "fsdp1_hybrid_factored": lambda: train_and_compare("fsdp1_hybrid", update="factored"),
     "fsdp1_normalize": lambda: train_and_compare("fsdp1", normalize=True),
 }
 

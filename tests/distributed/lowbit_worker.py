@@ -18,7 +18,7 @@ from common import DEVICE, OPTIONS, CollectiveCounter, gsnr_of, join, params_of,
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -48,6 +48,8 @@ def make(engine):
         return nn.parallel.DistributedDataParallel(model), RANK, WORLD
     if engine == "fsdp2":
         return fully_shard(model, mesh=init_device_mesh(DEVICE, (WORLD,))), RANK, WORLD
+    if engine == "fsdp1":
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device(DEVICE)), RANK, WORLD
     mesh = init_device_mesh(DEVICE, (2, WORLD // 2), mesh_dim_names=("dp", "in"))
     if engine == "hsdp":
         return fully_shard(model, mesh=mesh), RANK, WORLD
@@ -62,12 +64,20 @@ class Run:
         self.options = {**OPTIONS, "lr": 3e-4, "momentum_dtype": bits, "update": rule or "published"}
         self.model, *self.data = make(engine)
         self.optimizer = SGDSaI(self.model.named_parameters(), **self.options)
+        # FSDP1 gives nested states whose groups only some ranks have, which dcp.load cannot match.
+        self.sharded = StateDictOptions(flatten_optimizer_state_dict=engine == "fsdp1")
+        self.ways = ["full"] if engine == "alone" else ["sharded", "full"]
 
     def train(self, *steps):
         return train(self.model, self.optimizer, range(*steps), *self.data)
 
     def momenta(self):
-        """Name -> the whole momentum."""
+        """Name -> the whole momentum; under FSDP1 on the first rank alone."""
+        if isinstance(self.model, FullyShardedDataParallel):
+            states = get_state_dict(self.model, self.optimizer, options=StateDictOptions(full_state_dict=True))[1][
+                "state"
+            ]
+            return {name: state["momentum_buffer"] for name, state in states.items()}
         (group,) = self.optimizer.param_groups
         found = {}
         for name, p in zip(group["param_names"], group["params"], strict=True):
@@ -77,7 +87,7 @@ class Run:
         return found
 
     def save(self, folder):
-        weights, states = get_state_dict(self.model, self.optimizer)
+        weights, states = get_state_dict(self.model, self.optimizer, options=self.sharded)
         dcp.save({"model": weights, "optimizer": states}, checkpoint_id=str(folder))
         weights, states = get_state_dict(self.model, self.optimizer, options=StateDictOptions(full_state_dict=True))
         whole = self.momenta()
@@ -86,9 +96,10 @@ class Run:
         dist.barrier()
 
     def load(self, folder):
-        weights, states = get_state_dict(self.model, self.optimizer)
+        weights, states = get_state_dict(self.model, self.optimizer, options=self.sharded)
         dcp.load({"model": weights, "optimizer": states}, checkpoint_id=str(folder))
-        set_state_dict(self.model, self.optimizer, model_state_dict=weights, optim_state_dict=states)
+        options = {"model_state_dict": weights, "optim_state_dict": states, "options": self.sharded}
+        set_state_dict(self.model, self.optimizer, **options)
 
     def load_full(self, folder):
         whole = torch.load(folder / "full.pt", weights_only=True)
@@ -108,16 +119,17 @@ def compare(engine, kind, _):
     expected, full = alone.train(STEPS), other.train(STEPS)
     here = [p.to_local() if isinstance(p, DTensor) else p for p in params_of(run.optimizer)]
     quantised = {
-        name: run.optimizer.state[p]["momentum_buffer"].dtype == torch.uint8
+        name: "momentum_scales" in run.optimizer.state.get(p, {})
         for name, p in zip(run.optimizer.param_groups[0]["param_names"], params_of(run.optimizer), strict=True)
     }
     wholes = [p.full_tensor() if isinstance(p, DTensor) else p for p in params_of(run.optimizer)]
+    wholes = [] if engine == "fsdp1" else [*wholes, *run.momenta().values()]  # slices have no replicas here
     return {
         "loss": max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True)),
         "loss of float32": max(abs(a / b - 1) for a, b in zip(losses, full, strict=True)),
         "bytes": state_bytes(run.optimizer) / sum(p.numel() for p in here),
         "quantised": {name.removeprefix("module."): found for name, found in quantised.items()},
-        "same": all(same_on_all_ranks(whole.detach()) for whole in [*wholes, *run.momenta().values()]),
+        "same": all(same_on_all_ranks(whole.detach()) for whole in wholes),
         "gsnr": max(
             abs(a / b - 1)
             for a, b in zip(gsnr_of(run.optimizer).values(), gsnr_of(alone.optimizer).values(), strict=True)
@@ -139,12 +151,16 @@ def save(engine, kind, place):
 def resume(engine, kind, place):
     """What is lost of the momentum, and how training goes on."""
     results = {}
-    for way in ["full"] if engine == "alone" else ["sharded", "full"]:
+    for way in Run(engine, kind).ways:
         run = Run(engine, kind)
         (run.load_full if way == "full" else run.load)(place)
         before = torch.load(place / "full.pt", weights_only=True)["momenta"]
         after = run.momenta()
-        lost = {name: ((after[name] - m).norm() / m.norm()).item() for name, m in before.items() if name in MATRICES}
+        lost = {
+            name: ((after[name] - m).norm() / m.norm()).item()
+            for name, m in before.items()
+            if name in MATRICES and name in after
+        }
         results[way] = {"lost": lost, **goes_on(run)}
     return results
 

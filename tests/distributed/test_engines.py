@@ -25,8 +25,14 @@ EXACT = {
     4: ["hsdp", "hsdp_fused", "fsdp2_tp", "fsdp2", "fsdp1", "fsdp1_hybrid"],
 }
 ROUNDING = {2: ["rounding_ddp", "rounding_tp"], 4: ["rounding_hsdp"]}
+#: Rules that average over rows and columns in every step.
+AVERAGING = {
+    2: ["fsdp1_factored", "fsdp1_leaves_factored", "fsdp1_rows"],
+    4: ["fsdp1_factored", "fsdp1_hybrid_factored"],
+}
 TWO = [
     *EXACT[2],
+    *AVERAGING[2],
     *BF16[2],
     *BF16_MOMENTUM[2],
     *ROUNDING[2],
@@ -36,7 +42,7 @@ TWO = [
     "late_fsdp1",
     "shapes_fsdp1",
     "shapes_fsdp2",
-    "low_bit_fsdp1",
+    "fsdp1_refused",
     "flat_parameters_refused",
     "scaler_ddp",
     "scaler_fsdp2",
@@ -44,6 +50,7 @@ TWO = [
 ]
 FOUR = [
     *EXACT[4],
+    *AVERAGING[4],
     *BF16[4],
     *BF16_MOMENTUM[4],
     *ROUNDING[4],
@@ -98,6 +105,17 @@ def test_gsnr_and_loss_equal_those_of_one_process(runs, world_size, mode):
         assert result["world_size"] == world_size
         assert result[mode]["gsnr"] <= 1e-6
         assert result[mode]["loss"] <= 1e-5
+
+
+@pytest.mark.parametrize(("world_size", "mode"), by_size(AVERAGING))
+def test_rules_that_average_over_slices_equal_one_process_with_one_all_reduce_a_step(runs, world_size, mode):
+    for result in runs[world_size]:
+        assert result["world_size"] == world_size
+        assert result[mode]["gsnr"] <= 1e-6
+        assert result[mode]["loss"] <= 1e-5
+        for counts in result[mode]["collectives"][2:]:  # before, the A matrices are still to be measured
+            assert counts.keys() == {"allreduce_"}
+            assert len(counts["allreduce_"]) == 1
 
 
 @pytest.mark.parametrize(("world_size", "mode"), by_size(EXACT))
@@ -197,12 +215,11 @@ def test_grouping_goes_by_the_whole_parameters_shapes(runs, world_size, mode):
     assert any(result[f"shapes_{mode}"]["cut"] for result in runs[world_size]) == (mode == "fsdp1")
 
 
-def test_low_bit_momentum_and_stochastic_rounding_are_refused_before_the_first_update_with_the_cure(runs):
+def test_what_slices_cannot_is_refused_with_the_cure(runs):
     for result in runs[2]:
-        *blocks, bf16, rounding = result["low_bit_fsdp1"]["messages"]
-        assert all("torch.bfloat16" in message and "FSDP2" in message for message in blocks)
-        assert all("use FSDP2" in message for message in (bf16, rounding))
-        assert len(blocks) == 2
+        rounding, saving = result["fsdp1_refused"]["messages"]
+        assert "use FSDP2" in rounding
+        assert "use FSDP2" in saving
 
 
 def test_flat_parameters_are_refused_before_the_first_update_with_the_cure(runs):

@@ -7,6 +7,7 @@ from launch import run_ranks
 ENGINES = {
     "ddp": (2, {"0.weight", "1.weight", "2.weight"}),
     "fsdp2": (2, {"0.weight", "1.weight", "2.weight"}),
+    "fsdp1": (2, {"0.weight", "1.weight"}),
     "hsdp": (4, {"0.weight", "1.weight", "2.weight"}),
     "fsdp2_tp": (4, {"0.weight", "1.weight"}),
 }
@@ -51,7 +52,8 @@ def runs(tmp_path_factory):
     def resume(size, *kinds, engine="fsdp2", saved="fsdp2"):
         return [("resume", engine, kind, f"{place}/{saved}_{kind}_{size}") for kind in kinds]
 
-    launch(2, *train(2), *save("8bit", "4bit"))
+    fsdp1 = [("save", "fsdp1", "8bit", f"{place}"), *resume(2, "8bit", engine="fsdp1", saved="fsdp1")]
+    launch(2, *train(2), *save("8bit", "4bit"), *fsdp1)
     launch(1, *save("8bit", "4bit"), *resume(2, "8bit", "4bit"), *resume(2, "8bit", engine="alone"))
     hsdp = [("save", "hsdp", "8bit", f"{place}"), *resume(4, "8bit", engine="hsdp", saved="hsdp")]
     launch(4, *train(4), *save("8bit", "4bit"), *resume(2, "8bit", "4bit"), *hsdp)
@@ -64,7 +66,9 @@ def runs(tmp_path_factory):
 def test_it_trains_as_in_one_process_and_replicas_are_equal_bit_for_bit(runs, engine, kind):
     ranks, blocks = ENGINES[engine]
     for result in runs[ranks, f"train {engine} {kind} -"]:
-        assert {name for name, quantised in result["quantised"].items() if quantised} == blocks
+        if engine != "fsdp1":  # of which each rank has other parameters
+            assert {name for name, quantised in result["quantised"].items() if quantised} == blocks
+        assert any(result["quantised"].values())
         assert result["same"]
         assert result["gsnr"] <= 1e-6
         # Blocks that end elsewhere round differently; both stay as near to a momentum in float32.
@@ -86,9 +90,10 @@ def test_what_is_saved_can_be_sharded_anew_and_only_blocks_that_are_cut_are_roun
                 assert resumed["losses"] == uninterrupted["losses"]
 
 
-def test_hsdp_resumes_bit_for_bit(runs):
-    uninterrupted = runs[4, f"save hsdp 8bit {saved_in(runs)}"][0]
-    for result in runs[4, "resume hsdp 8bit hsdp_8bit_4"]:
+@pytest.mark.parametrize(("ranks", "engine"), [(2, "fsdp1"), (4, "hsdp")])
+def test_other_engines_resume_bit_for_bit(runs, ranks, engine):
+    uninterrupted = runs[ranks, f"save {engine} 8bit {saved_in(runs)}"][0]
+    for result in runs[ranks, f"resume {engine} 8bit {engine}_8bit_{ranks}"]:
         for resumed in result.values():
             check(resumed, uninterrupted, set(), "8bit")
             assert resumed["losses"] == uninterrupted["losses"]
