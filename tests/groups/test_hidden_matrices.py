@@ -10,6 +10,9 @@ from torch import nn
 from hf_sai import SGDSaI, create_sgd_sai_optimizer, param_groups
 from hf_sai.groups.hidden_matrices import hidden_matrices
 
+#: Of names of embeddings, positions and heads.
+ENDS = ("embed", "wte", "wpe", "lm_head", "shared", "classifier", "score")
+
 SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
 
 
@@ -101,7 +104,8 @@ def test_stacked_experts_are_a_matrix_each():
     if not stacked:
         pytest.skip("this transformers keeps experts as modules")
     found = named(model, hidden_matrices(model))
-    assert stacked and all(found[name] == "experts" for name in stacked)
+    assert stacked
+    assert all(found[name] == "experts" for name in stacked)
 
 
 def test_every_model_trains_with_its_groups():

@@ -139,7 +139,8 @@ def test_newton_schulz_brings_singular_values_near_one(shape):
     values = torch.linalg.svdvals(newton_schulz(x * 1e-9))
     large = torch.linalg.svdvals(x) > 0.01 * torch.linalg.svdvals(x).amax(1, keepdim=True)
     assert large.sum() > 0.9 * large.numel()
-    assert values[large].min() > 0.6 and values[large].max() < 1.3
+    assert values[large].min() > 0.6
+    assert values[large].max() < 1.3
     assert torch.equal(newton_schulz(torch.zeros(shape)), torch.zeros(shape))
 
 
@@ -167,10 +168,12 @@ def test_a_gradient_without_a_finite_norm_is_left_out(bad, momentum):
     optimizer.step()
     if momentum:
         assert torch.equal(optimizer.state[p]["momentum_buffer"], before["momentum_buffer"])
-    assert p.isfinite().all() and optimizer.state[p][ROW_MEAN_SQUARE].isfinite().all()
+    assert p.isfinite().all()
+    assert optimizer.state[p][ROW_MEAN_SQUARE].isfinite().all()
     moved = p.detach().clone()
     train(optimizer, p, 3, first=4)
-    assert p.isfinite().all() and not torch.equal(p, moved)
+    assert p.isfinite().all()
+    assert not torch.equal(p, moved)
 
 
 @pytest.mark.parametrize("momentum_dtype", [None, torch.bfloat16, "8bit", "4bit"], ids=str)

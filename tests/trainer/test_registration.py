@@ -302,7 +302,7 @@ def test_without_a_model_the_caller_groups_and_grouping_options_are_refused(tmp_
     cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, weight_decay=0.2))
     assert cls is hf_sai.SGDSaI
     assert kwargs == {"lr": 1e-2, "weight_decay": 0.2}
-    with pytest.raises(ValueError, match="freeze=.* needs the model"):
+    with pytest.raises(ValueError, match=r"freeze=.* needs the model"):
         Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim_args="freeze=lora_A"))
 
 
@@ -361,7 +361,8 @@ def test_the_orthogonal_name_sorts_the_models_matrices(tmp_path):
         "base/decay": "factored", "base/no_decay": "factored", "base/linear_transposed": "orthogonal",
     }  # fmt: skip
     hidden = groups["base/linear_transposed"]["param_names"]
-    assert hidden and not any("c_fc" in name or "wte" in name for name in hidden)
+    assert hidden
+    assert not any("c_fc" in name or "wte" in name for name in hidden)
     assert all(not torch.equal(p, before[name]) for name, p in run.model.named_parameters())
     with pytest.raises(ValueError, match="update=orthogonal needs the model"):
         Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim="sgd_sai_orthogonal"))
