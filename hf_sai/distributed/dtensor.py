@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_sai.optim.layout import Part, register_part
+from hf_sai.distributed.exchange import exchanges
+from hf_sai.optim.layout import Part, Sharing, register_part
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -74,6 +75,10 @@ class Shard(Part):
             and mesh.size(dim) > 1
             and placement.dim not in kept
         )
+
+    @classmethod
+    def sharing(cls, parts: Sequence[Part]) -> Sequence[tuple[list[Part], Sharing]]:
+        return exchanges(parts)
 
     @property
     def table_device(self) -> torch.device:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sai.distributed.instances import instances_of
-from hf_sai.distributed.stretch import Stretch
+from hf_sai.distributed.stretch import NOT_WHOLE, Stretch
 from hf_sai.optim.layout import UNMEASURED, Layout, Part, register_layout, register_part
 
 if TYPE_CHECKING:
@@ -74,7 +74,10 @@ class Slice(Stretch):
     __slots__ = ("_layout", "_parameter")
 
     kind = "the slices of parameters that FSDP1 hands the optimizer"
-    refused: ClassVar = {"stochastic_rounding": ((True,), "Leave it out, or use FSDP2 (fsdp_version: 2).")}
+    refused: ClassVar = {
+        "stochastic_rounding": ((True,), "Leave it out, or use FSDP2 (fsdp_version: 2)."),
+        "update": NOT_WHOLE,
+    }
     parted = True
 
     @classmethod

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from hf_sai.optim.layout import Part
 
-__all__ = ["Stretch"]
+__all__ = ["NOT_WHOLE", "Stretch"]
+
+NOT_WHOLE = (
+    ("orthogonal",),
+    "It needs whole matrices, which lie in stretches here: use FSDP2 (fsdp_version: 2) or DDP, or update='factored'.",
+)
 
 
 class Stretch(Part):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_sai.distributed.instances import instances_of
-from hf_sai.distributed.stretch import Stretch
+from hf_sai.distributed.stretch import NOT_WHOLE, Stretch
 from hf_sai.optim.layout import UNMEASURED, Layout, Part, name_of, refuse, register_layout, register_part, whole_shapes
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ class Piece(Stretch):
         "stochastic_rounding": (
             (True,),
             "DeepSpeed's copies of the parameters are float32: leave it out, or use FSDP2.",
-        )
+        ),
+        "update": NOT_WHOLE,
     }
 
     @classmethod

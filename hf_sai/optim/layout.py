@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ __all__ = [
     "UNMEASURED",
     "Layout",
     "Part",
+    "Sharing",
     "admit",
     "find_layout",
     "kind_of",
@@ -132,6 +133,11 @@ class Part:
         """
         return ()
 
+    @classmethod
+    def sharing(cls, parts: Sequence[Part]) -> Sequence[tuple[list[Part], Sharing]]:
+        """What brings the tensors of these parts, which other processes hold, too, to one process each and back."""
+        raise NotImplementedError
+
     @property
     def table_device(self) -> torch.device:
         """Where a table of this part's sums must lie: where its holders communicate, and where float64 exists."""
@@ -163,6 +169,20 @@ class Part:
     def as_saved(self, state: dict[str, Any]) -> dict[str, Any]:
         """The part's state as a state dict holds it."""
         return state
+
+
+class Sharing(Protocol):
+    """Brings tensors of parts in pieces together, all of one part on the same process, and back into pieces.
+
+    All processes that hold some of these parts must call its methods alike. A tensor is named by what of it lies here,
+    by the dimensions it has in full (the others have length 1), and by the place of its part.
+    """
+
+    def collect(self, pieces: Sequence[tuple[int, Tensor, Sequence[int]]]) -> list[Tensor | None]:
+        """Whole tensors where their part is this process's to work on, None elsewhere."""
+
+    def hand_out(self, wholes: Sequence[tuple[int, Tensor | None, Sequence[int], torch.dtype]]) -> list[Tensor]:
+        """What lies here of tensors that are whole on one process, None on the others."""
 
 
 class Layout:

@@ -21,7 +21,7 @@ from hf_sai.optim import gsnr
 from hf_sai.optim import momentum as momenta
 from hf_sai.optim.gradient_release import Releases, refuse_normalize
 from hf_sai.optim.gsnr import GSNRReport
-from hf_sai.optim.layout import UNMEASURED, Layout, Part, admit, find_layout, kind_of, name_of
+from hf_sai.optim.layout import UNMEASURED, Layout, Part, admit, find_layout, kind_of, name_of, whole_shapes
 from hf_sai.optim.options import DEFAULTS, OPTIONS, check_options, upgrade_group
 from hf_sai.optim.rules import RULES
 from hf_sai.optim.saved_state import Incoming, read
@@ -212,6 +212,7 @@ class SGDSaI(Optimizer):
         group = self.param_groups[-1]
         try:
             _check_params(group)
+            RULES[group["update"]].check(group, whole_shapes(group["params"]))
             if self._releases is not None:
                 refuse_normalize(group)
         except ValueError:
@@ -378,22 +379,27 @@ class SGDSaI(Optimizer):
         group = parts[0].group
         rule = RULES[group["update"]]
         unit = largest[group.get("normalize_over")] if group["normalize"] else 1.0
-        names = ("lr", "momentum", "weight_decay", "maximize", "stochastic_rounding", "foreach", "fused")
+        names = ("lr", "weight_decay", "maximize", "stochastic_rounding", "foreach", "fused")
         options: dict[str, Any] = {**{name: group[name] for name in names}, **of_scaler}
-        lists = (
-            [part.param for part in parts],
-            [part.grad for part in parts],
-            [momenta.momentum_of(part) if group["momentum"] != 0 else None for part in parts],
-            [rule.scale(part.gsnr, part.shape.numel()) / unit for part in parts],
-        )
-        if not (group["stochastic_rounding"] and in_many_processes()):
-            sgd_sai(*lists, grad_factors=factors, **options)
-            return
-        # One by one: of a sharded parameter ranks may draw fewer numbers, and replicas must be rounded alike.
-        group["rounding_step"] = group.get("rounding_step", 0) + 1
-        for part, own, *one in zip(parts, factors, *lists, strict=True):
-            with draw_alike(part.param.device, part.gsnr, part.number, group["rounding_step"]):
-                sgd_sai(*([value] for value in one), grad_factors=[own], **options)
+        factors_of = dict(zip((part.number for part in parts), factors, strict=True))
+        alike = group["stochastic_rounding"] and in_many_processes()
+        if alike:
+            group["rounding_step"] = group.get("rounding_step", 0) + 1
+        for portion in rule.portions(parts):
+            lists = (
+                [part.param for part in portion.parts],
+                portion.gradients,
+                portion.momenta,
+                [rule.scale(part.gsnr, part.shape.numel()) / unit for part in portion.parts],
+                [factors_of[part.number] for part in portion.parts],
+            )
+            if not alike:
+                sgd_sai(*lists[:4], grad_factors=lists[4], momentum=portion.momentum, **options)
+                continue
+            # One by one: of a sharded parameter ranks may draw fewer numbers, and replicas must be rounded alike.
+            for part, *one, own in zip(portion.parts, *lists, strict=True):
+                with draw_alike(part.param.device, part.gsnr, part.number, group["rounding_step"]):
+                    sgd_sai(*([value] for value in one), grad_factors=[own], momentum=portion.momentum, **options)
 
     def _unscale(self, parts: Sequence[Part], grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Undo GradScaler's scale; False if an infinity was found and the step is to be skipped."""

@@ -91,7 +91,8 @@ def train_and_compare(mode, **options):
     """The run, its differences from one process, and its collectives."""
     optimizer_options = {key: options.pop(key) for key in ("fused", "foreach", "normalize", "update") if key in options}
     model, rank, size = make(mode, **options)
-    optimizer = SGDSaI(groups_of(model), **{**OPTIONS, **optimizer_options})
+    groups = groups_of(model, optimizer_options.get("update"))
+    optimizer = SGDSaI(groups, **{**OPTIONS, **optimizer_options})
     per_step = []
     with counting(optimizer, per_step):
         losses = train(model, optimizer, range(STEPS), rank, size)
@@ -295,6 +296,10 @@ CHECKS = {
     "fsdp2_normalize": lambda: train_and_compare("fsdp2", normalize=True),
     "fsdp1_leaves": lambda: train_and_compare("fsdp1", leaves=True),
     "fsdp1_fused": lambda: train_and_compare("fsdp1", fused=True),
+    **{
+        f"{mode}_orthogonal": (lambda mode=mode: train_and_compare(mode, update="orthogonal"))
+        for mode in ("ddp", "fsdp2", "tp", "hsdp", "fsdp2_tp")
+    },
     "fsdp1_factored": lambda: train_and_compare("fsdp1", update="factored"),
     "fsdp1_rows": lambda: train_and_compare("fsdp1", update="rows"),
     "fsdp1_leaves_factored": lambda: train_and_compare("fsdp1", leaves=True, update="factored"),
