@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_sai.optim.layout import Part
 
-__all__ = ["Exchange", "exchanges"]
+__all__ = ["Exchange", "exchanges", "owners_of"]
 
 #: About so many elements one rank puts together at a time: bounds its temporary memory.
 ROOM = 1 << 26
@@ -36,7 +36,7 @@ def exchanges(parts: Sequence[Any]) -> list[tuple[list[Part], Exchange]]:
         alike[p.device_mesh, applied].append(part)
     result: list[tuple[list[Part], Exchange]] = []
     for (mesh, applied), of_mesh in alike.items():
-        owners = _owners([part.shape for part in of_mesh], math.prod(mesh.size(dim) for dim in applied))
+        owners = owners_of([part.shape for part in of_mesh], math.prod(mesh.size(dim) for dim in applied))
         load: dict[int, int] = defaultdict(int)  # owner -> elements
         rounds: dict[int, list[int]] = defaultdict(list)
         for index, part in enumerate(of_mesh):
@@ -137,7 +137,7 @@ class Exchange:
         return cuts
 
 
-def _owners(shapes: Sequence[torch.Size], ranks: int) -> list[int]:
+def owners_of(shapes: Sequence[torch.Size], ranks: int) -> list[int]:
     """The owner of each tensor: the dearest first, each to who has least to do."""
     costs = [shape.numel() * min(shape[0], shape[1:].numel()) for shape in shapes]
     owners, work = [0] * len(shapes), [0] * ranks

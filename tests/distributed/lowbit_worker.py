@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from hf_sai import SGDSaI
+from hf_sai import SGDSaI, param_groups
 from hf_sai.optim.layout import kind_of
 from hf_sai.optim.momentum import load, momentum_of
 from hf_sai.runs.meters import state_bytes
@@ -63,7 +63,10 @@ class Run:
         bits, _, rule = kind.partition("_")
         self.options = {**OPTIONS, "lr": 3e-4, "momentum_dtype": bits, "update": rule or "published"}
         self.model, *self.data = make(engine)
-        self.optimizer = SGDSaI(self.model.named_parameters(), **self.options)
+        groups = self.model.named_parameters()
+        if rule == "orthogonal":
+            groups = param_groups(self.model, lr=3e-4, weight_decay=OPTIONS["weight_decay"], update=rule)
+        self.optimizer = SGDSaI(groups, **self.options)
         # FSDP1 gives nested states whose groups only some ranks have, which dcp.load cannot match.
         self.sharded = StateDictOptions(flatten_optimizer_state_dict=engine == "fsdp1")
         self.ways = ["full"] if engine == "alone" else ["sharded", "full"]
@@ -78,13 +81,17 @@ class Run:
                 "state"
             ]
             return {name: state["momentum_buffer"] for name, state in states.items()}
-        (group,) = self.optimizer.param_groups
         found = {}
-        for name, p in zip(group["param_names"], group["params"], strict=True):
+        for name, p, group in self.named():
             part = kind_of(p)(p, group, self.optimizer.state[p])
             values = part.lying(load(momentum_of(part)))
             found[name] = values.full_tensor() if isinstance(values, DTensor) else values.clone()
         return found
+
+    def named(self):
+        for group in self.optimizer.param_groups:
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                yield name.removeprefix("module."), p, group
 
     def save(self, folder):
         weights, states = get_state_dict(self.model, self.optimizer, options=self.sharded)
@@ -115,20 +122,18 @@ def compare(engine, kind, _):
             losses = run.train(step, step + 1)
         counted.append(counter.counts)
     alone, other = Run("alone", kind), Run("alone", kind)
-    other.optimizer.param_groups[0]["momentum_dtype"] = None
+    for group in other.optimizer.param_groups:
+        group["momentum_dtype"] = None
     expected, full = alone.train(STEPS), other.train(STEPS)
     here = [p.to_local() if isinstance(p, DTensor) else p for p in params_of(run.optimizer)]
-    quantised = {
-        name: "momentum_scales" in run.optimizer.state.get(p, {})
-        for name, p in zip(run.optimizer.param_groups[0]["param_names"], params_of(run.optimizer), strict=True)
-    }
+    quantised = {name: "momentum_scales" in run.optimizer.state.get(p, {}) for name, p, _ in run.named()}
     wholes = [p.full_tensor() if isinstance(p, DTensor) else p for p in params_of(run.optimizer)]
     wholes = [] if engine == "fsdp1" else [*wholes, *run.momenta().values()]  # slices have no replicas here
     return {
         "loss": max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True)),
         "loss of float32": max(abs(a / b - 1) for a, b in zip(losses, full, strict=True)),
         "bytes": state_bytes(run.optimizer) / sum(p.numel() for p in here),
-        "quantised": {name.removeprefix("module."): found for name, found in quantised.items()},
+        "quantised": quantised,
         "same": all(same_on_all_ranks(whole.detach()) for whole in wholes),
         "gsnr": max(
             abs(a / b - 1)

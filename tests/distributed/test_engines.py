@@ -4,6 +4,8 @@ import pytest
 import torch
 from launch import run_ranks
 
+from hf_sai.distributed.exchange import owners_of
+
 BF16 = {2: ["bf16_ddp", "bf16_fsdp2", "bf16_mixed", "bf16_tp", "bf16_fsdp1"], 4: ["bf16_hsdp", "bf16_fsdp2_tp"]}
 BF16_MOMENTUM = {2: ["bf16_momentum_fsdp2", "bf16_momentum_tp"], 4: ["bf16_momentum_hsdp"]}
 #: Compared with one process in float32.
@@ -30,8 +32,14 @@ AVERAGING = {
     2: ["fsdp1_factored", "fsdp1_leaves_factored", "fsdp1_rows"],
     4: ["fsdp1_factored", "fsdp1_hybrid_factored"],
 }
+#: Mode -> all_to_alls in a step: one per mesh dimension and back, for those on both dimensions and those on one.
+ORTHOGONAL = {
+    2: {"ddp_orthogonal": 0, "fsdp2_orthogonal": 2, "tp_orthogonal": 2},
+    4: {"hsdp_orthogonal": 2, "fsdp2_orthogonal": 2, "fsdp2_tp_orthogonal": 6},
+}
 TWO = [
     *EXACT[2],
+    *ORTHOGONAL[2],
     *AVERAGING[2],
     *BF16[2],
     *BF16_MOMENTUM[2],
@@ -50,6 +58,7 @@ TWO = [
 ]
 FOUR = [
     *EXACT[4],
+    *ORTHOGONAL[4],
     *AVERAGING[4],
     *BF16[4],
     *BF16_MOMENTUM[4],
@@ -61,6 +70,8 @@ FOUR = [
 #: Models of transformers and PEFT -> how many of their trained parameters are DTensors.
 MODELS = {"tensor_parallel": 16, "tensor_parallel_lora": 4, "fsdp1_lora": 0, "fsdp2_qlora": 8, "hsdp_lora": 8}
 PARAMETERS = 23
+#: Elements of the tiny model's hidden matrices.
+HIDDEN = 2 * (432 + 432 + 36 + 36)
 #: Process groups over which something is sharded: the most all_reduces that the measuring step may run.
 GROUPS = {"ddp": 0, "fsdp2_tp": 2}
 
@@ -116,6 +127,33 @@ def test_rules_that_average_over_slices_equal_one_process_with_one_all_reduce_a_
         for counts in result[mode]["collectives"][2:]:  # before, the A matrices are still to be measured
             assert counts.keys() == {"allreduce_"}
             assert len(counts["allreduce_"]) == 1
+
+
+@pytest.mark.parametrize(("world_size", "mode"), by_size(ORTHOGONAL))
+def test_whole_matrices_are_put_together_on_one_rank_each_and_train_as_in_one_process(runs, world_size, mode):
+    for result in runs[world_size]:
+        assert result["world_size"] == world_size
+        assert result[mode]["gsnr"] <= 1e-6
+        assert result[mode]["loss"] <= 1e-5
+        assert result[mode]["same_placements"]
+        for counts in result[mode]["collectives"][2:]:  # before, the A matrices are still to be measured
+            assert counts.keys() <= {"allreduce_", "alltoall_base_"}
+            sent = counts.get("alltoall_base_", [])
+            assert len(sent) == ORTHOGONAL[world_size][mode]
+            # Half of all elements, and sums over rows: nowhere is everything gathered.
+            assert all(elements <= 0.6 * HIDDEN for elements in sent)
+            groups = GROUPS.get(mode.removesuffix("_orthogonal"), 1)
+            assert len(counts.get("allreduce_", [])) <= 2 * groups  # whether all is finite; the factored rule's sums
+
+
+def test_the_work_is_shared_out_by_cost():
+    shapes = [torch.Size((4096, 4096))] * 4 + [torch.Size((4096, 14336))] * 3 + [torch.Size((1024, 4096))] * 2
+    owners = owners_of(shapes, 4)
+    work = [0] * 4
+    for shape, owner in zip(shapes, owners, strict=True):
+        work[owner] += shape.numel() * min(shape)
+    assert max(work) <= 1.5 * sum(work) / 4
+    assert sorted(set(owners)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("world_size", "mode"), by_size(EXACT))
