@@ -28,12 +28,7 @@ def exchanges(parts: Sequence[Any]) -> list[tuple[list[Part], Exchange]]:
     """Shares the work on DTensors' parts out among the ranks, by its cost, in rounds that fit into memory."""
     alike: dict[Any, list[Any]] = defaultdict(list)
     for part in parts:
-        p = part._dtensor
-        dims = tuple(dim for dim, placement in enumerate(p.placements) if not placement.is_replicate())
-        strided = tuple(dim for dim in dims if type(p.placements[dim]).__name__ == "_StridedShard")
-        # FSDP2 shards what tensor parallelism has left, though its mesh dimension comes first.
-        applied = (*(dim for dim in dims if dim not in strided), *strided)
-        alike[p.device_mesh, applied].append(part)
+        alike[part._dtensor.device_mesh, _applied(part._dtensor.placements)].append(part)
     result: list[tuple[list[Part], Exchange]] = []
     for (mesh, applied), of_mesh in alike.items():
         owners = owners_of([part.shape for part in of_mesh], math.prod(mesh.size(dim) for dim in applied))
@@ -135,6 +130,20 @@ class Exchange:
             else:
                 cuts.append((shape, shape, None))
         return cuts
+
+
+def _applied(placements: Sequence[Any]) -> tuple[int, ...]:
+    """The mesh dimensions that shard a tensor, in the order in which they have cut it.
+
+    FSDP2 cuts what tensor parallelism has left, though its mesh dimension comes first: a strided shard, if both cut the
+    same dimension. Where none is cut twice any order is right, and this one lets all of a model go together.
+    """
+    dims = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    strided = [dim for dim in dims if type(placements[dim]).__name__ == "_StridedShard"]
+    plain = [dim for dim in dims if dim not in strided]
+    if len({placements[dim].dim for dim in plain}) == len(plain):
+        return tuple(reversed(dims))
+    return (*plain, *strided)
 
 
 def owners_of(shapes: Sequence[torch.Size], ranks: int) -> list[int]:

@@ -101,7 +101,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """What each of two ranks reports."""
-    modes = [mode for mode in MODELS if mode != "hsdp_lora"]
+    modes = [*(mode for mode in MODELS if mode != "hsdp_lora"), "mixed_meshes"]
     return run_ranks("models_worker.py", 2, tmp_path_factory.mktemp("models"), *modes)
 
 
@@ -191,6 +191,16 @@ def test_models_of_transformers_and_peft_train_as_in_one_process(request, mode):
             assert set(counts) <= {"allreduce_"}
             assert all(len(sizes) == 1 and sizes[0] <= 4 * 21 for sizes in counts.values())
         assert not any(later)
+
+
+def test_groups_are_parted_by_device_mesh_as_trainer_does_it(models):
+    for result in models:
+        mixed = result["mixed_meshes"]
+        assert mixed["names"] == ["base/decay", "base/decay 2", "base/no_decay", "base/no_decay 2"]
+        assert mixed["meshes"] == [1, 1, 1, 1]
+        assert mixed["same_decay"]
+        assert mixed["gsnr"] <= 1e-6
+        assert mixed["loss"] <= 1e-5
 
 
 def test_weights_of_4_bits_were_sharded_as_such(models):
