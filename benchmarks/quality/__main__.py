@@ -12,7 +12,7 @@ Tasks, each with its minutes a run on one core (the program uses one): gpt2 (2),
 factors of 2 until both neighbours are worse), then weight decay, betas, momentum one after the other, then the rate
 again. The best is repeated with the seeds 1 to 5, and only these are looked at on the test rows. Every run is stored at
 once in `results/TASK/OPTIMIZER.json`, so that several of these processes may run side by side, each with optimizers of
-its own. The rivals come from torch, pytorch-optimizer, schedulefree, adam-mini and sgd-sai (extras `recipes` and `dev`).
+its own. Rivals come from torch, pytorch-optimizer, schedulefree, adam-mini and sgd-sai (extras `recipes` and `dev`).
 """
 
 from __future__ import annotations
