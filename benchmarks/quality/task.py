@@ -30,6 +30,7 @@ class Task:
         batch_size: Rows of a step.
         learning_rate: AdamW's usual one here; every grid starts from a multiple of it.
         schedule: Transformers' name of the schedule.
+        evaluations: How often the validation loss is looked at in runs that report.
         shifted: Whether labels are compared with the output one place earlier, as causal language models do.
     """
 
@@ -42,6 +43,7 @@ class Task:
     batch_size: int
     learning_rate: float
     schedule: str = "cosine"
+    evaluations: int = 20
     shifted: bool = False
 
     def settings(self) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from hf_sai.runs.meters import state_bytes
 
 __all__ = ["train_once"]
 
-EVALUATIONS = 20
 EVALUATED_ROWS = 32  # in one batch
 
 
@@ -41,7 +40,7 @@ def train_once(
         seed: Of the first weights and of the order of the rows.
         steps: How long.
         batch_size: Rows of a step.
-        report: Also give the test loss, and the validation loss after every twentieth of the steps.
+        report: Also give the test loss, and the validation loss in the course of training.
         timed: Also give the seconds that the steps took.
 
     Returns:
@@ -70,7 +69,7 @@ def train_once(
             scheduler.step()
             optimizer.zero_grad()
         seconds += time.perf_counter() - start
-        if report and step < steps and step * EVALUATIONS // steps > (step - 1) * EVALUATIONS // steps:
+        if report and step < steps and step * task.evaluations // steps > (step - 1) * task.evaluations // steps:
             _switch(model, optimizers, "eval")
             curve.append([step, round(_evaluate(task, model, task.validation)["loss"], 5)])
             _switch(model, optimizers, "train")

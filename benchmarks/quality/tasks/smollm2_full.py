@@ -39,6 +39,7 @@ def make() -> Task:
         batch_size=4,
         learning_rate=5e-5,
         schedule="linear",
+        evaluations=6,
         shifted=True,
     )
 
