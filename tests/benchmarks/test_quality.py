@@ -72,6 +72,31 @@ def test_no_axis_is_without_effect(name, axis):
     assert all(trained(name)["curve"] != trained(name, **{axis: value})["curve"] for value in values)
 
 
+def test_lion_and_nadamw_step_as_their_papers_say():
+    lr, decay, beta1, beta2 = 0.1, 0.1, 0.9, 0.99
+    settings = {"learning_rate": lr, "weight_decay": decay, "beta1": beta1, "beta2": beta2, "momentum_decay": 1e3}
+    for name in ("lion", "nadamw"):
+        torch.manual_seed(0)
+        model = Model().double()
+        weight = model.layers[0].weight
+        mine, m, v = weight.detach().clone(), torch.zeros_like(weight), torch.zeros_like(weight)
+        (optimizer,) = RIVALS[name].build(model, settings)
+        for t in range(1, 4):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            g = weight.grad.clone()
+            optimizer.step()
+            mine *= 1 - lr * decay
+            if name == "lion":
+                mine -= lr * (beta1 * m + (1 - beta1) * g).sign()
+                m = beta2 * m + (1 - beta2) * g
+            else:
+                m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+                ahead = beta1 * m / (1 - beta1 ** (t + 1)) + (1 - beta1) * g / (1 - beta1**t)
+                mine -= lr * ahead / ((v / (1 - beta2**t)).sqrt() + 1e-8)
+        torch.testing.assert_close(weight.detach(), mine, atol=1e-6, rtol=0)
+
+
 def test_sinkgd_and_muon_leave_embedding_and_head_to_adamw():
     for name in ("muon", "sinkgd"):
         model = Model()
