@@ -69,13 +69,21 @@ def param_groups(
             The other way is ``optimizer.add_param_group`` for each group of a later call, after the first switch.
         no_decay: Called with (name, parameter), True for a parameter that must not decay. Default: what
             ``no_decay_names`` lists.
+        update: The rule, written into every group. With ``"orthogonal"`` hidden matrices have groups of their own
+            (``base/linear``, ``base/linear_transposed``, ``base/convolution``, ``base/experts``; their key
+            ``matrices`` says what ``SGDSaI`` must know of them), and everything else, adapters too, takes
+            ``"factored"``. Default: no key, so that the optimizer's own option holds.
+        matrices: Regular expression -> whether the parameters in whose names it is found are hidden matrices; the last
+            that is found decides. Default: what :func:`hf_sai.groups.hidden_matrices.hidden_matrices` reads from the
+            model.
 
     Returns:
         The groups, in the order in which the model names their first parameters; none is empty.
 
     Raises:
         ValueError: No trainable parameter; a role or adapter the model does not have; a ratio that is not a positive
-            number; an adapter that is merged into the base weights and therefore cannot train.
+            number; an adapter that is merged into the base weights and therefore cannot train; ``matrices`` without
+            ``update="orthogonal"``, or with an expression that fits nothing.
 
     Example:
         >>> from torch import nn
@@ -139,13 +147,15 @@ def create_sgd_sai_optimizer(
     """Returns an ``SGDSaI`` over ``param_groups(model, ...)``, in the shape of PEFT's ``create_loraplus_optimizer``.
 
     Args:
-        model: As for ``param_groups``, and so are ``lr``, ``lr_ratios``, ``freeze``, ``adapters`` and ``no_decay``.
+        model: As for ``param_groups``, and so are all arguments but the last.
         lr: Learning rate.
         weight_decay: Decoupled weight decay, 0 unless asked for, as PEFT's own optimizers have it.
         lr_ratios: Role -> factor on ``lr``.
         freeze: Roles not to train.
         adapters: Inactive adapters to hold groups for.
         no_decay: The rule for weight decay.
+        update: The update rule.
+        matrices: Which tensors are hidden matrices, where ``update="orthogonal"`` should not read it from the model.
         **sai_options: Passed on to ``SGDSaI``: ``momentum``, ``eps``, ``normalize``, ...
 
     Returns:

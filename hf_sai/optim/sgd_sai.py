@@ -86,9 +86,11 @@ class SGDSaI(Optimizer):
             most elements, so that learning rates are those of AdamW. ``"rows"``: every row (first dimension) by its
             own, as SCALE does (arXiv 2506.16659), vectors as a whole. ``"factored"``: each element by a running one
             that is estimated from its row's and its column's, as Adafactor does (arXiv 1804.04235), which keeps one
-            float32 more per row and column (per element of a vector) and comes close to AdamW. ``p.grad`` may be
-            changed in place. Clipping, which comes before, has no effect any more on ``"rows"``. Not together with
-            ``normalize``; refused under FSDP1 and DeepSpeed ZeRO.
+            float32 more per row and column (per element of a vector) and comes close to AdamW. ``"orthogonal"``
+            moves hidden matrices along their orthogonal momentum, as Muon does; it needs groups that
+            :func:`hf_sai.param_groups` has made for it. ``p.grad`` may be changed in place. Clipping, which comes
+            before, has no effect any more on ``"rows"``. Not together with ``normalize``; refused under FSDP1 and
+            DeepSpeed ZeRO.
         maximize: Ascend instead of descend.
         momentum_dtype: What the momentum is kept in: None for the parameter's dtype, another float dtype such as
             ``torch.bfloat16``, or ``"8bit"`` or ``"4bit"`` for bitsandbytes' blocks of 256 or 128 elements with a

@@ -1,7 +1,7 @@
 """Runs Trainer with --optim sgd_sai and resumes: ``trainer_worker.py ENGINE WHAT FROM [ENGINE WHAT FROM ...]``.
 
-ENGINE is ``none`` (one process), ``ddp``, ``fsdp2`` or ``zero1`` to ``zero3``, these also with ``_block``, an optimizer's
-block in DeepSpeed's config; WHAT is ``full`` or ``lora``;
+ENGINE is ``none`` (one process), ``ddp``, ``fsdp2`` or ``zero1`` to ``zero3``, these also with ``_block``, an
+optimizer's block in DeepSpeed's config; WHAT is ``full`` or ``lora``;
 FROM is ``-`` for a run of its own and its resume; the folder of another launch, whose run is only resumed; ``dies`` for
 a run that saves every step and is killed from outside, or ``killed:`` and the folder of that run, to go on with it.
 """
