@@ -1,7 +1,8 @@
 """Momenta in 8 and 4 bits in pieces: ``lowbit_worker.py ACTION ENGINE KIND FOLDER [ACTION ENGINE KIND FOLDER ...]``.
 
 ACTION ``train`` compares with one process; ``save`` trains half the steps, saves and trains on; ``resume`` loads and
-trains the other half. KIND is ``8bit`` or ``4bit``, with ``_factored`` behind it under that rule.
+trains the other half. KIND is ``8bit`` or ``4bit``, with ``_factored`` or ``_orthogonal`` behind it under
+that rule, with ``_rounded`` of bfloat16 parameters that are rounded at random, of which each rank has its own state.
 """
 
 # ruff: noqa: E402
@@ -14,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 sys.modules["transformers"] = None  # not needed here, and most of a worker's time would be importing it
-from common import DEVICE, OPTIONS, CollectiveCounter, gsnr_of, join, params_of, same_on_all_ranks, train, write_result
+from common import DEVICE, OPTIONS, gsnr_of, join, params_of, same_on_all_ranks, train, write_result
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -39,9 +40,9 @@ def build():
     return nn.Sequential(nn.Embedding(23, 650), nn.Linear(650, 512), nn.Linear(512, 23)).to(DEVICE)
 
 
-def make(engine):
+def make(engine, dtype):
     """(model, data-parallel rank, data-parallel size)"""
-    model = build()
+    model = build().to(dtype)
     if engine == "alone":
         return model, 0, 1
     if engine == "ddp":
@@ -61,8 +62,10 @@ def make(engine):
 class Run:
     def __init__(self, engine, kind):
         bits, _, rule = kind.partition("_")
+        rounds, rule = rule == "rounded", "" if rule == "rounded" else rule
         self.options = {**OPTIONS, "lr": 3e-4, "momentum_dtype": bits, "update": rule or "published"}
-        self.model, *self.data = make(engine)
+        self.options["stochastic_rounding"] = rounds
+        self.model, *self.data = make(engine, torch.bfloat16 if rounds else torch.float32)
         groups = self.model.named_parameters()
         if rule == "orthogonal":
             groups = param_groups(self.model, lr=3e-4, weight_decay=OPTIONS["weight_decay"], update=rule)
@@ -116,12 +119,9 @@ class Run:
 
 def compare(engine, kind, _):
     run = Run(engine, kind)
-    counted = []
-    for step in range(STEPS):
-        with CollectiveCounter() as counter:
-            losses = run.train(step, step + 1)
-        counted.append(counter.counts)
-    alone, other = Run("alone", kind), Run("alone", kind)
+    torch.manual_seed(RANK)
+    losses = run.train(STEPS)
+    alone, other = Run("alone", kind), Run("alone", kind.replace("_rounded", ""))
     for group in other.optimizer.param_groups:
         group["momentum_dtype"] = None
     expected, full = alone.train(STEPS), other.train(STEPS)

@@ -11,11 +11,13 @@ ENGINES = {
     "hsdp": (4, {"0.weight", "1.weight", "2.weight"}),
     "fsdp2_tp": (4, {"0.weight", "1.weight"}),
 }
-KINDS = ["8bit", "4bit", "8bit_factored", "8bit_orthogonal"]
+KINDS = ["8bit", "4bit", "8bit_factored", "8bit_orthogonal", "8bit_rounded"]
+#: Of FSDP1.
+REFUSED = {("fsdp1", "8bit_orthogonal"), ("fsdp1", "8bit_rounded")}
 #: What is saved by some ranks and taken up by others.
 SAVED = ["8bit", "4bit", "8bit_orthogonal"]
 #: Bytes of state an element: of blocks, their scales, and what small tensors and the factored rule keep in float32.
-BYTES = {"8bit": 1.06, "4bit": 0.58, "8bit_factored": 1.15, "8bit_orthogonal": 1.15}
+BYTES = {"8bit": 1.06, "4bit": 0.58, "8bit_factored": 1.15, "8bit_orthogonal": 1.15, "8bit_rounded": 1.06}
 #: (ranks that save, ranks that resume) -> the matrices that lie in other blocks then, or in blocks where they did not.
 CUT = {
     (2, 2): set(),
@@ -46,7 +48,7 @@ def runs(tmp_path_factory):
             for engine, (size, _) in ENGINES.items()
             if size == world_size
             for kind in KINDS
-            if (engine, kind) != ("fsdp1", "8bit_orthogonal")
+            if (engine, kind) not in REFUSED
         ]
 
     def save(*kinds):
@@ -66,7 +68,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("engine", "kind"),
-    [(engine, kind) for engine in ENGINES for kind in KINDS if (engine, kind) != ("fsdp1", "8bit_orthogonal")],
+    [(engine, kind) for engine in ENGINES for kind in KINDS if (engine, kind) not in REFUSED],
 )
 def test_it_trains_as_in_one_process_and_replicas_are_equal_bit_for_bit(runs, engine, kind):
     ranks, blocks = ENGINES[engine]
@@ -75,7 +77,7 @@ def test_it_trains_as_in_one_process_and_replicas_are_equal_bit_for_bit(runs, en
             assert {name for name, quantised in result["quantised"].items() if quantised} == blocks
         assert any(result["quantised"].values())
         assert result["same"]
-        assert result["gsnr"] <= 1e-6
+        assert result["gsnr"] <= (1e-4 if kind == "8bit_rounded" else 1e-6)  # of sums of bfloat16 gradients
         # Blocks that end elsewhere round differently; both stay as near to a momentum in float32.
         assert result["loss"] <= max(1e-3, 2 * result["loss of float32"])
         assert result["loss of float32"] <= 0.02

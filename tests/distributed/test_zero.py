@@ -27,6 +27,7 @@ FP16 = ["zero2_fp16", "zero3_fp16"]
 RESUME = [f"resume{stage}{kind}" for stage in (1, 2, 3) for kind in ("", "_8bit")]
 ACCELERATE = ["accelerate1", "accelerate3"]
 LATE = ["late1", "late2", "late3"]
+HABITS = [f"habits{stage}_{rule}" for stage in (2, 3) for rule in ("published", "factored")]
 FOUR = ["zero1", "zero3", "zero1_factored", "zero3_factored"]
 #: Rules that average over rows and columns in every step.
 AVERAGING = [
@@ -151,6 +152,14 @@ def test_grouping_goes_by_the_shapes_that_zero_init_has_taken_away(two):
 def test_stochastic_rounding_is_refused_before_the_first_update(two):
     for result in two:
         assert "float32" in result["rounding_refused"]["message"]
+
+
+@pytest.mark.parametrize("mode", HABITS)
+def test_the_habits_of_real_loops_train_as_in_one_process(two, mode):
+    for result in two:
+        assert result["world_size"] == 2
+        assert result[mode]["gsnr"] <= 1e-6
+        assert result[mode]["loss"] <= 1e-5
 
 
 @pytest.mark.parametrize("mode", FORMS)

@@ -250,7 +250,41 @@ def unknown_layout_refused():
     return {"messages": messages}
 
 
+def habits(stage, rule):
+    """Accumulation, clipping, recomputing, tied and frozen weights, experts without tokens."""
+    from habits import CLIP, MICRO_BATCHES, Habits, optimizer_of
+    from habits import train as train_habits
+
+    alone = Habits()
+    optimizer = optimizer_of(alone, rule)
+
+    def advance():
+        torch.nn.utils.clip_grad_norm_(alone.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    losses = train_habits(alone, STEPS, advance)
+    expected = {"gsnr": gsnr_of(optimizer), "losses": losses}
+    model = Habits()
+    optimizer = optimizer_of(model, rule)
+    config = {
+        "train_micro_batch_size_per_gpu": 8 // WORLD // MICRO_BATCHES,
+        "gradient_accumulation_steps": MICRO_BATCHES,
+        "gradient_clipping": CLIP,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+    }
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    losses = train_habits(engine, STEPS, engine.step, RANK, WORLD, backward=engine.backward)
+    return largest_difference({"gsnr": gsnr_of(optimizer), "losses": losses}, expected)
+
+
 CHECKS = {
+    **{
+        f"habits{stage}_{rule}": (lambda stage=stage, rule=rule: habits(stage, rule))
+        for stage in (2, 3)
+        for rule in ("published", "factored")
+    },
     **{f"zero{stage}": (lambda stage=stage: train_and_compare(stage)) for stage in (1, 2, 3)},
     "zero3_sub_groups": lambda: train_and_compare(3, sub_group_size=100),
     "zero1_fused": lambda: train_and_compare(1, options={"fused": True}),
