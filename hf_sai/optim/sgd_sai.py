@@ -89,8 +89,8 @@ class SGDSaI(Optimizer):
             float32 more per row and column (per element of a vector) and comes close to AdamW. ``"orthogonal"``
             moves hidden matrices along their orthogonal momentum, as Muon does; it needs groups that
             :func:`hf_sai.param_groups` has made for it. ``p.grad`` may be changed in place. Clipping, which comes
-            before, has no effect any more on ``"rows"``. Not together with ``normalize``; refused under FSDP1 and
-            DeepSpeed ZeRO.
+            before, has no effect any more on ``"rows"``. Not together with ``normalize``; ``"orthogonal"`` is
+            refused under FSDP1 and DeepSpeed ZeRO.
         maximize: Ascend instead of descend.
         momentum_dtype: What the momentum is kept in: None for the parameter's dtype, another float dtype such as
             ``torch.bfloat16``, or ``"8bit"`` or ``"4bit"`` for bitsandbytes' blocks of 256 or 128 elements with a

@@ -1,4 +1,4 @@
-"""A training loop with what real ones have: accumulation, clipping, tied weights, frozen ones, experts without tokens."""
+"""A training loop with what real ones have: accumulation, clipping, tied and frozen weights, experts without tokens."""
 
 from __future__ import annotations
 
