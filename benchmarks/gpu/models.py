@@ -12,6 +12,8 @@ from hf_sai.memory.skeletons import KNOWN_SIZES
 
 __all__ = ["causal_lm", "layers_that_fit", "with_gradients"]
 
+transformers.logging.set_verbosity_error()  # its hints are for texts that are generated
+
 _LAYERS = {"gpt2": "n_layer", "llama": "num_hidden_layers"}
 #: What a rehearsal makes of a size.
 _TINY: dict[str, dict[str, int]] = {
@@ -91,5 +93,5 @@ def _config(name: str, tiny: bool, layers: int | None, settings: dict[str, Any])
     if layers is not None:
         known[_LAYERS[kind]] = layers
     if kind == "gpt2":
-        known |= _NO_DROPOUT
-    return transformers.AutoConfig.for_model(**known, use_cache=False, **settings)
+        known |= {**_NO_DROPOUT, "bos_token_id": None, "eos_token_id": None}
+    return transformers.AutoConfig.for_model(**{**known, "use_cache": False, **settings})

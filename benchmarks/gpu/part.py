@@ -96,7 +96,7 @@ class Part:
         except Exception as error:
             self.not_measured[name] = _told(error)
             print(f"{name}: {self.not_measured[name]}", flush=True)
-            if not isinstance(error, ImportError | torch.OutOfMemoryError):
+            if not isinstance(error, ImportError | TimeoutError | torch.OutOfMemoryError):
                 traceback.print_exc()
         self.device.free()
         self.save()
