@@ -57,8 +57,8 @@ class Device:
 
     def free(self) -> None:
         """Give back what nobody holds any more."""
-        gc.collect()
         if self.cuda:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def free_bytes(self) -> int:
@@ -75,7 +75,9 @@ class Device:
 
     def peak(self) -> int:
         """The most bytes that tensors took since :meth:`reset_peak`; the process's largest size on a CPU."""
-        return torch.cuda.max_memory_allocated() if self.cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     # --- order
 
