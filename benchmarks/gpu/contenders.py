@@ -14,7 +14,19 @@ from torch import Tensor, nn
 from hf_sai import SGDSaI, param_groups
 from hf_sai.optim.update import KERNELS, Kernel
 
-__all__ = ["ADAMW", "MUON", "PATHS", "RIVALS", "SGD", "Contender", "TorchMuon", "groups_of", "kernels", "sai"]
+__all__ = [
+    "ADAMW",
+    "MUON",
+    "OFFICIAL",
+    "PATHS",
+    "RIVALS",
+    "SGD",
+    "Contender",
+    "TorchMuon",
+    "groups_of",
+    "kernels",
+    "sai",
+]
 
 ADAMW, SGD, MUON = "torch AdamW, fused", "torch SGD with momentum, fused", "torch Muon (AdamW elsewhere)"
 
@@ -48,7 +60,9 @@ class Contender:
         return self.rule not in ("", "published")
 
 
-def groups_of(model: nn.Module, rule: str, lr: float | Tensor, weight_decay: float, **more: Any) -> list[dict[str, Any]]:
+def groups_of(
+    model: nn.Module, rule: str, lr: float | Tensor, weight_decay: float, **more: Any
+) -> list[dict[str, Any]]:
     """The groups in which a rule trains a model."""
     if rule == "orthogonal":  # which tensors are matrices, and how the others go
         more["update"] = rule
@@ -147,6 +161,15 @@ def _sgd(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimi
     groups = param_groups(model, lr=lr, weight_decay=weight_decay)
     return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=True)
 
+
+def _official(model: nn.Module, lr: float, weight_decay: float) -> Any:
+    from sgd_sai import SGD_sai  # where wheels.sh has brought it
+
+    return SGD_sai(list(model.parameters()), lr=lr, weight_decay=weight_decay)
+
+
+#: The authors' own SGD-SaI.
+OFFICIAL = Contender("official sgd-sai", _official)
 
 #: torch's own, by name.
 RIVALS: dict[str, Contender] = {

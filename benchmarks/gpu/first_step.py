@@ -1,6 +1,6 @@
 """Part 5: what measuring costs, the first step of SGD-SaI beside the later ones, at the shapes of Llama 2 7B.
 
-    python -m benchmarks.gpu.first_step --output runs/gpu
+python -m benchmarks.gpu.first_step --output runs/gpu
 """
 
 from __future__ import annotations

@@ -69,7 +69,10 @@ def layers_that_fit(name: str, bytes_per_element: int, free: int, *, tiny: bool 
         return _TINY[KNOWN_SIZES[name]["model_type"]][_LAYERS[KNOWN_SIZES[name]["model_type"]]]
     with torch.device("meta"):
         one, two = (
-            sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(_config(name, False, n, {})).parameters())
+            sum(
+                p.numel()
+                for p in transformers.AutoModelForCausalLM.from_config(_config(name, False, n, {})).parameters()
+            )
             for n in (1, 2)
         )
     most = 1 + (free // bytes_per_element - one) // (two - one)

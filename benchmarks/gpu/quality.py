@@ -10,6 +10,7 @@ All runs start at the same weights and see the same batches. The rate rises for 
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import tempfile
@@ -146,15 +147,21 @@ def whole_steps(part: Part, task: Task, found: dict[str, Any]) -> None:
     optimizers = {one.contender.name: one.contender.build(task.model, 1e-6, 0.0) for one in trained()}
     seconds: dict[str, list[float]] = {name: [] for name in optimizers}
     of_optimizer: dict[str, list[float]] = {name: [] for name in optimizers}
+
+    def backward(count: int) -> None:
+        for piece in range(count):
+            task.loss(piece).backward()
+
     for index in range(1 + (2 if part.rehearse else ROUNDS)):
         for name, optimizer in optimizers.items():
             task.device.wait()
-            whole = task.device.timed(lambda: [task.loss(piece).backward() for piece in range(1 if index == 0 else pieces)])
+            count = pieces if index else 1  # the first step measures and allocates, and is not timed
+            whole = task.device.timed(functools.partial(backward, count))
             own = task.device.timed(optimizer.step)
             task.device.wait()
             for p in task.model.parameters():
                 p.grad = None
-            if index:  # the first step measures and allocates
+            if index:
                 of_optimizer[name].append(own.seconds())
                 seconds[name].append(whole.seconds() + of_optimizer[name][-1])
     baseline = statistics.median(seconds[ADAMW])
@@ -174,7 +181,13 @@ def whole_steps(part: Part, task: Task, found: dict[str, Any]) -> None:
 
 
 def train(
-    task: Task, one: Trained, lr: float, steps: int, seconds: float, evaluations: int, told: Callable[[], None] = lambda: None
+    task: Task,
+    one: Trained,
+    lr: float,
+    steps: int,
+    seconds: float,
+    evaluations: int,
+    told: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """One run.
 

@@ -86,5 +86,5 @@ for part in "${parts[@]}"; do
     echo "== $name: $how after $((SECONDS - begun)) seconds"
 done
 echo "== ${#parts[@]} parts, $failed failed or cut off; the page of these results:"
-echo "   python benchmarks/gpu/report.py $output"
+echo "   python -m benchmarks.gpu.report $output"
 ((failed == 0))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.gpu.contenders import ADAMW, MUON, PATHS, RIVALS, SGD, Contender, kernels, sai
+from benchmarks.gpu.contenders import ADAMW, MUON, OFFICIAL, PATHS, RIVALS, SGD, Contender, kernels, sai
 from benchmarks.gpu.models import causal_lm, layers_that_fit, with_gradients
 from benchmarks.gpu.part import Part
 from hf_sai.optim.rules import RULES
@@ -50,7 +50,7 @@ def contenders(dtype: torch.dtype) -> list[Contender]:
     else:
         low.append(sai("published", "bfloat16 momentum", momentum_dtype=torch.bfloat16))
         low.append(sai("published", "bfloat16 momentum, fused", momentum_dtype=torch.bfloat16, fused=True))
-    return [RIVALS[SGD], *paths, *of_rules, RIVALS[MUON], *low]
+    return [RIVALS[SGD], *paths, *of_rules, RIVALS[MUON], *low, OFFICIAL]
 
 
 def copy_bandwidth(part: Part) -> float:
@@ -65,7 +65,9 @@ def copy_bandwidth(part: Part) -> float:
 def measure(part: Part, name: str, dtype: torch.dtype) -> None:
     """All contenders on one model, into the results as they come."""
     device = part.device
-    layers = layers_that_fit(name, TENSORS_AT_ONCE * dtype.itemsize, int(0.92 * device.free_bytes()), tiny=part.rehearse)
+    layers = layers_that_fit(
+        name, TENSORS_AT_ONCE * dtype.itemsize, int(0.92 * device.free_bytes()), tiny=part.rehearse
+    )
     torch.manual_seed(0)
     model = with_gradients(causal_lm(name, device.torch, tiny=part.rehearse, layers=layers, dtype=dtype))
     device.free()

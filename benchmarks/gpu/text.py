@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu.text
 
-Python files and pages of text of the standard library and of all installed packages, each content once. A file belongs to the validation
-text by the checksum of its content. Files come in the order of that checksum, so that a limit takes a sample of all
-packages. The tokens are kept in the folder, for the next run with the same settings.
+Python files and pages of text of the standard library and of all installed packages, each content once. A file belongs
+to the validation text by the checksum of its content. Files come in the order of that checksum, so that a limit takes a
+sample of all packages. The tokens are kept in the system's folder for temporary files, for who asks for the same next.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-
 
 __all__ = ["FULL", "TINY", "Settings", "Tokens", "tokens"]
 
