@@ -4,7 +4,7 @@
 #   benchmarks/gpu/run.sh [--rehearse] [OUTPUT [PART:SECONDS ...]]
 #
 # OUTPUT        folder of the JSON files and the log; default: $OUT, else runs/gpu
-# PART:SECONDS  a file beside this one, or the path of a script, and its time; default: the parts below
+# PART:SECONDS  a file beside this one, or the whole path of a script, and its time; default: the parts below
 # --rehearse    tiny sizes on the CPU, without limits of time
 #
 # Each part is a process, which writes its JSON with every result. One that fails or is cut off stops none of the
@@ -12,6 +12,7 @@
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 python=${PYTHON:-python3}
+[[ $python == */* ]] && python=$(realpath --no-symlinks "$python")
 parts=(correctness:65 step_times:85 peak_memory:50 quality:285 first_step:30 engines:25)
 
 usage() {
@@ -36,6 +37,7 @@ done
 
 mkdir -p "$output" || exit
 output=$(cd "$output" && pwd)
+cd "$root" || exit
 exec > >(tee "$output/log.txt") 2>&1
 work=$(mktemp -d)
 child=
@@ -51,8 +53,11 @@ if [[ -f ${wheels[0]} ]]; then
 fi
 
 # While the first part checks numbers, and before anything is timed, processors that are idle make the tokens.
-"$python" -m benchmarks.gpu.text $rehearse >"$work/text" 2>&1 &
-text=$!
+text=
+if [[ " ${parts[*]}" == *" quality:"* ]]; then
+    "$python" -m benchmarks.gpu.text $rehearse >"$work/text" 2>&1 &
+    text=$!
+fi
 
 deadline=0
 failed=0
@@ -61,7 +66,7 @@ for part in "${parts[@]}"; do
     deadline=$((deadline + ${part##*:}))
     left=$((deadline - SECONDS))
     [[ $rehearse ]] && left=3600
-    if [[ $name == *quality ]]; then
+    if [[ $name == quality ]]; then
         wait "$text" || cat "$work/text"
     fi
     command=("$python" -m "benchmarks.gpu.$name")
