@@ -63,10 +63,8 @@ class Contender:
 def groups_of(
     model: nn.Module, rule: str, lr: float | Tensor, weight_decay: float, **more: Any
 ) -> list[dict[str, Any]]:
-    """The groups in which a rule trains a model."""
-    if rule == "orthogonal":  # which tensors are matrices, and how the others go
-        more["update"] = rule
-    return param_groups(model, lr=lr, weight_decay=weight_decay, **more)
+    """The groups in which a rule trains a model: not every tensor takes every rule."""
+    return param_groups(model, lr=lr, weight_decay=weight_decay, update=rule, **more)
 
 
 def sai(rule: str, label: str = "", without: str = "", **options: Any) -> Contender:
