@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from benchmarks.gpu.contenders import ADAMW, MUON, RIVALS, SGD, Contender, sai
 from benchmarks.gpu.models import causal_lm
 from benchmarks.gpu.part import Part
-from hf_sai.optim.rules import RULES
 from hf_sai.runs.meters import state_bytes
 
 MODEL = "gpt2-xl"
@@ -31,11 +30,11 @@ ROUNDING = {"stochastic_rounding": True}
 def contenders(dtype: torch.dtype) -> list[Contender]:
     """In the order of their worth. bfloat16 weights are rounded at random, AdamW's aside, which torch cannot."""
     rounding = ROUNDING if dtype == torch.bfloat16 else {}
-    rules = [rule for rule in ("factored", "orthogonal") if rule in RULES]
     return [
         RIVALS[ADAMW],
         sai("published", **rounding),
-        *(sai(rule, **rounding) for rule in rules),
+        sai("factored", **rounding),
+        sai("orthogonal", **rounding),
         sai("published", "8-bit momentum", **EIGHT, **rounding),
         sai("published", "gradient release", **RELEASE, **rounding),
         sai("published", "8-bit momentum, gradient release", **EIGHT, **RELEASE, **rounding),

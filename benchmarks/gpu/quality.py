@@ -27,7 +27,6 @@ from benchmarks.gpu import text
 from benchmarks.gpu.contenders import ADAMW, MUON, RIVALS, Contender, sai
 from benchmarks.gpu.models import causal_lm
 from benchmarks.gpu.part import Part
-from hf_sai.optim.rules import RULES
 from hf_sai.runs.meters import state_bytes
 from recipes.common.lr_search import Results, search
 
@@ -61,12 +60,10 @@ class Trained:
 
 def trained() -> list[Trained]:
     """In the order of their worth; the last is for what time remains."""
-    ours = [Trained(sai("factored", momentum=0.8))]
-    if "orthogonal" in RULES:
-        ours.append(Trained(sai("orthogonal")))
     return [
         Trained(RIVALS[ADAMW]),
-        *ours,
+        Trained(sai("factored", momentum=0.8)),
+        Trained(sai("orthogonal")),
         Trained(sai("published"), (4e-3, 1.2e-2, 3.6e-2), 0.01),
         Trained(RIVALS[MUON]),
     ]

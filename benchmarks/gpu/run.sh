@@ -13,7 +13,7 @@ set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 python=${PYTHON:-python3}
 [[ $python == */* ]] && python=$(realpath --no-symlinks "$python")
-parts=(correctness:65 step_times:85 peak_memory:50 quality:285 first_step:30 engines:25)
+parts=(correctness:90 step_times:95 peak_memory:50 quality:255 first_step:25 engines:25)
 
 usage() {
     echo "run.sh: $1" >&2

@@ -9,6 +9,7 @@ The limit is the bytes that a step must move over the bandwidth of a copy on the
 from __future__ import annotations
 
 import statistics
+import time
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from recipes.common.comparison import step_time_ratio
 MODELS = (("gpt2-xl", torch.float32), ("llama-2-7b", torch.bfloat16))
 #: So small that parameters which are updated many times stay what they are.
 LR, WEIGHT_DECAY = 1e-6, 0.01
-ROUNDS, WARMUP = 12, 2
+#: At least the first number of rounds and at most the second, of these as many as fit into the seconds.
+ROUNDS, SECONDS = (3, 14), 2.0
 #: Bytes of a model's element that must fit beside fused AdamW: parameter, gradient, its states, another's and a
 #: temporary one, by the parameter's own bytes.
 TENSORS_AT_ONCE = 7
@@ -109,13 +111,16 @@ def measured(part: Part, model: nn.Module, contender: Contender, baseline: Any) 
     states = state_bytes(optimizer)
     temporary = device.peak() - before - states
     ours, theirs = [], []
-    for index in range(WARMUP + (3 if part.rehearse else ROUNDS)):
+    begun = time.monotonic()
+    while len(ours) <= ROUNDS[0] or (
+        len(ours) <= ROUNDS[1] and time.monotonic() - begun < SECONDS and not part.rehearse
+    ):
         both = [(optimizer, ours), (baseline, theirs)]
-        watches = [(device.timed(stepped.step), seconds) for stepped, seconds in both[:: 1 if index % 2 else -1]]
+        watches = [(device.timed(stepped.step), seconds) for stepped, seconds in both[:: 1 if len(ours) % 2 else -1]]
         device.wait()
         for watch, seconds in watches:
-            if index >= WARMUP:
-                seconds.append(watch.seconds())
+            seconds.append(watch.seconds())
+    ours, theirs = ours[1:], theirs[1:]  # the first round warms up
     return {
         "optimizer": contender.name,
         "rule": contender.rule,

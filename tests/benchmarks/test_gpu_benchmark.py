@@ -12,6 +12,8 @@ from benchmarks.gpu import correctness, report, step_times
 from benchmarks.gpu.contenders import ADAMW, RIVALS
 from hf_sai.optim.rules import RULES
 
+pytestmark = pytest.mark.timeout(1800)  # whichever test comes first runs all parts
+
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "benchmarks" / "gpu" / "run.sh"
 
