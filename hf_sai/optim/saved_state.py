@@ -166,6 +166,12 @@ def _in_form(name: str, p: Tensor, group: dict[str, Any], tensors: dict[str, Ten
             formed[key] = formed[key].to(torch.float32)
     if "momentum_buffer" in momentum:
         converted = convert(momentum, part)
+        if converted is None and part.parted and "momentum_scales" in momentum:
+            raise ValueError(
+                f"The saved momentum of parameter {name} is in blocks of the whole parameter, of which "
+                f"{tuple(part.param.shape)} lie here. Save it sharded, for which fully_shard on one device will do: "
+                f"then it is saved as values, which can be sharded anew. {_FRESH}"
+            )
         if converted is None:
             raise _does_not_fit(name, "momentum_buffer", momentum["momentum_buffer"], part)
         formed |= converted

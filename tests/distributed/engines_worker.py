@@ -227,6 +227,22 @@ def late_and_broken():
     return {"history": history}
 
 
+def broken_orthogonal():
+    """A gradient that is NaN in one rank's shard of a hidden matrix: the whole matrix goes on by its momentum."""
+    model, rank, size = make("fsdp2")
+    optimizer = SGDSaI(groups_of(model, "orthogonal"), **OPTIONS, update="orthogonal")
+    train(model, optimizer, range(2), rank, size)
+    optimizer.zero_grad()
+    loss_of(model, my_batch(2, rank, size)).backward()
+    p = next(p for group in optimizer.param_groups if "matrices" in group for p in group["params"])
+    if rank == WORLD - 1:
+        p.grad.to_local().view(-1)[0] = float("nan")
+    before, momentum = p.to_local().clone(), optimizer.state[p]["momentum_buffer"].to_local().clone()
+    optimizer.step()
+    kept = torch.equal(momentum, optimizer.state[p]["momentum_buffer"].to_local())
+    return {"finite": bool(p.to_local().isfinite().all()), "moved": not torch.equal(before, p.to_local()), "kept": kept}
+
+
 def flat_parameters_refused():
     model = FullyShardedDataParallel(build(), use_orig_params=False, device_id=torch.device(DEVICE))
     try:
@@ -278,6 +294,7 @@ CHECKS = {
     **{f"rounding_{mode}": (lambda mode=mode: rounding(mode)) for mode in ("ddp", "tp", "hsdp")},
     "bf16_mixed": lambda: bf16("fsdp2", dtype=torch.float32, mp_policy=MIXED),
     "late_and_broken": late_and_broken,
+    "broken_orthogonal": broken_orthogonal,
     "late_ddp": lambda: late("ddp"),
     "late_fsdp2": lambda: late("fsdp2"),
     "late_fsdp1": lambda: late("fsdp1"),

@@ -3,6 +3,8 @@
 import pytest
 from launch import run_ranks
 
+pytest.importorskip("bitsandbytes", reason="pip install 'hf-sai[quant]'")
+
 #: Engine -> ranks, and the matrices whose momentum is in blocks on each of them; the others' shards are too small.
 ENGINES = {
     "ddp": (2, {"0.weight", "1.weight", "2.weight"}),

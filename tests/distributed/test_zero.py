@@ -3,6 +3,7 @@
 import pytest
 from launch import run_ranks
 
+pytest.importorskip("bitsandbytes", reason="pip install 'hf-sai[quant]'")
 pytest.importorskip("deepspeed", reason="pip install 'hf-sai[deepspeed]' (see docs/distributed.md)")
 
 EXACT = [

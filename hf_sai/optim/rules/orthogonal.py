@@ -91,8 +91,11 @@ class Orthogonal(Published):
             self.allocate(part)
         usable = _usable(parts)
         # Of a stack of experts that is sharded by expert every process has whole matrices.
-        cut = [part for part in parts if part.holders((0,) if part.group["matrices"].startswith("experts") else ())]
-        rest = [part for part in parts if part not in cut]
+        cut: list[Part] = []
+        rest: list[Part] = []
+        for part in parts:
+            in_pieces = part.holders((0,) if part.group["matrices"].startswith("experts") else ())
+            (cut if in_pieces else rest).append(part)
         for batch in _batches([(part.param, part.group["matrices"]) for part in rest]):
             own = [rest[index] for index in batch]
             matrices = [Matrices(_advanced(part, usable), *_running(part)) for part in own]
