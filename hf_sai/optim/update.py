@@ -47,7 +47,7 @@ class Kernel:
         takes: Whether it updates (parameter, gradient, momentum or None, factors of the gradient, choice).
         update: Called with lists and options as the functions below are.
         unscales: Whether it takes ``grad_scale`` and ``found_inf``, too.
-        multiplies: Whether it takes ``grad_factors``, too, and leaves the gradient as it is.
+        multiplies: It is for gradients with factors: takes ``grad_factors``, too, and leaves the gradient as it is.
         rounds: Whether it takes ``stochastic_rounding``, too.
     """
 
@@ -122,10 +122,11 @@ def sgd_sai(
         tensor([0.5000, 1.5000])
     """
     choice = Choice(foreach, fused, stochastic_rounding, torch.compiler.is_compiling())
+    kernels = KERNELS if choice.kernels else ()
     all_factors = grad_factors or [()] * len(params)
     buckets: dict[tuple[Kernel, torch.device], list[int]] = defaultdict(list)
     for i, (p, g, m, factors) in enumerate(zip(params, grads, momentum_buffers, all_factors, strict=True)):
-        buckets[_path(p, g, None if momentum == 0 else m, factors, choice), p.device].append(i)
+        buckets[_path(p, g, None if momentum == 0 else m, factors, choice, kernels), p.device].append(i)
     unscaling = {"grad_scale": grad_scale, "found_inf": found_inf}
     if any(value is not None for value in unscaling.values()) and not all(path.unscales for path, _ in buckets):
         raise ValueError(
@@ -157,12 +158,13 @@ def is_ordinary(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
-def _path(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> Kernel:
+def _path(
+    p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice, kernels: Sequence[Kernel]
+) -> Kernel:
     """The kernel, or the way below, that updates this tensor."""
-    if choice.kernels:
-        for kernel in KERNELS:
-            if kernel.takes(p, g, m, factors, choice):
-                return kernel
+    for kernel in kernels:
+        if (factors or not kernel.multiplies) and kernel.takes(p, g, m, factors, choice):
+            return kernel
     if g.shape != p.shape or (m is not None and m.shape != p.shape):
         shapes = f"gradient {tuple(g.shape)} and momentum {'none' if m is None else tuple(m.shape)}"
         raise ValueError(f"A parameter of shape {tuple(p.shape)} came with {shapes}; give all three one shape.")
