@@ -5,15 +5,16 @@ Faster kernels of the same update register themselves here and must equal the pl
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sai.optim.momentum import Momentum, QuantizedMomentum, load, store
+from hf_sai.optim.momentum import QUANTIZED, Momentum, QuantizedMomentum, load, store
 from hf_sai.optim.stochastic import stochastically_rounded
 
 __all__ = ["KERNELS", "Choice", "Kernel", "can_unscale", "is_ordinary", "multiplied", "sgd_sai"]
@@ -58,6 +59,12 @@ class Kernel:
     multiplies: bool = False
     rounds: bool = False
 
+
+# Elements of a piece of a tensor that is updated with temporary copies.
+_PIECE = 1 << 22
+
+# Pieces begin at its multiples: every quantised block's size divides it.
+_BLOCK = max(QUANTIZED.values())
 
 #: Asked in this order; filled by :mod:`hf_sai.kernels`.
 KERNELS: list[Kernel] = []
@@ -244,19 +251,39 @@ def _multi_tensor(params, grads, momentum_buffers, scales, *, lr, momentum, weig
 
 
 def _widened(params, grads, momentum_buffers, scales, *, lr, momentum, weight_decay, maximize, stochastic_rounding):
-    """In float32 or better: a momentum of another dtype, stochastic rounding."""
-    for p, g, m, scale in zip(params, grads, momentum_buffers, scales, strict=True):
-        decay, step = 1 - lr * weight_decay, lr * scale
-        wide = torch.promote_types(p.dtype, torch.float32)
-        # --- gradient
-        direction = (-g if maximize else g).to(wide)
-        # --- momentum
-        if momentum != 0:
-            direction = load(m).to(wide).lerp(direction, 1 - momentum)
-            store(m, direction)
-        # --- decoupled weight decay and scaled step
-        updated = p.to(wide) * decay - step * direction
-        p.copy_(stochastically_rounded(updated) if stochastic_rounding and p.dtype == torch.bfloat16 else updated)
+    """In float32 or better, piece by piece: a momentum of another dtype, stochastic rounding."""
+    decay = 1 - lr * weight_decay
+    for *tensors, scale in zip(params, grads, momentum_buffers, scales, strict=True):
+        step = lr * scale
+        for p, g, m in _pieces(*tensors[:2], tensors[2] if momentum != 0 else None):
+            wide = torch.promote_types(p.dtype, torch.float32)
+            # --- gradient
+            direction = (-g if maximize else g).to(wide)
+            # --- momentum
+            if m is not None:
+                direction = load(m).to(wide).lerp(direction, 1 - momentum)
+                store(m, direction)
+            # --- decoupled weight decay and scaled step
+            updated = p.to(wide) * decay - step * direction
+            p.copy_(stochastically_rounded(updated) if stochastic_rounding and p.dtype == torch.bfloat16 else updated)
+
+
+def _pieces(p: Tensor, g: Tensor, m: Momentum | None) -> Iterator[tuple[Tensor, Tensor, Momentum | None]]:
+    """Pieces that share the tensors' memory: flat if that lies in order, else some rows of the first dimension."""
+    plain = [t for t in (p, g, m) if isinstance(t, Tensor)]
+    scattered = isinstance(m, QuantizedMomentum) and not m.codes.is_contiguous()
+    if p.numel() <= _PIECE or scattered or not all(map(is_ordinary, plain)):
+        yield p, g, m
+        return
+    if all(t.is_contiguous() for t in plain):
+        p, g, m = (t.view(-1) if isinstance(t, Tensor) else t for t in (p, g, m))  # type: ignore[assignment]
+    width = p.numel() // len(p)
+    together = _BLOCK // math.gcd(_BLOCK, width)  # rows that are whole blocks
+    rows = max(1, _PIECE // width // together) * together
+    for start in range(0, len(p), rows):
+        own = slice(start, start + rows)
+        quantised = isinstance(m, QuantizedMomentum)
+        yield p[own], g[own], m.piece(start * width, p[own].shape) if quantised else None if m is None else m[own]
 
 
 def _always(*_: Any) -> bool:

@@ -178,7 +178,8 @@ def path_of(p, g=None, m=None, factors=(), **asked):
         p if g is None else g,
         p if m is None else m,
         factors,
-        update.Choice(asked.get("foreach"), asked.get("fused"), asked.get("stochastic_rounding", False)),
+        asked := update.Choice(asked.get("foreach"), asked.get("fused"), asked.get("stochastic_rounding", False)),
+        update.KERNELS if asked.kernels else (),
     )
     return taken.name
 
