@@ -42,7 +42,9 @@ def _imported(name: str) -> ModuleType | None:
         return None
 
 
-def _compiled(name: str, device_type: str, when: Callable[[Tensor, Any, Choice], bool] | None = None, **more: bool) -> Kernel:
+def _compiled(
+    name: str, device_type: str, when: Callable[[Tensor, Any, Choice], bool] | None = None, **more: bool
+) -> Kernel:
     """A kernel in a module of its own, which is imported when a tensor of its device first asks for it."""
     of_device = operator.attrgetter(f"is_{device_type}")
 

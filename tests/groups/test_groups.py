@@ -340,7 +340,7 @@ def test_a_peft_whose_import_failed_half_way_is_passed_over(broken, monkeypatch)
     module = types.ModuleType("peft")
     vars(module).update(broken)
     monkeypatch.setitem(sys.modules, "peft", module)
-    [group] = param_groups(nn.Linear(4, 4, bias=False))
+    [group] = param_groups(nn.Linear(4, 4, bias=False), lr=0.1, weight_decay=0.0)
     assert group["role"] == "base"
     assert peft_roles(nn.Linear(2, 2)) == {}
     assert merged_adapters(nn.Linear(2, 2)) == set()
