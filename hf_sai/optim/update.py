@@ -253,9 +253,10 @@ def _multi_tensor(params, grads, momentum_buffers, scales, *, lr, momentum, weig
 def _widened(params, grads, momentum_buffers, scales, *, lr, momentum, weight_decay, maximize, stochastic_rounding):
     """In float32 or better, piece by piece: a momentum of another dtype, stochastic rounding."""
     decay = 1 - lr * weight_decay
-    for *tensors, scale in zip(params, grads, momentum_buffers, scales, strict=True):
+    momenta = momentum_buffers if momentum != 0 else [None] * len(params)
+    for *tensors, scale in zip(params, grads, momenta, scales, strict=True):
         step = lr * scale
-        for p, g, m in _pieces(*tensors[:2], tensors[2] if momentum != 0 else None):
+        for p, g, m in _pieces(*tensors):
             wide = torch.promote_types(p.dtype, torch.float32)
             # --- gradient
             direction = (-g if maximize else g).to(wide)
@@ -282,8 +283,10 @@ def _pieces(p: Tensor, g: Tensor, m: Momentum | None) -> Iterator[tuple[Tensor, 
     rows = max(1, _PIECE // width // together) * together
     for start in range(0, len(p), rows):
         own = slice(start, start + rows)
-        quantised = isinstance(m, QuantizedMomentum)
-        yield p[own], g[own], m.piece(start * width, p[own].shape) if quantised else None if m is None else m[own]
+        if isinstance(m, QuantizedMomentum):
+            yield p[own], g[own], m.piece(start * width, p[own].shape)
+        else:
+            yield p[own], g[own], None if m is None else m[own]
 
 
 def _always(*_: Any) -> bool:
