@@ -48,13 +48,15 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--steps and --batch_size must be above 0, and --seeds at least 0.")
     names = choose(args.optimizers, RIVALS)
     torch.set_num_threads(1)
-    task: Task = importlib.import_module(f"benchmarks.quality.tasks.{args.task}").make()
-    where = {"steps": round(args.steps * task.steps), "batch_size": args.batch_size or task.batch_size}
-    stores = {name: Results(args.results / args.task / f"{name}.json", task.settings()) for name in RIVALS}
+    module = importlib.import_module(f"benchmarks.quality.tasks.{args.task}")
+    own = {"steps": module.STEPS, "batch_size": module.BATCH_SIZE}
+    where = {"steps": round(args.steps * own["steps"]), "batch_size": args.batch_size or own["batch_size"]}
+    files = {name: args.results / args.task / f"{name}.json" for name in RIVALS}
     if not args.table:
+        task = module.make()
         for name in names:
-            tune(name, task, stores[name], where, args)
-    print(tables(stores if args.table and not args.optimizers else {name: stores[name] for name in names}, **where))
+            tune(name, task, Results(files[name], task.settings()), own, where, args)
+    print(tables({name: Results(file, {}) for name, file in files.items()}, **where))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -71,10 +73,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def tune(name: str, task: Task, results: Results, where: dict[str, int], args: argparse.Namespace) -> None:
+def tune(
+    name: str, task: Task, results: Results, own: dict[str, int], where: dict[str, int], args: argparse.Namespace
+) -> None:
     """Search with seed 0, then repeat the best with the seeds that report."""
     rival = RIVALS[name]
-    own = {"steps": task.steps, "batch_size": task.batch_size}
     start = rival.first(task.learning_rate)
     if where != own:
         start = best_settings(results, name, **own) or start

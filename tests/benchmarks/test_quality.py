@@ -42,7 +42,7 @@ def rows(count):
 
 
 def task(**changes):
-    settings = {"steps": 40, "warmup": 0.1, "batch_size": 8, "learning_rate": 5e-2}
+    settings = {"warmup": 0.1, "learning_rate": 5e-2}
     return Task(Model, rows(64), rows(16), rows(12), **{**settings, **changes})
 
 
@@ -138,7 +138,7 @@ def test_the_program_resumes_and_the_seed_that_chose_is_not_reported(tmp_path, m
         made.append((args[3], options["report"]))
         return train_once(*args, **options)
 
-    module = type("module", (), {"make": staticmethod(task)})
+    module = type("module", (), {"make": staticmethod(task), "STEPS": 40, "BATCH_SIZE": 8})
     monkeypatch.setattr(program.importlib, "import_module", lambda name: module)
     monkeypatch.setattr(program, "train_once", counted)
     call = ["vit", "--optimizers", "adamw", "factored", "--axes", "rate", "--seeds", "2", "--results", str(tmp_path)]
@@ -167,7 +167,7 @@ def test_the_program_resumes_and_the_seed_that_chose_is_not_reported(tmp_path, m
 def test_results_of_other_data_are_refused(tmp_path):
     store = Results(tmp_path / "adamw.json", task().settings())
     store.add({"candidate": "adamw", "learning_rate": 1.0, "seed": 0, "eval_loss": 1.0})
-    other = Task(Model, rows(65), rows(16), rows(12), 40, 0.1, 8, 1e-2)
+    other = Task(Model, rows(65), rows(16), rows(12), 0.1, 1e-2)
     with pytest.raises(ValueError, match="another data"):
         Results(tmp_path / "adamw.json", other.settings())
 
