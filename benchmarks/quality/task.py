@@ -18,7 +18,7 @@ Rows = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to learn; for how long, and in which batches, its module says (`STEPS`, `BATCH_SIZE`).
+    """One thing to learn; its module says for how many `STEPS` of which `BATCH_SIZE`, and how many seeds choose.
 
     Attributes:
         model: Makes the model that training starts from; torch's seed has been set.

@@ -7,9 +7,9 @@ import torch
 from benchmarks.quality.task import Task, halves
 from recipes.gpt2_pretraining import train as recipe
 
-__all__ = ["BATCH_SIZE", "STEPS", "make"]
+__all__ = ["BATCH_SIZE", "CHOOSERS", "STEPS", "make"]
 
-STEPS, BATCH_SIZE = 800, 8
+STEPS, BATCH_SIZE, CHOOSERS = 800, 8, 1
 
 
 def make() -> Task:

@@ -9,9 +9,9 @@ from benchmarks.quality.package_sources import load_sources
 from benchmarks.quality.task import Task
 from recipes.gpt2_pretraining import train as recipe
 
-__all__ = ["BATCH_SIZE", "STEPS", "make"]
+__all__ = ["BATCH_SIZE", "CHOOSERS", "STEPS", "make"]
 
-STEPS, BATCH_SIZE = 800, 8
+STEPS, BATCH_SIZE, CHOOSERS = 800, 8, 1
 EVALUATED_BLOCKS = 256
 
 

@@ -9,9 +9,9 @@ from benchmarks.quality.task import Rows, Task, halves
 from recipes.common.stdlib_corpus import load_docstring_pairs
 from recipes.gpt2_pretraining import train as recipe
 
-__all__ = ["BATCH_SIZE", "STEPS", "make"]
+__all__ = ["BATCH_SIZE", "CHOOSERS", "STEPS", "make"]
 
-STEPS, BATCH_SIZE = 800, 8
+STEPS, BATCH_SIZE, CHOOSERS = 800, 8, 1
 CODE_TOKENS, DOCSTRING_TOKENS = 96, 48
 
 

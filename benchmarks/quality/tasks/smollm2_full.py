@@ -18,9 +18,9 @@ sys.path.append(str(Path(__file__).resolve().parents[3] / "recipes" / "llama_lor
 from recipes.llama_lora.base_model import load_base
 from recipes.llama_lora.instruction_data import load_splits, shorten
 
-__all__ = ["BATCH_SIZE", "STEPS", "make"]
+__all__ = ["BATCH_SIZE", "CHOOSERS", "STEPS", "make"]
 
-STEPS, BATCH_SIZE = 30, 4
+STEPS, BATCH_SIZE, CHOOSERS = 30, 4, 1
 MAX_LENGTH, EVALUATED_ROWS = 72, 64
 
 

@@ -13,9 +13,10 @@ sys.path.append(str(Path(__file__).resolve().parents[3] / "recipes" / "vit_class
 
 from recipes.vit_classification import train as recipe
 
-__all__ = ["BATCH_SIZE", "STEPS", "WARMUP", "digits", "make"]
+__all__ = ["BATCH_SIZE", "CHOOSERS", "STEPS", "WARMUP", "digits", "make"]
 
 STEPS, WARMUP, BATCH_SIZE = 150, 0.1, 32  # as in benchmark.yaml
+CHOOSERS = 3
 
 
 def digits(classes: tuple[int, ...] = tuple(range(10))) -> tuple[recipe.ScriptArguments, Rows, Rows]:

@@ -10,10 +10,10 @@ from torch import nn
 
 from benchmarks.quality.optimizers import RIVALS
 from benchmarks.quality.task import Rows, Task, halves
-from benchmarks.quality.tasks.vit import BATCH_SIZE, WARMUP, digits, recipe
+from benchmarks.quality.tasks.vit import BATCH_SIZE, CHOOSERS, WARMUP, digits, recipe
 from benchmarks.quality.training import train_once
 
-__all__ = ["BATCH_SIZE", "STEPS", "make"]
+__all__ = ["BATCH_SIZE", "CHOOSERS", "STEPS", "make"]
 
 PRETRAINING_STEPS, STEPS = 600, 60
 PRETRAINED, NEW = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
