@@ -5,6 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate_configs/cpu.yaml
 GPT2 := recipes/gpt2_pretraining
+OLDEST := tests/trainer/test_registration.py tests/trainer/test_optim_args.py
 DIFFUSERS := recipes/diffusers_text_to_image
 
 .PHONY: bench gpu gpu-rehearsal results demo demo-diffusers model-cards test test-quick test-main test-oldest test-slow test-gpu lint format \
@@ -47,8 +48,8 @@ test-quick: .venv/.installed ## What needs two minutes on two cores: no test mar
 test-main: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
-test-oldest: .venv-oldest/.installed ## The Trainer seam in the oldest transformers that is supported
-	.venv-oldest/bin/python -m pytest tests/trainer/test_registration.py
+test-oldest: .venv-oldest/.installed ## The Trainer seam and its options in the oldest transformers that is supported
+	.venv-oldest/bin/python -m pytest -m "not slow and not gpu" $(OLDEST)
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow

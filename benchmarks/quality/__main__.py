@@ -8,11 +8,14 @@
     python benchmarks/quality gpt2 --table                           # runs nothing
 
 Tasks, each with its minutes a run on one core (the program uses one): gpt2 (2), vit (0.1), llama_code (2), seq2seq
-(2), smollm2_full (3), vit_full (0.1). Settings are chosen by the validation loss of seed 0: first the learning rate (by
-factors of 2 until both neighbours are worse), then weight decay, betas, momentum one after the other, then the rate
-again. The best is repeated with the seeds 1 to 5, and only these are looked at on the test rows. Every run is stored at
-once in `results/TASK/OPTIMIZER.json`, so that several of these processes may run side by side, each with optimizers of
-its own. Rivals come from torch, pytorch-optimizer, schedulefree, adam-mini and sgd-sai (extras `recipes` and `dev`).
+(2), smollm2_full (3), vit_full (0.1). Settings are chosen by the validation loss of seed 0, or of three seeds where
+they differ much (both vit): first the learning rate (by factors of 2 until both neighbours are worse), then weight
+decay, betas, momentum one after the other, then the rate again. The best is repeated with the seeds 1 to 5, which chose
+nothing, and only these are looked at on the test rows.
+
+Every run is stored at once in `results/TASK/OPTIMIZER.json`, so that several of these processes may run side by side,
+each with optimizers of its own. Rivals come from torch, pytorch-optimizer, schedulefree, adam-mini and sgd-sai (extras
+`recipes` and `dev`).
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import logging
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks and recipes lie in the repository's root
@@ -30,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks and r
 import torch
 
 from benchmarks.quality.optimizers import RIVALS
-from benchmarks.quality.search import best_settings, coordinate_search
+from benchmarks.quality.search import best_settings, choosers, chooses, coordinate_search
 from benchmarks.quality.tables import tables
 from benchmarks.quality.task import Task
 from benchmarks.quality.training import train_once
@@ -48,13 +52,15 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--steps and --batch_size must be above 0, and --seeds at least 0.")
     names = choose(args.optimizers, RIVALS)
     torch.set_num_threads(1)
-    task: Task = importlib.import_module(f"benchmarks.quality.tasks.{args.task}").make()
-    where = {"steps": round(args.steps * task.steps), "batch_size": args.batch_size or task.batch_size}
-    stores = {name: Results(args.results / args.task / f"{name}.json", task.settings()) for name in RIVALS}
+    module = importlib.import_module(f"benchmarks.quality.tasks.{args.task}")
+    own = {"steps": module.STEPS, "batch_size": module.BATCH_SIZE}
+    where = {"steps": round(args.steps * own["steps"]), "batch_size": args.batch_size or own["batch_size"]}
+    files = {name: args.results / args.task / f"{name}.json" for name in RIVALS}
     if not args.table:
+        task = module.make()
         for name in names:
-            tune(name, task, stores[name], where, args)
-    print(tables(stores if args.table and not args.optimizers else {name: stores[name] for name in names}, **where))
+            tune(name, task, module.CHOOSERS, Results(files[name], task.settings()), own, where, args)
+    print(tables({name: Results(file, {}) for name, file in files.items()}, **where))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -71,10 +77,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def tune(name: str, task: Task, results: Results, where: dict[str, int], args: argparse.Namespace) -> None:
-    """Search with seed 0, then repeat the best with the seeds that report."""
+def tune(
+    name: str,
+    task: Task,
+    count: int,
+    results: Results,
+    own: dict[str, int],
+    where: dict[str, int],
+    args: argparse.Namespace,
+) -> None:
+    """Search with the seeds that choose, as many as count; repeat the best with those that report."""
     rival = RIVALS[name]
-    own = {"steps": task.steps, "batch_size": task.batch_size}
     start = rival.first(task.learning_rate)
     if where != own:
         start = best_settings(results, name, **own) or start
@@ -85,7 +98,7 @@ def tune(name: str, task: Task, results: Results, where: dict[str, int], args: a
         known = results.find(name, settings["learning_rate"], seed, **point)
         if not known:
             begin = time.perf_counter()
-            made = train_once(task, rival, settings, seed, report=seed > 0, timed=args.timed, **where)
+            made = train_once(task, rival, settings, seed, report=not chooses(seed), timed=args.timed, **where)
             results.add({"candidate": name, "learning_rate": settings["learning_rate"], "seed": seed, **point, **made})
             said = {"learning_rate": settings["learning_rate"], **others, **where, "seed": seed}
             print(
@@ -96,7 +109,7 @@ def tune(name: str, task: Task, results: Results, where: dict[str, int], args: a
         return float("nan") if loss is None else loss
 
     axes = rival.all_axes() if args.axes == "all" else {}
-    coordinate_search(lambda settings: run(settings, 0), start, axes)
+    coordinate_search(lambda settings: fmean(run(settings, seed) for seed in choosers(count)), start, axes)
     best = best_settings(results, name, **where)
     if best is None:
         print(f"{name}: diverged with every setting that was tried")

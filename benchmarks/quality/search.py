@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from recipes.common.lr_search import Results
 
-__all__ = ["best_settings", "coordinate_search"]
+__all__ = ["best_settings", "choosers", "chooses", "coordinate_search"]
 
 #: How often a grid of learning rates may grow by a factor of 2.
 GROWTH = 6
@@ -63,16 +64,33 @@ def _best_rate(loss: Callable[[Settings], float], settings: Settings) -> Setting
     return settings
 
 
+def choosers(count: int) -> list[int]:
+    """The seeds that choose: 0, 100, 101, ...; the small ones report."""
+    return [0, *range(100, 99 + count)]
+
+
+def chooses(seed: int) -> bool:
+    """Whether a seed is one of those that choose."""
+    return seed == 0 or seed >= 100
+
+
 def best_settings(results: Results, rival: str, **task: Any) -> Settings | None:
-    """The settings with the lowest validation loss of seed 0, or None where nothing has been tried.
+    """The settings with the lowest mean validation loss of the seeds that choose, or None where none has been tried.
+
+    Only what has been tried with as many seeds as any is compared.
 
     Args:
         results: Where the runs are.
         rival: Its name.
         task: ``steps`` and ``batch_size``.
     """
-    runs = [run for run in results.find(rival, seed=0, **task) if run["eval_loss"] is not None]
-    if not runs:
-        return None
-    best = min(runs, key=lambda run: run["eval_loss"])
-    return {"learning_rate": best["learning_rate"], **best["settings"]}
+    losses: dict[tuple[tuple[str, float], ...], list[float]] = {}
+    for run in results.find(rival, **task):
+        if chooses(run["seed"]):
+            settings = {"learning_rate": run["learning_rate"], **run["settings"]}
+            loss = math.inf if run["eval_loss"] is None else run["eval_loss"]
+            losses.setdefault(tuple(settings.items()), []).append(loss)
+    most = max(map(len, losses.values()), default=0)
+    whole = {settings: statistics.fmean(own) for settings, own in losses.items() if len(own) == most}
+    best = min(whole, key=lambda settings: whole[settings], default=None)
+    return dict(best) if best is not None and whole[best] < math.inf else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from scipy.stats import ttest_ind
 
-from benchmarks.quality.search import best_settings
+from benchmarks.quality.search import best_settings, chooses
 from recipes.common.comparison import markdown_table
 from recipes.common.lr_search import Results
 
@@ -24,7 +24,7 @@ def reported(results: Results, rival: str, **task: Any) -> list[dict[str, Any]]:
         return []
     settings = {name: value for name, value in best.items() if name != "learning_rate"}
     runs = results.find(rival, best["learning_rate"], settings=settings, **task)
-    return [run for run in runs if run["seed"] != 0]
+    return [run for run in runs if not chooses(run["seed"])]
 
 
 def steps_to(target: float, curve: Sequence[Sequence[float]]) -> float | None:

@@ -18,16 +18,14 @@ Rows = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to learn.
+    """One thing to learn; its module says for how many `STEPS` of which `BATCH_SIZE`, and how many seeds choose.
 
     Attributes:
         model: Makes the model that training starts from; torch's seed has been set.
         train: Rows to train on.
         validation: Rows that choose between settings.
         test: Rows that are looked at after everything has been chosen.
-        steps: Length of the schedule, as the task's own recipe has it.
         warmup: Share of the steps.
-        batch_size: Rows of a step.
         learning_rate: AdamW's usual one here; every grid starts from a multiple of it.
         schedule: Transformers' name of the schedule.
         evaluations: How often the validation loss is looked at in runs that report.
@@ -38,9 +36,7 @@ class Task:
     train: Rows
     validation: Rows
     test: Rows
-    steps: int
     warmup: float
-    batch_size: int
     learning_rate: float
     schedule: str = "cosine"
     evaluations: int = 20

@@ -43,13 +43,13 @@ def _imported(name: str) -> ModuleType | None:
 
 
 def _compiled(
-    name: str, device_type: str, when: Callable[[Tensor, Any, Sequence[Tensor], Choice], bool], **more: bool
+    name: str, device_type: str, when: Callable[[Tensor, Any, Choice], bool] | None = None, **more: bool
 ) -> Kernel:
     """A kernel in a module of its own, which is imported when a tensor of its device first asks for it."""
     of_device = operator.attrgetter(f"is_{device_type}")
 
     def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-        if choice.traced or not of_device(p) or not when(p, m, factors, choice) or not is_ordinary(p):
+        if choice.traced or not of_device(p) or not is_ordinary(p) or (when is not None and not when(p, m, choice)):
             return False
         module = _imported(name)
         return module is not None and module.can_update(p, g, m)
@@ -62,19 +62,7 @@ def _compiled(
     return Kernel(name, takes, update, **more)
 
 
-def _is_low_bit(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-    return isinstance(m, QuantizedMomentum) or (m is not None and m.dtype != p.dtype)
-
-
-def _is_normalised(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-    return bool(factors)
-
-
-def _is_plain(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-    return True
-
-
-def _suits_triton(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
+def _suits_triton(p: Tensor, m: Momentum | None, choice: Choice) -> bool:
     # Only if asked: nobody has timed it. Its table of addresses is made anew each step, and a captured graph would
     # replay the old one.
     rounds = choice.stochastic_rounding and p.dtype == torch.bfloat16
@@ -83,23 +71,27 @@ def _suits_triton(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choi
 
 
 KERNELS[:] = [
-    _compiled("numba_factored", "cpu", _is_normalised, multiplies=True),
-    _compiled("numba_lowbit", "cpu", _is_low_bit),
-    _compiled("numba_plain", "cpu", _is_plain, unscales=True),
+    _compiled("numba_factored", "cpu", multiplies=True),
+    _compiled("numba_plain", "cpu", unscales=True),
+    _compiled("numba_lowbit", "cpu"),
     _compiled("triton_plain", "cuda", _suits_triton, unscales=True),
     Kernel("bitsandbytes_8bit", bitsandbytes_8bit.takes, bitsandbytes_8bit.update),
     Kernel("torch_fused", torch_fused.takes, torch_fused.update, unscales=True),
 ]
 
 
+def _may(group: dict[str, Any]) -> bool:
+    fused = group["fused"]
+    return fused or fused is group["foreach"]
+
+
 def _factors_by_numba(parts: Sequence[Part]) -> dict[int, Sequence[Tensor]]:
     """Factors of ``update="factored"`` for those parts that numba takes, by their index."""
-    wanted = {id(group): group["fused"] or group["fused"] is group["foreach"] for group in (p.group for p in parts)}
     mine = {
         index: part
         for index, part in enumerate(parts)
-        if wanted[id(part.group)]
-        and part.param.is_cpu
+        if part.param.is_cpu
+        and _may(part.group)
         and is_ordinary(part.param)
         and not part.holders()
         and part.grad is not None

@@ -75,6 +75,15 @@ class QuantizedMomentum:
         codes = p.numel() if self.is_8bit else p.numel() // 2
         return self.shape == p.shape and self.codes.numel() == codes and self.scales.numel() == blocks
 
+    def piece(self, start: int, shape: torch.Size) -> QuantizedMomentum:
+        """So many elements of the flat momentum, sharing its memory; they begin where a block begins."""
+        stop = start + shape.numel()
+        if self.is_8bit:
+            block, codes = QUANTIZED["8bit"], self.codes.view(-1)[start:stop].view(shape)
+        else:
+            block, codes = QUANTIZED["4bit"], self.codes.view(-1)[start // 2 : stop // 2]
+        return QuantizedMomentum(codes, self.scales[start // block : -(-stop // block)], shape)
+
     def load(self) -> Tensor:
         """The momentum, float32."""
         from bitsandbytes import functional

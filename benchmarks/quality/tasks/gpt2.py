@@ -7,7 +7,9 @@ import torch
 from benchmarks.quality.task import Task, halves
 from recipes.gpt2_pretraining import train as recipe
 
-__all__ = ["make"]
+__all__ = ["BATCH_SIZE", "CHOOSERS", "STEPS", "make"]
+
+STEPS, BATCH_SIZE, CHOOSERS = 800, 8, 1
 
 
 def make() -> Task:
@@ -28,9 +30,7 @@ def make() -> Task:
         train=train,
         validation=validation,
         test=test,
-        steps=800,
         warmup=0.25,
-        batch_size=8,
         learning_rate=4e-3,
         shifted=True,
     )

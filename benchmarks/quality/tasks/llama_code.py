@@ -9,8 +9,9 @@ from benchmarks.quality.package_sources import load_sources
 from benchmarks.quality.task import Task
 from recipes.gpt2_pretraining import train as recipe
 
-__all__ = ["make"]
+__all__ = ["BATCH_SIZE", "CHOOSERS", "STEPS", "make"]
 
+STEPS, BATCH_SIZE, CHOOSERS = 800, 8, 1
 EVALUATED_BLOCKS = 256
 
 
@@ -40,9 +41,7 @@ def make() -> Task:
     return Task(
         model=lambda: LlamaForCausalLM(config),
         **rows,
-        steps=800,
         warmup=0.1,
-        batch_size=8,
         learning_rate=4e-3,
         shifted=True,
     )

@@ -9,8 +9,9 @@ from benchmarks.quality.task import Rows, Task, halves
 from recipes.common.stdlib_corpus import load_docstring_pairs
 from recipes.gpt2_pretraining import train as recipe
 
-__all__ = ["make"]
+__all__ = ["BATCH_SIZE", "CHOOSERS", "STEPS", "make"]
 
+STEPS, BATCH_SIZE, CHOOSERS = 800, 8, 1
 CODE_TOKENS, DOCSTRING_TOKENS = 96, 48
 
 
@@ -39,9 +40,7 @@ def make() -> Task:
         train=_rows(pairs["train"], tokenizer),
         validation=validation,
         test=test,
-        steps=800,
         warmup=0.1,
-        batch_size=8,
         learning_rate=4e-3,
     )
 

@@ -18,8 +18,9 @@ sys.path.append(str(Path(__file__).resolve().parents[3] / "recipes" / "llama_lor
 from recipes.llama_lora.base_model import load_base
 from recipes.llama_lora.instruction_data import load_splits, shorten
 
-__all__ = ["make"]
+__all__ = ["BATCH_SIZE", "CHOOSERS", "STEPS", "make"]
 
+STEPS, BATCH_SIZE, CHOOSERS = 30, 4, 1
 MAX_LENGTH, EVALUATED_ROWS = 72, 64
 
 
@@ -34,9 +35,7 @@ def make() -> Task:
         train=train,
         validation=validation,
         test=test,
-        steps=30,
         warmup=0.1,
-        batch_size=4,
         learning_rate=5e-5,
         schedule="linear",
         evaluations=6,

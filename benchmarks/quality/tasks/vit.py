@@ -13,9 +13,10 @@ sys.path.append(str(Path(__file__).resolve().parents[3] / "recipes" / "vit_class
 
 from recipes.vit_classification import train as recipe
 
-__all__ = ["digits", "make"]
+__all__ = ["BATCH_SIZE", "CHOOSERS", "STEPS", "WARMUP", "digits", "make"]
 
-STEPS, WARMUP, BATCH = 150, 0.1, 32  # as in benchmark.yaml
+STEPS, WARMUP, BATCH_SIZE = 150, 0.1, 32  # as in benchmark.yaml
+CHOOSERS = 3
 
 
 def digits(classes: tuple[int, ...] = tuple(range(10))) -> tuple[recipe.ScriptArguments, Rows, Rows]:
@@ -42,8 +43,6 @@ def make() -> Task:
         train=train,
         validation=validation,
         test=test,
-        steps=STEPS,
         warmup=WARMUP,
-        batch_size=BATCH,
         learning_rate=4e-3,
     )

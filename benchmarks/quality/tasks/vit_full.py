@@ -10,10 +10,10 @@ from torch import nn
 
 from benchmarks.quality.optimizers import RIVALS
 from benchmarks.quality.task import Rows, Task, halves
-from benchmarks.quality.tasks.vit import BATCH, WARMUP, digits, recipe
+from benchmarks.quality.tasks.vit import BATCH_SIZE, CHOOSERS, WARMUP, digits, recipe
 from benchmarks.quality.training import train_once
 
-__all__ = ["make"]
+__all__ = ["BATCH_SIZE", "CHOOSERS", "STEPS", "make"]
 
 PRETRAINING_STEPS, STEPS = 600, 60
 PRETRAINED, NEW = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
@@ -25,12 +25,12 @@ def make() -> Task:
     torch.manual_seed(0)
     pretrained, _ = recipe.load_model(args, [str(digit) for digit in PRETRAINED])
 
-    def task(steps: int, model: Callable[[], nn.Module], train: Rows, validation: Rows, test: Rows) -> Task:
-        return Task(model, train, validation, test, steps, WARMUP, BATCH, learning_rate=1e-3)
+    def task(model: Callable[[], nn.Module], train: Rows, validation: Rows, test: Rows) -> Task:
+        return Task(model, train, validation, test, WARMUP, learning_rate=1e-3)
 
-    before = task(PRETRAINING_STEPS, lambda: pretrained, known, known_held_out, known_held_out)
+    before = task(lambda: pretrained, known, known_held_out, known_held_out)
     adamw = RIVALS["adamw"]
-    train_once(before, adamw, adamw.first(4e-3), 0, steps=PRETRAINING_STEPS, batch_size=BATCH)
+    train_once(before, adamw, adamw.first(4e-3), 0, steps=PRETRAINING_STEPS, batch_size=BATCH_SIZE)
 
     def with_new_head() -> nn.Module:
         model = copy.deepcopy(pretrained)
@@ -38,4 +38,4 @@ def make() -> Task:
         return model
 
     _, train, held_out = digits(NEW)
-    return task(STEPS, with_new_head, train, *halves(held_out))
+    return task(with_new_head, train, *halves(held_out))
