@@ -253,7 +253,7 @@ def card_data(record: RunRecord) -> ModelCardData:
 
 
 def _eval_results(record: RunRecord, metrics: Mapping[str, float], task: str | None) -> list[EvalResult]:
-    """The metrics for the model index, which the Hub reads by the data set's id there; without one they are text only."""
+    """The metrics for the model index, which needs the data set's id on the Hub; without one they are text only."""
     source = next((source for source in _evaluation_data(record) if is_hub_id(source.get("id"))), None)
     if source is None:
         return []
