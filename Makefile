@@ -8,7 +8,7 @@ GPT2 := recipes/gpt2_pretraining
 OLDEST := tests/trainer/test_registration.py tests/trainer/test_optim_args.py
 DIFFUSERS := recipes/diffusers_text_to_image
 
-.PHONY: bench gpu gpu-rehearsal results demo demo-diffusers model-cards test test-quick test-main test-oldest test-slow test-gpu lint format \
+.PHONY: bench gpu gpu-rehearsal results demo demo-diffusers model-cards test test-quick test-main test-oldest test-timm test-slow test-gpu lint format \
 	clean
 
 bench: .venv-bench/.installed ## Time the step beside other optimizers', into docs/step_speed.md and its pictures (10 minutes)
@@ -51,6 +51,9 @@ test-main: .venv/.installed
 test-oldest: .venv-oldest/.installed ## The Trainer seam and its options in the oldest transformers that is supported
 	.venv-oldest/bin/python -m pytest -m "not slow and not gpu" $(OLDEST)
 
+test-timm: .venv-timm/.installed ## Our names in timm, apart, since torchvision from PyPI is built for CUDA
+	.venv-timm/bin/python -m pytest tests/trainer/test_timm.py
+
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
 
@@ -91,6 +94,12 @@ clean: ## Remove the environments and all runs
 .venv/.installed: .venv/.recipes
 	$(PIP) --editable ".[all,dev]"
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable ".[deepspeed]"
+	touch $@
+
+.venv-timm/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-timm
+	.venv-timm/bin/pip install --quiet --constraint constraints.txt torch
+	.venv-timm/bin/pip install --quiet --constraint constraints.txt --editable ".[timm]" pytest pytest-timeout
 	touch $@
 
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt
