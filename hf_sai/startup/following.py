@@ -57,10 +57,11 @@ def note_steps(optimizer_module):
 def _say_how_many_train():
     """One line at the first step, where a launcher that started one process instead of two would be silent."""
     distributed = sys.modules.get("torch.distributed")
-    spread = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    if spread and distributed.get_rank() != 0:
-        return
-    count = distributed.get_world_size() if spread else 1
+    count = 1
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        if distributed.get_rank() != 0:
+            return
+        count = distributed.get_world_size()
     sys.stderr.write(f"hf_sai.run: {count} process{'es train' if count > 1 else ' trains'} with SGD-SaI.\n")
 
 
