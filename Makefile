@@ -10,12 +10,13 @@ DIFFUSERS := recipes/diffusers_text_to_image
 .PHONY: bench results demo demo-diffusers model-cards docs dist test test-quick test-main test-oldest test-oldest-torch \
 	test-slow test-gpu lint format clean
 
-bench: .venv-bench/.installed ## Time the step beside other optimizers', into docs/step_speed.md and its pictures (10 minutes)
+bench: .venv-bench/.installed ## Time the step beside other optimizers', into docs/research/step_speed.md and its pictures (10 minutes)
 	.venv-bench/bin/python benchmarks/step_speed.py gpt2 gpt2-medium:6 gpt2-xl:2 vit-h-14:4 split-16 split-1024 \
-		llama-2-7b:1 --rounds 7 --output docs/step_speed
+		llama-2-7b:1 --rounds 7 --output docs/research/step_speed
 
 results: .venv/.installed ## Write the tables of README and docs from what the benchmarks left
 	$(BIN)/python benchmarks/results.py
+	$(BIN)/python benchmarks/headline_picture.py
 
 demo: .venv/.recipes ## Train a tiny GPT-2 with SGD-SaI and with AdamW, then lay the two side by side
 	$(LAUNCH) $(GPT2)/train.py $(GPT2)/demo.yaml
