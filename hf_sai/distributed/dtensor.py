@@ -40,7 +40,8 @@ class Shard(Part):
         "momentum_dtype": (
             tuple(QUANTIZED),
             "Its blocks would not be the same for another number of devices. Use torch.bfloat16.",
-        )
+        ),
+        "update": (("orthogonal",), "It needs whole matrices. Use 'factored', or DDP."),
     }
 
     @classmethod

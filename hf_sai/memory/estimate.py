@@ -12,9 +12,11 @@ from typing import Any
 
 from torch import nn
 
+from hf_sai.groups.hidden_matrices import hidden_matrices
 from hf_sai.memory.quantised import PACKED
 from hf_sai.memory.state_sizes import OPTIMIZERS, Weight
 from hf_sai.optim.gsnr import PIECE
+from hf_sai.optim.rules.orthogonal import FORMS
 
 __all__ = ["OPTIMIZERS", "SHARDINGS", "UNITS", "MemoryReport", "MemoryRow", "estimate_memory"]
 
@@ -211,6 +213,7 @@ _RUNS_ON = {"fsdp": (*_ELEMENTWISE, "sgd_sai_bf16", "sgd_sai_factored"), "zero1"
 
 def _weights(model: nn.Module) -> Iterator[Weight]:
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    forms = hidden_matrices(model)
     for name, p in model.named_parameters():
         packed, kind, shape = _packed(p)
         if p.requires_grad and (packed or not p.is_floating_point()):
@@ -223,6 +226,7 @@ def _weights(model: nn.Module) -> Iterator[Weight]:
             name=name,
             trained=p.requires_grad,
             is_embedding=id(p) in embeddings,
+            matrix_rows=math.prod(shape[d] for d in FORMS[forms[id(p)]]) if id(p) in forms else 0,
             packed=packed,
         )
 

@@ -21,7 +21,7 @@ from hf_sai.optim import gsnr
 from hf_sai.optim import momentum as momenta
 from hf_sai.optim.gradient_release import Releases, refuse_normalize
 from hf_sai.optim.gsnr import GSNRReport
-from hf_sai.optim.layout import UNMEASURED, Layout, Part, admit, find_layout, name_of
+from hf_sai.optim.layout import UNMEASURED, Layout, Part, admit, find_layout, name_of, whole_shapes
 from hf_sai.optim.options import DEFAULTS, OPTIONS, check_options, upgrade_group
 from hf_sai.optim.rules import RULES
 from hf_sai.optim.saved_state import Incoming, read
@@ -76,8 +76,8 @@ class SGDSaI(Optimizer):
         momentum: Coefficient in [0, 1). With 0 no buffer is kept.
         weight_decay: Decoupled decay per unit of learning rate, >= 0. It is not scaled by g-SNR.
         eps: Added to the standard deviation, at most 0.5 % of it, in units of the gradient, >= 0.
-        update: The rule: ``"published"``, the paper's, or ``"rows"`` or ``"factored"``, which divide each gradient by
-            an estimate of its size, so that learning rates are AdamW's. A file each in ``hf_sai/optim/rules``.
+        update: The rule: ``"published"``, the paper's; ``"rows"`` and ``"factored"``, with gradients of unit size; or
+            ``"orthogonal"``, as Muon moves hidden matrices. Learning rates of the last three are AdamW's.
         normalize: Divide every g-SNR by the largest of this optimizer, or of the groups that share a
             ``normalize_over`` (the paper's Algorithm 1, line 14; the official code does not).
         maximize: Ascend instead of descend.
@@ -196,6 +196,7 @@ class SGDSaI(Optimizer):
         group = self.param_groups[-1]
         try:
             _check_params(group)
+            RULES[group["update"]].check(group, whole_shapes(group["params"]))
             if self._releases is not None:
                 refuse_normalize(group)
         except ValueError:
@@ -346,22 +347,27 @@ class SGDSaI(Optimizer):
         group = parts[0].group
         rule = RULES[group["update"]]
         unit = largest[group.get("normalize_over")] if group["normalize"] else 1.0
-        names = ("lr", "momentum", "weight_decay", "maximize", "stochastic_rounding", "foreach", "fused")
+        names = ("lr", "weight_decay", "maximize", "stochastic_rounding", "foreach", "fused")
         options: dict[str, Any] = {**{name: group[name] for name in names}, **of_scaler}
-        lists = (
-            [part.param for part in parts],
-            [part.grad for part in parts],
-            [momenta.momentum_of(part) if group["momentum"] != 0 else None for part in parts],
-            [rule.scale(part.gsnr, part.shape.numel()) / unit for part in parts],
-        )
-        if not (group["stochastic_rounding"] and in_many_processes()):
-            sgd_sai(*lists, grad_factors=factors, **options)
-            return
-        # One by one: of a sharded parameter ranks may draw fewer numbers, and replicas must be rounded alike.
-        group["rounding_step"] = group.get("rounding_step", 0) + 1
-        for part, own, *one in zip(parts, factors, *lists, strict=True):
-            with draw_alike(part.param.device, part.gsnr, part.number, group["rounding_step"]):
-                sgd_sai(*([value] for value in one), grad_factors=[own], **options)
+        factors_of = dict(zip((part.number for part in parts), factors, strict=True))
+        alike = group["stochastic_rounding"] and in_many_processes()
+        if alike:
+            group["rounding_step"] = group.get("rounding_step", 0) + 1
+        for portion in rule.portions(parts):
+            lists = (
+                [part.param for part in portion.parts],
+                portion.gradients,
+                portion.momenta,
+                [rule.scale(part.gsnr, part.shape.numel()) / unit for part in portion.parts],
+                [factors_of[part.number] for part in portion.parts],
+            )
+            if not alike:
+                sgd_sai(*lists[:4], grad_factors=lists[4], momentum=portion.momentum, **options)
+                continue
+            # One by one: of a sharded parameter ranks may draw fewer numbers, and replicas must be rounded alike.
+            for part, *one, own in zip(portion.parts, *lists, strict=True):
+                with draw_alike(part.param.device, part.gsnr, part.number, group["rounding_step"]):
+                    sgd_sai(*([value] for value in one), grad_factors=[own], momentum=portion.momentum, **options)
 
     def _unscale(self, parts: Sequence[Part], grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Undo GradScaler's scale; False if an infinity was found and the step is to be skipped."""

@@ -22,6 +22,8 @@ def named_groups(
     weight_decay: float,
     lr_ratios: Mapping[str, float] | None = None,
     freeze: Sequence[str] = (),
+    update: str | None = None,
+    matrices: Mapping[str, bool] | None = None,
 ) -> list[dict[str, Any]]:
     """Part groups by adapter and role and name them; what decays and a group's own rate stay as they came.
 
@@ -35,6 +37,8 @@ def named_groups(
         weight_decay: Likewise.
         lr_ratios: As for :func:`param_groups`, on top of a group's own rate.
         freeze: As for :func:`param_groups`.
+        update: Likewise.
+        matrices: Likewise.
 
     Returns:
         Groups with names that are all different. A parameter that the model does not have (of a loss with weights)
@@ -42,7 +46,8 @@ def named_groups(
     """
     given = _as_dicts(groups)
     trained = [p for p in model.parameters() if p.requires_grad]
-    standard = param_groups(model, lr=lr, weight_decay=weight_decay, lr_ratios=lr_ratios, freeze=freeze)
+    rules: dict[str, Any] = {"lr_ratios": lr_ratios, "freeze": freeze, "update": update, "matrices": matrices}
+    standard = param_groups(model, lr=lr, weight_decay=weight_decay, **rules)
     if _is_trainers_own(model, trained, given, weight_decay):
         return standard
     frozen = {id(p) for p in trained if not p.requires_grad}
@@ -52,12 +57,14 @@ def named_groups(
         own = {"lr": group.get("lr", lr), "weight_decay": group.get("weight_decay", weight_decay)}
         kept = {key: value for key, value in group.items() if key not in _OURS}
         members = {id(p): p for p in group["params"] if id(p) not in frozen}
-        parts = param_groups(model, **own, lr_ratios=lr_ratios, freeze=freeze, no_decay=lambda name, p: False)
+        parts = param_groups(model, **own, **rules, no_decay=lambda name, p: False)
         for part in parts:
             params = [(name, members.pop(id(p))) for name, p in part["params"] if id(p) in members]
             result.append({**part, **kept, "lr": part["lr"], "params": params})
         rest = [(names.get(key, f"parameter {place}"), p) for place, (key, p) in enumerate(members.items())]
-        result.append({"name": "base/decay", "role": "base", **kept, **own, "params": rest})
+        # Of a parameter that is not the model's nobody knows whether it is a hidden matrix.
+        rule = {"update": "factored"} if update == "orthogonal" else {}
+        result.append({"name": "base/decay", "role": "base", **rule, **kept, **own, "params": rest})
         for part in result[-len(parts) - 1 :]:
             part["name"] = _name(part["name"], group.get("name"), float(own["weight_decay"]))
     result = [group for group in result if group["params"]]

@@ -1,0 +1,179 @@
+r"""Hidden matrices move along their momentum made orthogonal: Muon's step, its rows of equal size as in NorMuon.
+
+.. math::
+    d_t = \mu m_t + (1 - \mu) g_t, \qquad O_t = \operatorname{rows}(\operatorname{orth}(d_t)), \qquad
+    \theta_t = (1 - \gamma\lambda)\, \theta_{t-1} - \gamma\, \frac{G}{\sqrt n}\, 0.2 \sqrt{\max(r, c)}\, O_t
+
+where orth replaces every singular value of an r by c matrix by about 1, by Newton-Schulz iteration (Muon, Keller Jordan
+and others, 2024), and rows divides each output's row by a running root-mean-square of its own and then gives the matrix
+its norm back (NorMuon, arXiv 2510.05491). The factor gives the elements of the step a root-mean-square of 0.2, so that
+AdamW's learning rates hold (arXiv 2502.16982, equation 4).
+
+Which tensors are hidden matrices is not for the optimizer to guess: :func:`hf_sai.param_groups` reads it from the model
+and writes the group's key ``matrices``; it gives all other tensors ``update="factored"``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sai.optim.layout import Part, local
+from hf_sai.optim.momentum import load, momentum_of, store
+from hf_sai.optim.rules.published import Portion, Published
+
+__all__ = ["FORMS", "ROW_MEAN_SQUARE", "Orthogonal", "newton_schulz"]
+
+#: What a group's tensors are, its key ``matrices`` -> the dimensions that number the matrices' rows, an output each.
+FORMS: dict[str, tuple[int, ...]] = {
+    "linear": (0,),
+    "linear_transposed": (1,),  # GPT-2's Conv1D
+    "convolution": (0,),  # all that one output sees is a row
+    "experts": (0, 1),  # each a matrix of its own
+    "experts_transposed": (0, 2),
+}
+
+#: Key of the running mean square of each row of what is orthogonal; float32.
+ROW_MEAN_SQUARE = "row_mean_square"
+
+#: How much of it stays from step to step, as in NorMuon.
+KEPT = 0.95
+
+#: Root-mean-square of a step's elements per unit of learning rate, as AdamW's steps have it in training.
+STEP_SIZE = 0.2
+
+# Muon's: they lead singular values from 0.005 on into 0.7 to 1.2 within five rounds, which is near enough.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ROUNDS = 5
+
+# Elements of the matrices that are made orthogonal in one batch: bounds the temporary memory of a step.
+_BATCH = 1 << 25
+
+
+class Orthogonal(Published):
+    """State: a momentum and ``ROW_MEAN_SQUARE``."""
+
+    name = "orthogonal"
+    keys = (ROW_MEAN_SQUARE,)
+
+    def check(self, group: dict[str, Any], shapes: Sequence[torch.Size]) -> None:
+        form = group.get("matrices")
+        if form not in FORMS:
+            raise ValueError(
+                f"update='orthogonal' is for hidden matrices, and a group says with matrices={form!r} that it does not "
+                "know whether its tensors are some; let hf_sai.create_sgd_sai_optimizer(model, update='orthogonal') or "
+                "hf_sai.param_groups(model, update='orthogonal') read it from the model."
+            )
+        fitting = {"linear": 2, "experts": 3}.get(form.removesuffix("_transposed"))
+        wrong = next((shape for shape in shapes if len(shape) != (fitting or max(3, len(shape)))), None)
+        if wrong is not None:
+            raise ValueError(f"matrices={form!r} does not fit a tensor of shape {tuple(wrong)}.")
+
+    def kept(self, part: Part) -> dict[str, tuple[int, ...]]:
+        return {ROW_MEAN_SQUARE: FORMS[part.group["matrices"]]}
+
+    def allocate(self, part: Part) -> None:
+        for key, dims in self.kept(part).items():
+            if key not in part.state:
+                part.state[key] = part.zeros(torch.float32, dims)
+
+    def scale(self, gsnr: float, numel: int) -> float:
+        return gsnr / math.sqrt(numel)
+
+    def portions(self, parts: Sequence[Part]) -> Iterator[Portion]:
+        """Matrices of one size in batches: what each moves along, its momentum being advanced already."""
+        alike: dict[Any, list[Part]] = defaultdict(list)
+        for part in parts:
+            self.allocate(part)
+            matrices = _as_matrices(part.param, part.group["matrices"])
+            alike[tuple(sorted(matrices.shape[1:])), part.param.device].append(part)
+        for (size, _), of_size in alike.items():
+            room = max(1, _BATCH // math.prod(size))
+            batch: list[Part] = []
+            count = 0
+            for part in of_size:
+                number = part.param.numel() // math.prod(size)
+                if batch and count + number > room:
+                    yield _portion(batch)
+                    batch, count = [], 0
+                batch.append(part)
+                count += number
+            yield _portion(batch)
+
+
+def newton_schulz(matrices: Tensor) -> Tensor:
+    """Replace the singular values of matrices by about 1 (0.7 to 1.2), those near 0 by something between.
+
+    Args:
+        matrices: Of shape (number, rows, columns), rows <= columns, of any norm; zeros stay zeros. Computed in their
+            dtype, for which bfloat16 suffices.
+    """
+    a, b, c = _COEFFICIENTS
+    norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    x = matrices / norms.clamp(min=torch.finfo(torch.float32).tiny).to(matrices.dtype)
+    for _ in range(_ROUNDS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _portion(parts: Sequence[Part]) -> Portion:
+    device = parts[0].param.device
+    # Of accelerators bfloat16 is the fast dtype; on CPU it is the slow one.
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    stacks = [_as_matrices(_advanced(part), part.group["matrices"]) for part in parts]
+    flips = [stack.shape[1] > stack.shape[2] for stack in stacks]
+    batch = torch.cat([(s.mT if flip else s).to(dtype) for s, flip in zip(stacks, flips, strict=True)])
+    directions = []
+    orthogonal = newton_schulz(batch).split([len(stack) for stack in stacks])
+    for part, own, flip in zip(parts, orthogonal, flips, strict=True):
+        direction = torch.empty(part.param.shape, dtype=torch.float32, device=device)
+        _as_matrices(direction, part.group["matrices"]).copy_(_sized(own.mT if flip else own, part))
+        directions.append(direction)
+    return Portion(parts, directions, [None] * len(parts), 0.0)
+
+
+def _advanced(part: Part) -> Tensor:
+    """Advance the momentum; returns what is to be made orthogonal, float32 or better.
+
+    A gradient whose norm is not finite leaves the momentum as it is: within a matrix it would not stay where it is.
+    """
+    g = -part.grad if part.group["maximize"] else part.grad
+    g = g.to(torch.promote_types(g.dtype, torch.float32))
+    mu = part.group["momentum"]
+    if mu == 0:
+        return torch.where(torch.linalg.vector_norm(g).isfinite(), g, 0.0)
+    kept = momentum_of(part)
+    m = load(kept).to(g.dtype)
+    g = torch.where(torch.linalg.vector_norm(g).isfinite(), g, m)
+    m = m.lerp(g, 1 - mu)
+    store(kept, m)
+    return m.lerp(g, 1 - mu)  # Nesterov
+
+
+def _sized(orthogonal: Tensor, part: Part) -> Tensor:
+    """Give all rows about the same size, and the elements a root-mean-square of ``STEP_SIZE``."""
+    squares = orthogonal.float().square().mean(2, keepdim=True)
+    running = _as_matrices(local(part.state[ROW_MEAN_SQUARE]), part.group["matrices"])
+    running.lerp_(squares, 1 - KEPT)
+    tiny = torch.finfo(torch.float32).tiny
+    even = orthogonal / running.clamp(min=tiny).sqrt()
+    sizes = even.square().mean((1, 2), keepdim=True)
+    before = squares.mean(1, keepdim=True)
+    factor = STEP_SIZE * math.sqrt(max(orthogonal.shape[1:]))
+    if part.group["maximize"]:  # the momentum has the other sign already, and the update changes it once more
+        factor = -factor
+    return even * (before / sizes.clamp(min=tiny)).sqrt() * factor
+
+
+def _as_matrices(tensor: Tensor, form: str) -> Tensor:
+    """A tensor as (number, rows, columns), sharing its memory if it is contiguous; also one with a size per row."""
+    if form == "convolution":
+        return tensor.flatten(1).unsqueeze(0)
+    matrices = tensor if form.startswith("experts") else tensor.unsqueeze(0)
+    return matrices.mT if form.endswith("transposed") else matrices
