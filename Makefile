@@ -8,7 +8,7 @@ GPT2 := recipes/gpt2_pretraining
 DIFFUSERS := recipes/diffusers_text_to_image
 
 .PHONY: bench results demo demo-diffusers model-cards docs dist test test-quick test-main test-oldest test-oldest-torch \
-	test-slow test-gpu lint format clean
+	test-timm test-slow test-gpu lint format clean
 
 bench: .venv-bench/.installed ## Time the step beside other optimizers', into docs/research/step_speed.md and its pictures (10 minutes)
 	.venv-bench/bin/python benchmarks/step_speed.py gpt2 gpt2-medium:6 gpt2-xl:2 vit-h-14:4 split-16 split-1024 \
@@ -43,7 +43,7 @@ dist: .venv/.installed ## Build wheel and sdist into dist/, check them, and inst
 	$(PYTHON) -m venv .venv-dist
 	.venv-dist/bin/pip install --quiet --constraint constraints.txt dist/*.whl
 	cd /tmp && $(CURDIR)/.venv-dist/bin/python -m hf_sai --version
-	for extra in trainer peft plots hub recipes diffusers quant speed all bench docs dev; do \
+	for extra in trainer peft plots hub recipes diffusers quant speed timm all bench docs dev; do \
 		.venv-dist/bin/pip install --quiet --dry-run --constraint constraints.txt "$$(ls dist/*.whl)[$$extra]" \
 			&& echo "extra $$extra resolves" || exit 1; done
 
@@ -63,6 +63,9 @@ test-oldest-torch: ## The same, the optimizer and the groups with the oldest tor
 	.venv-oldest-torch/bin/pip install --quiet torch==2.6.0 transformers==4.56.0 accelerate==1.10.1 "numpy<3"
 	.venv-oldest-torch/bin/pip install --quiet --editable ".[trainer,peft,speed]" pytest pytest-timeout
 	.venv-oldest-torch/bin/python -m pytest tests/trainer/test_registration.py tests/optim tests/groups tests/kernels
+
+test-timm: .venv-timm/.installed ## Our names in timm, apart, since torchvision from PyPI is built for CUDA
+	.venv-timm/bin/python -m pytest tests/trainer/test_timm.py
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
@@ -104,6 +107,12 @@ clean: ## Remove the environments and all runs
 .venv/.installed: .venv/.recipes
 	$(PIP) --editable ".[all,dev,docs]"
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable ".[deepspeed]"
+	touch $@
+
+.venv-timm/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-timm
+	.venv-timm/bin/pip install --quiet --constraint constraints.txt torch
+	.venv-timm/bin/pip install --quiet --constraint constraints.txt --editable ".[timm]" pytest pytest-timeout
 	touch $@
 
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt
