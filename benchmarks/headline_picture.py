@@ -25,11 +25,8 @@ from hf_sai.runs.record import RECORD_FILE, RunRecord
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "headline.png"
-#: Label, run, colour, marker: told apart without colour, too.
-RUNS = (
-    ("AdamW", "gpt2_demo_adamw", "#b4541a", "s"),
-    ("SGD-SaI, factored", "gpt2_demo", "#00796b", "o"),
-)
+#: Run, colour, marker: told apart without colour, too.
+RUNS = (("gpt2_demo_adamw", "#b4541a", "s"), ("gpt2_demo", "#00796b", "o"))
 
 
 def main() -> None:
@@ -39,16 +36,27 @@ def main() -> None:
 
 def digest() -> str:
     """Of the records that the picture is drawn from."""
-    files = (ROOT / "model_cards" / run / RECORD_FILE for _, run, _, _ in RUNS)
+    files = (ROOT / "model_cards" / run / RECORD_FILE for run, _, _ in RUNS)
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def name(optimizer: dict) -> str:
+    """What a record's optimizer is called in the picture."""
+    options = optimizer["options"]
+    rule = options.get("update", options.get("normalize_gradient"))  # the latter in records of before
+    if optimizer["name"] == "SGDSaI":
+        return f"SGD-SaI, {rule or 'published'}"
+    beta1 = options["betas"][0]
+    return "AdamW" if beta1 == 0.9 else f"AdamW, beta1 {beta1:g}"
 
 
 def draw() -> bytes:
     """The picture as a PNG file."""
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, (curves, bars) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=(2, 1), layout="constrained")
-    for label, run, colour, marker in RUNS:
+    for run, colour, marker in RUNS:
         record = RunRecord.load(ROOT / "model_cards" / run)
+        label = name(record.optimizer)
         losses = dict(record.curve("eval_loss"))  # the last evaluation is logged twice
         curves.plot(list(losses), list(losses.values()), color=colour, marker=marker, label=label)
         state = record.state_bytes / 1e6

@@ -4,8 +4,9 @@
     python benchmarks/results.py --check    # changes nothing; names the pages that are out of date
 
 A table stands between `<!-- results: NAME -->` and `<!-- /results -->`; everything outside is written by hand. In
-docs/results.json "collected" is made anew from each recipe's `results/` and from docs/research/step_speed.json; "stated" holds
-the few numbers whose runs are not kept, with the command, the date and the machine, and is edited by hand.
+docs/results.json "collected" is made anew from each recipe's `results/` and from docs/research/step_speed.json;
+"stated" holds the few numbers whose runs are not kept, with the command, the date and the machine, and is edited by
+hand.
 """
 
 from __future__ import annotations
@@ -275,7 +276,9 @@ def command_section(parser: argparse.ArgumentParser) -> str:
         if isinstance(action, argparse._HelpAction):
             continue
         name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
-        values = f"{{{','.join(map(str, action.choices))}}}" if action.choices else action.metavar or action.dest.upper()
+        values = (
+            f"{{{','.join(map(str, action.choices))}}}" if action.choices else action.metavar or action.dest.upper()
+        )
         takes_value = bool(action.option_strings) and action.nargs != 0
         help_text = (action.help or "") % {**vars(action), "prog": parser.prog}
         rows.append([f"`{name} {values}`" if takes_value else f"`{name}`", help_text])

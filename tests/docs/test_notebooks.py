@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+
 from notebooks import NOTEBOOKS, ROOT, cells, run_notebook
 
 

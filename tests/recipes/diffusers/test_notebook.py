@@ -1,6 +1,7 @@
 """The notebook of diffusers runs from top to bottom on a checkpoint that knows nothing."""
 
 import pytest
+
 from notebooks import run_notebook
 
 
