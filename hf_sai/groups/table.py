@@ -34,7 +34,8 @@ def describe_groups(groups: SGDSaI | Sequence[dict[str, Any]]) -> GroupTable:
         groups: An optimizer, whose g-SNR is shown, or what ``param_groups`` returned, before anything is measured.
 
     Returns:
-        The table, as text; a notebook shows it as HTML. After training, a group with unmeasured parameters says UNMEASURED, and their names follow below.
+        The table, as text, which a notebook shows as HTML. After training, a group with unmeasured parameters says
+        UNMEASURED, and their names follow below.
 
     Example:
         >>> from torch import nn
