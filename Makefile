@@ -7,12 +7,19 @@ LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate_configs/cpu.
 GPT2 := recipes/gpt2_pretraining
 DIFFUSERS := recipes/diffusers_text_to_image
 
-.PHONY: bench results demo demo-diffusers model-cards docs dist test test-quick test-main test-oldest test-oldest-torch \
-	test-timm test-slow test-gpu lint format clean
+.PHONY: bench gpu gpu-rehearsal results demo demo-diffusers model-cards docs dist test test-quick test-main test-oldest \
+	test-oldest-torch test-timm test-slow test-gpu lint format clean
 
 bench: .venv-bench/.installed ## Time the step beside other optimizers', into docs/research/step_speed.md and its pictures (10 minutes)
 	.venv-bench/bin/python benchmarks/step_speed.py gpt2 gpt2-medium:6 gpt2-xl:2 vit-h-14:4 split-16 split-1024 \
 		llama-2-7b:1 --rounds 7 --output docs/research/step_speed
+
+gpu: .venv/.installed ## Measure on the GPU that is here, in nine minutes, into docs/gpu.md; also where parts fail
+	PYTHON=$(BIN)/python benchmarks/gpu/run.sh runs/gpu; $(BIN)/python -m benchmarks.gpu.report runs/gpu
+
+gpu-rehearsal: .venv/.installed ## The same in tiny sizes on the CPU, into runs/gpu_rehearsal
+	PYTHON=$(BIN)/python benchmarks/gpu/run.sh --rehearse runs/gpu_rehearsal
+	$(BIN)/python -m benchmarks.gpu.report runs/gpu_rehearsal --output runs/gpu_rehearsal
 
 results: .venv/.installed ## Write the tables of README and docs from what the benchmarks left
 	$(BIN)/python benchmarks/results.py

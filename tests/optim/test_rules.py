@@ -66,6 +66,8 @@ def test_every_path_equals_the_reference(how, path, options):
 
 @pytest.mark.parametrize("momentum_dtype", [torch.bfloat16, "8bit"], ids=str)
 def test_low_bit_momentum_stays_near_the_reference(momentum_dtype):
+    if momentum_dtype == "8bit":
+        pytest.importorskip("bitsandbytes")
     params = make_params()
     before = params[0].detach().double().clone()
     optimizer = SGDSaI(params, lr=1e-2, update="rows", momentum_dtype=momentum_dtype)
