@@ -36,6 +36,7 @@ BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- /results -->)", re.D
 ADAMW, SHORT, PUBLISHED = "adamw", "adamw, beta1 0.8", "sgd_sai"
 FACTORED, PRESET = "sgd_sai, factored gradient", "sgd_sai, factored gradient, momentum 0.8"
 PRESET_8BIT = PRESET + ", 8 bits"
+ORTHOGONAL = "sgd_sai, orthogonal"
 #: What the settings of a GPT-2 sweep are called elsewhere; the runs were made when `update` was `normalize_gradient`.
 GPT2_SWEEP = {
     "demo_adamw": {"": ADAMW, "--adam_beta1 0.8": SHORT},
@@ -50,6 +51,7 @@ GPT2_SWEEP = {
         "--optim_args normalize_gradient=factored,momentum=0.95": FACTORED + ", momentum 0.95",
         "": PRESET,
         "--optim sgd_sai": PUBLISHED,
+        "--optim sgd_sai_orthogonal": ORTHOGONAL,
         "--optim sgd_sai_8bit": "sgd_sai, 8-bit momentum",
         "--optim sgd_sai_4bit": "sgd_sai, 4-bit momentum",
         "--optim sgd_sai --optim_args momentum=0.8": "sgd_sai, momentum 0.8",
@@ -173,7 +175,9 @@ def loss(results: dict, task: str, name: str) -> str:
 
 
 def accuracy(results: dict, name: str) -> str:
-    entry = results["collected"]["vit_classification"][name]
+    entry = results["collected"]["vit_classification"].get(name)
+    if entry is None:
+        return ""
     return f"{100 * entry['eval_accuracy']:.1f} ± {100 * entry['eval_accuracy_std']:.1f}"
 
 
@@ -214,7 +218,7 @@ def headline(results: dict) -> str:
     }
     rows = []
     for task, title in titles.items():
-        names = (ADAMW, best_adamw(results, task), PRESET, PUBLISHED)
+        names = (ADAMW, best_adamw(results, task), ORTHOGONAL, PRESET, PUBLISHED)
         if task == "vit_classification":
             rows.append([title, *bold_best([accuracy(results, name) for name in names], max)])
         else:
@@ -222,12 +226,14 @@ def headline(results: dict) -> str:
     gpt2 = speed_rows("gpt2")
     timed = [gpt2[name] for name in ("torch AdamW, fused", "SGD-SaI, factored gradient", "SGD-SaI")]
     bytes_each = [f"{row['state_bytes_per_parameter']:.2f}" for row in timed]
-    rows.append(["optimizer state, bytes per parameter", bytes_each[0], *bytes_each])
-    ratios = ["1", "1", *(f"{row['ratio']['median']:.2f}" for row in timed[1:])]
+    bytes_each[1:1] = [bytes_each[0], ""]
+    rows.append(["optimizer state, bytes per parameter", *bytes_each])
+    ratios = ["1", "1", "", *(f"{row['ratio']['median']:.2f}" for row in timed[1:])]
     rows.append(["time of the step on a CPU, GPT-2 small", *ratios])
     settings = {setting(best_adamw(results, task)) for task in titles}
+    ours = ("`sgd_sai_orthogonal`", "`sgd_sai_factored`", "`sgd_sai`, published")
     best = f"AdamW, {settings.pop()}" if len(settings) == 1 else "AdamW, its best setting"
-    return markdown_table(["evaluation loss", "AdamW", best, "`sgd_sai_factored`", "`sgd_sai`, published"], rows)
+    return markdown_table(["evaluation loss", "AdamW", best, *ours], rows)
 
 
 def setting(name: str) -> str:
@@ -237,14 +243,19 @@ def setting(name: str) -> str:
 
 def which_update(results: dict) -> str:
     """docs/which_update.md: every choice of the page on every task, AdamW's best setting named in its cell."""
+    ours = {
+        "sgd_sai_orthogonal": ORTHOGONAL,
+        "sgd_sai_factored": PRESET,
+        "sgd_sai_factored_8bit": PRESET_8BIT,
+        "sgd_sai": PUBLISHED,
+    }
     rows = []
     for task, (title, _, _) in TASKS.items():
         best = best_adamw(results, task)
-        cells = [loss(results, task, name) for name in (ADAMW, best, PRESET, PRESET_8BIT, PUBLISHED)]
+        cells = [loss(results, task, name) for name in (ADAMW, best, *ours.values())]
         cells[1] += f" ({setting(best)})"
         rows.append([f"{title}, {LENGTHS[task].split(', ')[1]}", *bold_best(cells)])
-    head = ["task", "AdamW", "AdamW, best setting", "`sgd_sai_factored`", "`sgd_sai_factored_8bit`", "`sgd_sai`"]
-    return markdown_table(head, rows)
+    return markdown_table(["task", "AdamW", "AdamW, best setting", *(f"`{name}`" for name in ours)], rows)
 
 
 def starts(results: dict) -> str:
