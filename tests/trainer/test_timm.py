@@ -16,9 +16,7 @@ if not torch.cuda.is_available():
     library = torch.library.Library("torchvision", "FRAGMENT")
     with contextlib.suppress(RuntimeError):  # they are there
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define(
-            "qnms(Tensor dets, Tensor scores, float iou_threshold, float scale, int zero_point) -> Tensor"
-        )
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold, float scale, int zero_point) -> Tensor")
 
 import timm
 from timm.optim import create_optimizer_v2, list_optimizers
