@@ -9,12 +9,6 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted({ROOT / "README.md", *ROOT.glob("docs/**/*.md")})
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 MOST_WORDS = 25
-#: Pages that are still to be rewritten; strict, so that a page that has been is taken out of here.
-NOT_YET = {"docs/distributed.md"}
-NAMES = [
-    pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="to be rewritten")) if name in NOT_YET else name
-    for name in NAMES
-]
 
 
 def blocks(text):
