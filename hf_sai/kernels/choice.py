@@ -52,7 +52,9 @@ def _compiled(
         if choice.traced or not of_device(p) or not when(p, m, factors, choice) or not is_ordinary(p):
             return False
         module = _imported(name)
-        return module is not None and module.can_update(p, g, m)
+        if module is None:
+            return False
+        return module.can_update(p, g, m, factors) if device_type == "cuda" else module.can_update(p, g, m)
 
     def update(*lists: Any, **options: Any) -> None:
         module = _imported(name)
@@ -74,19 +76,15 @@ def _is_plain(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: 
     return True
 
 
-def _suits_triton(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-    # Only if asked: nobody has timed it. Its table of addresses is made anew each step, and a captured graph would
-    # replay the old one.
-    rounds = choice.stochastic_rounding and p.dtype == torch.bfloat16
-    quantised = isinstance(m, QuantizedMomentum)
-    return bool(choice.fused) and not rounds and not quantised and not torch.cuda.is_current_stream_capturing()
+def _if_asked(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
+    return bool(choice.fused)  # Triton's kernels have not run on a GPU: nobody knows that they are right and faster there
 
 
 KERNELS[:] = [
     _compiled("numba_factored", "cpu", _is_normalised, multiplies=True),
     _compiled("numba_lowbit", "cpu", _is_low_bit),
     _compiled("numba_plain", "cpu", _is_plain, unscales=True),
-    _compiled("triton_plain", "cuda", _suits_triton, unscales=True),
+    _compiled("triton_step", "cuda", _if_asked, unscales=True, multiplies=True, rounds=True),
     Kernel("bitsandbytes_8bit", bitsandbytes_8bit.takes, bitsandbytes_8bit.update),
     Kernel("torch_fused", torch_fused.takes, torch_fused.update, unscales=True),
 ]

@@ -447,7 +447,6 @@ def _identities(group: dict[str, Any]) -> list[tuple[weakref.ref[Tensor], torch.
 
 def _check_group(options: dict[str, Any]) -> None:
     check_options(options)
-    momenta.require_quantizer(options["momentum_dtype"])
 
 
 def _check_params(group: dict[str, Any]) -> None:
