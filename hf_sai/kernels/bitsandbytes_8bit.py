@@ -18,9 +18,11 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
     """Whether the kernel takes these: dense, of 16- or 32-bit float dtypes, the momentum in 8 bits."""
-    if not has_bitsandbytes() or (choice.stochastic_rounding and p.dtype == torch.bfloat16):
+    if choice.stochastic_rounding and p.dtype == torch.bfloat16:
         return False
     if not (isinstance(m, QuantizedMomentum) and m.is_8bit and m.fits(p) and g.shape == p.shape):
+        return False
+    if not has_bitsandbytes():
         return False
     return p.is_contiguous() and is_ordinary(p) and p.dtype in _DTYPES
 

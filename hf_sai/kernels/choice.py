@@ -90,16 +90,24 @@ KERNELS[:] = [
 ]
 
 
-def _factors_by_numba(parts: Sequence[Part]) -> dict[int, Sequence[Tensor]]:
-    """Factors of ``update="factored"`` for those parts that numba takes, by their index."""
-    wanted = {id(group): group["fused"] or group["fused"] is group["foreach"] for group in (p.group for p in parts)}
+def _factors_by(name: str, parts: Sequence[Part], wants: Callable[[Part], bool]) -> dict[int, Sequence[Tensor]]:
+    """Factors of ``update="factored"`` for those of the wanted parts that a module's kernels take, by their index."""
     mine = {
         index: part
         for index, part in enumerate(parts)
-        if wanted[id(part.group)] and part.param.is_cpu and is_ordinary(part.param) and not part.holders()
+        if wants(part) and is_ordinary(part.param) and not part.holders()
     }
-    module = compiled_module("numba_factored") if mine else None
+    module = compiled_module(name) if mine else None
     return {} if module is None else module.factors(mine)
 
 
-FASTER[:] = [_factors_by_numba]
+def _factors_by_numba(parts: Sequence[Part]) -> dict[int, Sequence[Tensor]]:
+    wanted = {id(group): group["fused"] or group["fused"] is group["foreach"] for group in (p.group for p in parts)}
+    return _factors_by("numba_factored", parts, lambda part: wanted[id(part.group)] and part.param.is_cpu)
+
+
+def _factors_by_triton(parts: Sequence[Part]) -> dict[int, Sequence[Tensor]]:
+    return _factors_by("triton_factored", parts, lambda part: part.group["fused"] and part.param.is_cuda)
+
+
+FASTER[:] = [_factors_by_numba, _factors_by_triton]
