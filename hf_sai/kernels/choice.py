@@ -1,4 +1,7 @@
-"""Which kernel updates a tensor: the table of all kernels, in the order in which they are asked."""
+"""Which kernel updates a tensor: the table of all kernels, in the order in which they are asked.
+
+Triton's are used with ``fused=True`` alone: no run on a GPU has shown them right and faster yet.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,9 @@ def _is_plain(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: 
 
 
 def _if_asked(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-    return bool(choice.fused)  # Triton's kernels have not run on a GPU: nobody knows that they are right and faster there
+    return bool(
+        choice.fused
+    )  # Triton's kernels have not run on a GPU: nobody knows that they are right and faster there
 
 
 KERNELS[:] = [

@@ -81,7 +81,7 @@ def factors(parts: Mapping[int, Part]) -> dict[int, Sequence[Tensor]]:
 
 
 def _addresses_of_means(part: Part) -> tuple[int, ...] | None:
-    """Of the running means of the whole, of rows and of columns (of a vector's elements three times); None to refuse."""
+    """Of the means of the whole, of rows and of columns (of a vector's elements three times); None to refuse."""
     g = part.grad
     height, width = _lines(g)
     if g.dtype not in DTYPES or not g.is_contiguous() or g.numel() == 0 or width > LONGEST_ROW:
@@ -195,10 +195,16 @@ def _add_squares(  # type: ignore[no-untyped-def]
         across, down = tl.cdiv(width, tile_columns), tl.cdiv(height, tile_rows)
         of_columns = of_rows + across * height
         i, j = number // across, number % across
-        if ((i + 1) * tile_rows <= height) & ((j + 1) * tile_columns <= width):  # as in the step: no mask, wide accesses
-            _add_tile(g, of_rows, of_columns, i, j, height, width, in_16_bytes, tile_rows, tile_columns, at_a_time, False)
+        if ((i + 1) * tile_rows <= height) & (
+            (j + 1) * tile_columns <= width
+        ):  # as in the step: no mask, wide accesses
+            _add_tile(
+                g, of_rows, of_columns, i, j, height, width, in_16_bytes, tile_rows, tile_columns, at_a_time, False
+            )
         else:
-            _add_tile(g, of_rows, of_columns, i, j, height, width, in_16_bytes, tile_rows, tile_columns, at_a_time, True)
+            _add_tile(
+                g, of_rows, of_columns, i, j, height, width, in_16_bytes, tile_rows, tile_columns, at_a_time, True
+            )
         # All that this program has written must be seen by the one that counts last; as a grid's barrier would do it.
         tl.debug_barrier()
         done = table + 9 * tensors + tensor
@@ -233,8 +239,8 @@ def _add_tile(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _finish(  # type: ignore[no-untyped-def]
-    of_rows, of_columns, factors, whole_mean, row_means, column_means, height, width, across, down, before, after, weight,
-    line: tl.constexpr, parts_at_a_time: tl.constexpr,
+    of_rows, of_columns, factors, whole_mean, row_means, column_means, height, width, across, down, before, after,
+    weight, line: tl.constexpr, parts_at_a_time: tl.constexpr,
 ):  # fmt: skip
     """Add up what the tiles left, bring the running means up to date, and write the factors."""
     totals = tl.zeros([line], dtype=tl.float32)

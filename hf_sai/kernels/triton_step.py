@@ -169,7 +169,7 @@ def _rows(params: Any, grads: Any, kept: Any, factors: Any) -> list[list[int]]:
 
 @functools.cache
 def _code_tables(kind: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Values of the codes; uint8[65536], the nearest code of the least number that begins with these 16 bits; midpoints.
+    """Values; uint8[65536], the nearest code of the least number that begins with these 16 bits; midpoints.
 
     Of all numbers that begin so at most one is a midpoint, so that the nearest code of each is this one or the next.
     """

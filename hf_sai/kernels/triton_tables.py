@@ -99,7 +99,11 @@ def _on_host(content: tuple[tuple[int, ...], ...], programs: tuple[int, ...]) ->
 
 
 def _made(
-    device: torch.device, content: tuple[tuple[int, ...], ...], programs: tuple[int, ...], stream: int, old: Table | None
+    device: torch.device,
+    content: tuple[tuple[int, ...], ...],
+    programs: tuple[int, ...],
+    stream: int,
+    old: Table | None,
 ) -> Table:
     alike = old is not None and old.programs == programs
     owners = old.owners if old is not None and alike else tensor_of_program(programs).to(device)

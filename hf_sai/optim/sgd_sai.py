@@ -92,15 +92,17 @@ class SGDSaI(Optimizer):
         maximize: Ascend instead of descend.
         momentum_dtype: What the momentum is kept in: None for the parameter's dtype, another float dtype such as
             ``torch.bfloat16``, or ``"8bit"`` or ``"4bit"`` for bitsandbytes' blocks of 256 or 128 elements with a
-            float32 scale each (extra ``quant``; tensors below 4096 elements stay as they are). 4, 2, 1.02 or 0.53
-            bytes per element. The update is computed in float32 then: on CPU in one pass over memory for float32
-            parameters (extra ``speed``), on CUDA in bitsandbytes' kernel for ``"8bit"``, else one tensor at a time.
+            float32 scale each (tensors below 4096 elements stay as they are). 4, 2, 1.02 or 0.53 bytes per element.
+            The update is computed in float32 then: on CPU in one pass over memory for float32 parameters (extra
+            ``speed``), on CUDA in Triton's kernel with ``fused=True``, in bitsandbytes' for ``"8bit"`` (extra
+            ``quant``), else one tensor at a time.
         stochastic_rounding: Round bfloat16 parameters up or down at random, for training without float32 copies of
             them. Draws from torch's random number generator; with several processes the same numbers on all, so that
             replicas stay equal.
         foreach: Use torch's multi-tensor operations, which need temporary memory of the size of the parameters.
         fused: Update in one pass over memory and without temporary memory, decay included, with numba's kernel on CPU
-            (extra ``speed``; float32 and float64, all tensors in one call) and Triton's on CUDA; without them with
+            (extra ``speed``; float32 and float64, all tensors in one call) and Triton's on CUDA (which has not run on a
+            GPU yet, and so is never chosen unasked); without them with
             torch's fused SGD kernel, in two passes. What no kernel takes, such as a parameter with transposed memory,
             is updated by itself. If ``foreach`` and ``fused`` are both None, so are CPU parameters, and CUDA's take
             ``foreach``. ``foreach=False`` is the plain loop.
