@@ -29,6 +29,7 @@ LONGER = (
     "groups/test_peft_tuners.py::test_merging_and_unmerging_keep_scales",
     "groups/test_peft_tuners.py::test_saving_loading_and_resuming_keep_scales",
     "kernels/test_numba_factored.py",
+    "kernels/test_triton.py",
     "optim/test_momentum.py::test_every_format_stays_near_the_reference",
     "publishing/test_publish.py",
     "recipes/common/test_stdlib_corpus.py",

@@ -36,6 +36,9 @@ def triton_alone(monkeypatch):
     kernel = update.Kernel("triton", takes, triton_step.update, unscales=True, multiplies=True, rounds=True)
     monkeypatch.setattr(update, "KERNELS", [kernel])
     monkeypatch.setattr(factored, "FASTER", [])
+    if DEVICE == "cpu":  # small tiles for small tensors, since the interpreter is slow
+        for name, size in (("TILE_ROWS", 32), ("TILE_COLUMNS", 64), ("LINE", 128)):
+            monkeypatch.setattr(triton_factored, name, size)
 
 
 def sums_by_triton(monkeypatch):
@@ -52,7 +55,7 @@ def set_gradients(params, seed, common=7):
     alike, noise = torch.Generator().manual_seed(common), torch.Generator().manual_seed(seed)
     for p in params:
         g = torch.randn(p.shape, generator=alike) + 0.5 * torch.randn(p.shape, generator=noise)
-        if g.ndim > 1:
+        if g.ndim > 1 and len(g) > 1:
             g *= torch.logspace(-2, 1, len(g)).view(-1, *[1] * (g.ndim - 1))
         p.grad = g.to(p.device, p.dtype)
 
@@ -68,7 +71,7 @@ def test_parameters_move_as_the_references_do(how, dtype, options, monkeypatch):
     params = parameters(dtype)
     params += [nn.Parameter(torch.empty(0, 3, device=DEVICE, dtype=dtype))]
     start = [p.detach().clone() for p in params]
-    rate = 0.5  # so that parameters move by more than their dtype rounds
+    rate = 4.0  # so that parameters move by more than their dtype rounds
     optimizer = SGDSaI(params, lr=rate, update=how, fused=True, **options)
     reference = ReferenceSGDSaI(params[:-1], lr=rate, update=how, **options)
     for step in range(3):
@@ -121,7 +124,7 @@ def test_what_is_not_finite_does_not_pass_for_a_number(kind, bad):
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf")], ids=str)
 def test_factors_and_running_means_are_the_plain_paths(dtype, bad, monkeypatch):
-    shapes = [*SHAPES, (300, 270), (5, 1100)]  # several tiles, and a line of more than one turn
+    shapes = [*SHAPES, (140, 130), (5, 300)]  # several tiles, and a line of more than one turn
     ours, theirs = parameters(dtype, shapes), parameters(dtype, shapes)
     kept = []
     for params in (ours, theirs):
