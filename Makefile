@@ -5,14 +5,22 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate_configs/cpu.yaml
 GPT2 := recipes/gpt2_pretraining
+OLDEST := tests/trainer/test_registration.py tests/trainer/test_optim_args.py
 DIFFUSERS := recipes/diffusers_text_to_image
 
-.PHONY: bench results demo demo-diffusers model-cards test test-quick test-main test-oldest test-slow test-gpu lint format \
+.PHONY: bench gpu gpu-rehearsal results demo demo-diffusers model-cards test test-quick test-main test-oldest test-timm test-slow test-gpu lint format \
 	clean
 
 bench: .venv-bench/.installed ## Time the step beside other optimizers', into docs/step_speed.md and its pictures (10 minutes)
 	.venv-bench/bin/python benchmarks/step_speed.py gpt2 gpt2-medium:6 gpt2-xl:2 vit-h-14:4 split-16 split-1024 \
 		llama-2-7b:1 --rounds 7 --output docs/step_speed
+
+gpu: .venv/.installed ## Measure on the GPU that is here, in nine minutes, into docs/gpu.md; also where parts fail
+	PYTHON=$(BIN)/python benchmarks/gpu/run.sh runs/gpu; $(BIN)/python -m benchmarks.gpu.report runs/gpu
+
+gpu-rehearsal: .venv/.installed ## The same in tiny sizes on the CPU, into runs/gpu_rehearsal
+	PYTHON=$(BIN)/python benchmarks/gpu/run.sh --rehearse runs/gpu_rehearsal
+	$(BIN)/python -m benchmarks.gpu.report runs/gpu_rehearsal --output runs/gpu_rehearsal
 
 results: .venv/.installed ## Write the tables of README and docs from what the benchmarks left
 	$(BIN)/python benchmarks/results.py
@@ -40,8 +48,11 @@ test-quick: .venv/.installed ## What needs two minutes on two cores: no test mar
 test-main: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
-test-oldest: .venv-oldest/.installed ## The Trainer seam in the oldest transformers that is supported
-	.venv-oldest/bin/python -m pytest tests/trainer/test_registration.py
+test-oldest: .venv-oldest/.installed ## The Trainer seam and its options in the oldest transformers that is supported
+	.venv-oldest/bin/python -m pytest -m "not slow and not gpu" $(OLDEST)
+
+test-timm: .venv-timm/.installed ## Our names in timm, apart, since torchvision from PyPI is built for CUDA
+	.venv-timm/bin/python -m pytest tests/trainer/test_timm.py
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
@@ -83,6 +94,12 @@ clean: ## Remove the environments and all runs
 .venv/.installed: .venv/.recipes
 	$(PIP) --editable ".[all,dev]"
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable ".[deepspeed]"
+	touch $@
+
+.venv-timm/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-timm
+	.venv-timm/bin/pip install --quiet --constraint constraints.txt torch
+	.venv-timm/bin/pip install --quiet --constraint constraints.txt --editable ".[timm]" pytest pytest-timeout
 	touch $@
 
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt

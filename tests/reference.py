@@ -55,7 +55,32 @@ class Factored(Rows):
         return torch.where(root > 0, gradient / root, 0.0)
 
 
-RULES = {"published": Published, "rows": Rows, "factored": Factored}
+class Orthogonal(Rows):
+    """A matrix (outputs, inputs) along its orthogonal momentum: the momentum is here, not in ReferenceSGDSaI.
+
+    The singular values go through Muon's polynomial (3.4445 s - 4.775 s^3 + 2.0315 s^5, five times, from s over the
+    root of their squares' sum), which is what its matrix products do to them. Then NorMuon (arXiv 2510.05491).
+    """
+
+    def __init__(self, momentum=0.9):
+        self.momentum, self.buffer, self.row_squares = momentum, None, 0.0
+
+    def __call__(self, gradient):
+        self.buffer = gradient.clone() if self.buffer is None else self.buffer
+        self.buffer = self.momentum * self.buffer + (1 - self.momentum) * gradient
+        nesterov = self.momentum * self.buffer + (1 - self.momentum) * gradient
+        u, s, v = torch.linalg.svd(nesterov, full_matrices=False)
+        s = s / s.square().sum().sqrt()
+        for _ in range(5):
+            s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+        orthogonal = u * s @ v
+        squares = orthogonal.square().mean(1, keepdim=True)
+        self.row_squares = 0.95 * self.row_squares + 0.05 * squares
+        even = orthogonal / self.row_squares.sqrt()
+        return 0.2 * max(gradient.shape) ** 0.5 * even * orthogonal.norm() / even.norm()
+
+
+RULES = {"published": Published, "rows": Rows, "factored": Factored, "orthogonal": Orthogonal}
 
 
 class ReferenceSGDSaI:
@@ -65,7 +90,9 @@ class ReferenceSGDSaI:
         self.params = [p.detach().to(torch.float64).clone() for p in params]
         self.lr, self.momentum, self.weight_decay, self.eps = lr, momentum, weight_decay, eps
         self.maximize = maximize
-        self.rules = [RULES[update]() for _ in params]
+        self.rules = [RULES[update](momentum) if update == "orthogonal" else RULES[update]() for _ in params]
+        if update == "orthogonal":
+            self.momentum = 0.0  # the rule has it
         self.gsnr = self.buffers = None
 
     def step(self, gradients):

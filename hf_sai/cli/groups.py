@@ -14,6 +14,7 @@ from hf_sai.groups.table import describe_groups, group_table
 from hf_sai.memory.skeletons import build_skeleton
 from hf_sai.optim.gsnr import UNMEASURED, GSNRRow
 from hf_sai.optim.momentum import QUANTIZED
+from hf_sai.optim.rules import RULES
 
 __all__ = ["add_parser"]
 
@@ -31,6 +32,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("path", help="a model's or adapter's directory or name, or a Trainer checkpoint directory")
     parser.add_argument("--base-model", help="the adapter's base model, if it is not where the adapter says")
+    parser.add_argument("--update", choices=RULES, help="with orthogonal: also which tensors are hidden matrices")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that the model brings along")
     parser.set_defaults(run=run)
 
@@ -44,9 +46,11 @@ def run(args: argparse.Namespace) -> str:
     """
     optimizer_file = Path(args.path) / _OPTIMIZER_FILE
     if optimizer_file.is_file():
+        if args.update is not None:
+            raise ValueError(f"{args.path} holds an optimizer's state, which says its rule itself; leave out --update")
         return _table_of_checkpoint(optimizer_file, args)
     # The table says whether a group decays; any value above 0 will do.
-    return describe_groups(param_groups(_skeleton(args), lr=1.0, weight_decay=1.0))
+    return describe_groups(param_groups(_skeleton(args), lr=1.0, weight_decay=1.0, update=args.update))
 
 
 def _skeleton(args: argparse.Namespace) -> Any:

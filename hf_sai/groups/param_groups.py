@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,11 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_sai.groups.hidden_matrices import hidden_matrices
 from hf_sai.groups.peft_roles import Role, merged_adapters, peft_roles
 from hf_sai.optim.layout import look_at, whole_shapes
+from hf_sai.optim.options import DEFAULTS
 from hf_sai.optim.sgd_sai import SGDSaI
 
 __all__ = ["create_sgd_sai_optimizer", "no_decay_names", "param_groups"]
+
+logger = logging.getLogger(__name__)
 
 BASE = "base"
 
@@ -34,6 +39,8 @@ def param_groups(
     freeze: Sequence[str] = (),
     adapters: Sequence[str] = (),
     no_decay: Callable[[str, nn.Parameter], bool] | None = None,
+    update: str | None = None,
+    matrices: Mapping[str, bool] | None = None,
 ) -> list[dict[str, Any]]:
     """Returns optimizer groups in which every trainable parameter of ``model`` is in exactly one.
 
@@ -62,13 +69,21 @@ def param_groups(
             The other way is ``optimizer.add_param_group`` for each group of a later call, after the first switch.
         no_decay: Called with (name, parameter), True for a parameter that must not decay. Default: what
             ``no_decay_names`` lists.
+        update: The rule, written into every group. With ``"orthogonal"`` hidden matrices have groups of their own
+            (``base/linear``, ``base/linear_transposed``, ``base/convolution``, ``base/experts``; their key
+            ``matrices`` says what ``SGDSaI`` must know of them), and everything else, adapters too, takes
+            ``"factored"``. Default: no key, so that the optimizer's own option holds.
+        matrices: Regular expression -> whether the parameters in whose names it is found are hidden matrices; the last
+            that is found decides. Default: what :func:`hf_sai.groups.hidden_matrices.hidden_matrices` reads from the
+            model.
 
     Returns:
         The groups, in the order in which the model names their first parameters; none is empty.
 
     Raises:
         ValueError: No trainable parameter; a role or adapter the model does not have; a ratio that is not a positive
-            number; an adapter that is merged into the base weights and therefore cannot train.
+            number; an adapter that is merged into the base weights and therefore cannot train; ``matrices`` without
+            ``update="orthogonal"``, or with an expression that fits nothing.
 
     Example:
         >>> from torch import nn
@@ -103,9 +118,13 @@ def param_groups(
 
     if no_decay is None:
         names = no_decay_names(model)
-        groups = _assemble(named, lambda name, _: name in names, lr, weight_decay, ratios)
-    else:
-        groups = _assemble(named, no_decay, lr, weight_decay, ratios)
+
+        def no_decay(name: str, _: nn.Parameter) -> bool:
+            return name in names
+
+    groups = _assemble(named, no_decay, _hidden(model, named, update, matrices), lr, weight_decay, ratios)
+    for group in groups if update is not None else ():
+        group["update"] = "factored" if update == "orthogonal" and "matrices" not in group else update
     # Last, so that a refused call leaves the model as it was.
     for parameter in to_freeze:
         parameter.requires_grad_(False)
@@ -121,18 +140,22 @@ def create_sgd_sai_optimizer(
     freeze: Sequence[str] = (),
     adapters: Sequence[str] = (),
     no_decay: Callable[[str, nn.Parameter], bool] | None = None,
+    update: str = DEFAULTS["update"],
+    matrices: Mapping[str, bool] | None = None,
     **sai_options: Any,
 ) -> SGDSaI:
     """Returns an ``SGDSaI`` over ``param_groups(model, ...)``, in the shape of PEFT's ``create_loraplus_optimizer``.
 
     Args:
-        model: As for ``param_groups``, and so are ``lr``, ``lr_ratios``, ``freeze``, ``adapters`` and ``no_decay``.
+        model: As for ``param_groups``, and so are all arguments but the last.
         lr: Learning rate.
         weight_decay: Decoupled weight decay, 0 unless asked for, as PEFT's own optimizers have it.
         lr_ratios: Role -> factor on ``lr``.
         freeze: Roles not to train.
         adapters: Inactive adapters to hold groups for.
         no_decay: The rule for weight decay.
+        update: The update rule.
+        matrices: Which tensors are hidden matrices, where ``update="orthogonal"`` should not read it from the model.
         **sai_options: Passed on to ``SGDSaI``: ``momentum``, ``eps``, ``normalize``, ...
 
     Returns:
@@ -155,8 +178,10 @@ def create_sgd_sai_optimizer(
         freeze=freeze,
         adapters=adapters,
         no_decay=no_decay,
+        update=update,
+        matrices=matrices,
     )
-    return SGDSaI(groups, lr=lr, weight_decay=weight_decay, **sai_options)
+    return SGDSaI(groups, lr=lr, weight_decay=weight_decay, update=update, **sai_options)
 
 
 def no_decay_names(model: nn.Module) -> set[str]:
@@ -202,22 +227,23 @@ def no_decay_names(model: nn.Module) -> set[str]:
 def _assemble(
     named: Sequence[tuple[str, nn.Parameter, Role | None]],
     no_decay: Callable[[str, nn.Parameter], bool],
+    hidden: Mapping[int, str],
     lr: float | Tensor,
     weight_decay: float,
     ratios: Mapping[str, float],
 ) -> list[dict[str, Any]]:
-    split: dict[Role | None, dict[bool, list[tuple[str, nn.Parameter]]]] = {}
+    split: dict[tuple[Role | None, str | None], dict[bool, list[tuple[str, nn.Parameter]]]] = {}
     for name, parameter, role in named:
-        kinds = split.setdefault(role, {})
+        kinds = split.setdefault((role, hidden.get(id(parameter))), {})
         kinds.setdefault(not no_decay(name, parameter), []).append((name, parameter))
 
     groups = []
-    for role, kinds in split.items():
+    for (role, form), kinds in split.items():
         ratio = next((ratios[key] for key in _keys(role) if key in ratios), 1.0)
         for decays, params in sorted(kinds.items(), reverse=True):
             group = {
                 "params": params,
-                "name": _group_name(role, decays, alone=len(kinds) == 1),
+                "name": _group_name(role, form, decays, alone=len(kinds) == 1),
                 "role": BASE if role is None else role.role,
                 # Schedulers write into a tensor lr in place, so that no two groups may share one.
                 "lr": lr.detach().clone() * ratio if isinstance(lr, Tensor) else lr * ratio,
@@ -225,13 +251,38 @@ def _assemble(
             }
             if role is not None:
                 group["normalize_over"] = role.adapter
+            if form is not None:
+                group["matrices"] = form
             groups.append(group)
     return groups
 
 
-def _group_name(role: Role | None, decays: bool, alone: bool) -> str:
-    if role is None:
+def _hidden(
+    model: nn.Module,
+    named: Sequence[tuple[str, nn.Parameter, Role | None]],
+    update: str | None,
+    matrices: Mapping[str, bool] | None,
+) -> dict[int, str]:
+    """The forms of the hidden matrices, if the rule is one that makes a difference of them."""
+    if update != "orthogonal":
+        if matrices:
+            raise ValueError(f"matrices is for update='orthogonal', but update is {update!r}; leave it out.")
+        return {}
+    hidden = hidden_matrices(model, matrices)
+    if not any(id(parameter) in hidden for _, parameter, _ in named):
+        logger.warning(
+            "update='orthogonal': %s trains no hidden matrix, so all its tensors take update='factored'. Name some by "
+            "matrices={'expression': True}, or ask for update='factored'.",
+            type(model).__name__,
+        )
+    return hidden
+
+
+def _group_name(role: Role | None, form: str | None, decays: bool, alone: bool) -> str:
+    if role is None and form is None:
         return f"{BASE}/decay" if decays else f"{BASE}/no_decay"
+    if role is None:
+        return f"{BASE}/{form}" if decays else f"{BASE}/{form}/no_decay"
     name = "/".join(role)
     return name if decays or alone else f"{name}/no_decay"
 

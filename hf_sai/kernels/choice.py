@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_sai.kernels import bitsandbytes_8bit, torch_fused
 from hf_sai.optim.layout import Part
-from hf_sai.optim.momentum import Momentum, QuantizedMomentum
+from hf_sai.optim.momentum import Momentum
 from hf_sai.optim.rules.factored import FASTER
 from hf_sai.optim.update import KERNELS, Choice, Kernel, is_ordinary
 
@@ -46,53 +46,51 @@ def _imported(name: str) -> ModuleType | None:
 
 
 def _compiled(
-    name: str, device_type: str, when: Callable[[Tensor, Any, Sequence[Tensor], Choice], bool], **more: bool
+    name: str,
+    device_type: str,
+    when: Callable[[Choice], bool] | None = None,
+    module_name: str | None = None,
+    **more: bool,
 ) -> Kernel:
-    """A kernel in a module of its own, which is imported when a tensor of its device first asks for it."""
+    """A kernel in a module (of its name), which is imported when a tensor of its device first asks for it."""
+    source = module_name or name
+    looks_at_factors = device_type == "cuda"
     of_device = operator.attrgetter(f"is_{device_type}")
 
     def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-        if choice.traced or not of_device(p) or not when(p, m, factors, choice) or not is_ordinary(p):
+        if choice.traced or not of_device(p) or not is_ordinary(p) or (when is not None and not when(choice)):
             return False
-        module = _imported(name)
+        module = _imported(source)
         if module is None:
             return False
-        return module.can_update(p, g, m, factors) if device_type == "cuda" else module.can_update(p, g, m)
+        return module.can_update(p, g, m, factors) if looks_at_factors else module.can_update(p, g, m)
 
     def update(*lists: Any, **options: Any) -> None:
-        module = _imported(name)
+        module = _imported(source)
         assert module is not None
         module.update(*lists, **options)
 
     return Kernel(name, takes, update, **more)
 
 
-def _is_low_bit(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-    return isinstance(m, QuantizedMomentum) or (m is not None and m.dtype != p.dtype)
-
-
-def _is_normalised(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-    return bool(factors)
-
-
-def _is_plain(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-    return True
-
-
-def _if_asked(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-    return bool(
-        choice.fused
-    )  # Triton's kernels have not run on a GPU: nobody knows that they are right and faster there
+def _if_asked(choice: Choice) -> bool:
+    return bool(choice.fused)
 
 
 KERNELS[:] = [
-    _compiled("numba_factored", "cpu", _is_normalised, multiplies=True),
-    _compiled("numba_lowbit", "cpu", _is_low_bit),
-    _compiled("numba_plain", "cpu", _is_plain, unscales=True),
-    _compiled("triton_step", "cuda", _if_asked, unscales=True, multiplies=True, rounds=True),
+    _compiled("numba_factored", "cpu", multiplies=True),
+    _compiled("numba_plain", "cpu", unscales=True),
+    _compiled("numba_lowbit", "cpu"),
+    _compiled("triton_normalised", "cuda", _if_asked, "triton_step", unscales=True, multiplies=True, rounds=True),
+    _compiled("triton_step", "cuda", _if_asked, unscales=True, rounds=True),
     Kernel("bitsandbytes_8bit", bitsandbytes_8bit.takes, bitsandbytes_8bit.update),
     Kernel("torch_fused", torch_fused.takes, torch_fused.update, unscales=True),
 ]
+
+
+def _may(group: dict[str, Any]) -> bool:
+    fused = group["fused"]
+    return fused or fused is group["foreach"]
 
 
 def _factors_by(name: str, parts: Sequence[Part], wants: Callable[[Part], bool]) -> dict[int, Sequence[Tensor]]:
@@ -100,19 +98,22 @@ def _factors_by(name: str, parts: Sequence[Part], wants: Callable[[Part], bool])
     mine = {
         index: part
         for index, part in enumerate(parts)
-        if wants(part) and is_ordinary(part.param) and not part.holders()
+        if wants(part)
+        and is_ordinary(part.param)
+        and not part.holders()
+        and part.grad is not None
+        and part.boxes(part.grad) is None
     }
     module = compiled_module(name) if mine else None
     return {} if module is None else module.factors(mine)
 
 
 def _factors_by_numba(parts: Sequence[Part]) -> dict[int, Sequence[Tensor]]:
-    wanted = {id(group): group["fused"] or group["fused"] is group["foreach"] for group in (p.group for p in parts)}
-    return _factors_by("numba_factored", parts, lambda part: wanted[id(part.group)] and part.param.is_cpu)
+    return _factors_by("numba_factored", parts, lambda part: part.param.is_cpu and _may(part.group))
 
 
 def _factors_by_triton(parts: Sequence[Part]) -> dict[int, Sequence[Tensor]]:
-    return _factors_by("triton_factored", parts, lambda part: part.group["fused"] and part.param.is_cuda)
+    return _factors_by("triton_factored", parts, lambda part: part.param.is_cuda and part.group["fused"])
 
 
 FASTER[:] = [_factors_by_numba, _factors_by_triton]

@@ -23,11 +23,16 @@ class Weight:
     name: str = ""
     trained: bool = True
     is_embedding: bool = False
+    row_dims: tuple[int, ...] = ()  # of a hidden matrix, or of a stack of them: the dimensions that number the rows
     packed: int = 0  # bytes, of a weight in 4 bits
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def matrix_rows(self) -> int:
+        return math.prod(self.shape[d] for d in self.row_dims) if self.row_dims else 0
 
     @property
     def nbytes(self) -> int:
@@ -69,6 +74,14 @@ def _factored(momentum: Callable[[Iterable[Weight]], int], weights: Iterable[Wei
         for weight in weights
     )
     return momentum(weights) + 4 * means
+
+
+def _orthogonal(momentum: Callable[[Iterable[Weight]], int], weights: Iterable[Weight]) -> int:
+    """A momentum, and a float32 mean square of each hidden matrix's rows; :func:`_factored` elsewhere."""
+    weights = list(weights)
+    matrices = [weight for weight in weights if weight.matrix_rows]
+    others = [weight for weight in weights if not weight.matrix_rows]
+    return momentum(matrices) + 4 * sum(weight.matrix_rows for weight in matrices) + _factored(momentum, others)
 
 
 def _adamw(weights: Iterable[Weight]) -> int:
@@ -125,6 +138,9 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Weight]], int]] = {
     "sgd_sai_factored": partial(_factored, _sgd),
     "sgd_sai_factored_8bit": partial(_factored, partial(_sgd_sai_quantized, 8, 256)),
     "sgd_sai_factored_4bit": partial(_factored, partial(_sgd_sai_quantized, 4, 128)),
+    "sgd_sai_orthogonal": partial(_orthogonal, _sgd),
+    "sgd_sai_orthogonal_8bit": partial(_orthogonal, partial(_sgd_sai_quantized, 8, 256)),
+    "sgd_sai_orthogonal_4bit": partial(_orthogonal, partial(_sgd_sai_quantized, 4, 128)),
     "sgd_momentum": _sgd,
     "adamw_torch": _adamw,
     "adamw_bnb_8bit": _adamw_8bit,

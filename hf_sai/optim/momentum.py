@@ -11,6 +11,7 @@ import functools
 import math
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from hf_sai.optim.codes import QUANTIZED, code_values, dequantized, quantized
 from hf_sai.optim.layout import Part, local
 
 __all__ = [
+    "BLOCK_KEY",
     "MIN_QUANTIZED",
     "MOMENTUM_KEYS",
     "QUANTIZED",
@@ -31,12 +33,16 @@ __all__ = [
     "has_bitsandbytes",
     "load",
     "momentum_of",
+    "saved",
     "start",
     "store",
 ]
 
 #: What of a parameter's state is its momentum; the scales are there for a quantised one.
 MOMENTUM_KEYS = ("momentum_buffer", "momentum_scales")
+
+#: In a state dict, beside a momentum that was quantised and is saved as values.
+BLOCK_KEY = "momentum_block"
 
 #: A tensor with fewer elements keeps its momentum in full precision.
 MIN_QUANTIZED = 4096
@@ -72,6 +78,15 @@ class QuantizedMomentum:
         codes = p.numel() if self.is_8bit else p.numel() // 2
         return self.shape == p.shape and self.codes.numel() == codes and self.scales.numel() == blocks
 
+    def piece(self, start: int, shape: torch.Size) -> QuantizedMomentum:
+        """So many elements of the flat momentum, sharing its memory; they begin where a block begins."""
+        stop = start + shape.numel()
+        if self.is_8bit:
+            block, codes = QUANTIZED["8bit"], self.codes.view(-1)[start:stop].view(shape)
+        else:
+            block, codes = QUANTIZED["4bit"], self.codes.view(-1)[start // 2 : stop // 2]
+        return QuantizedMomentum(codes, self.scales[start // block : -(-stop // block)], shape)
+
     def load(self) -> Tensor:
         """The momentum, float32."""
         if not has_bitsandbytes():
@@ -91,20 +106,47 @@ class QuantizedMomentum:
 
     def store(self, value: Tensor) -> None:
         """Quantise a momentum of any float dtype."""
-        if has_bitsandbytes():
+        value, blocksize = value.float().flatten(), QUANTIZED[self.kind]
+        if value.numel() == 0:
+            return
+        if not has_bitsandbytes():
+            codes, scales = quantized(value, self.kind)
+        else:
             from bitsandbytes import functional
 
-            value, blocksize = value.float().flatten(), QUANTIZED[self.kind]
             if self.is_8bit:
                 table = code_values(self.kind, value.device)
                 codes, state = functional.quantize_blockwise(value, table, blocksize=blocksize)
             else:
                 codes, state = functional.quantize_4bit(value, blocksize=blocksize, quant_type="nf4")
             scales = state.absmax
-        else:
-            codes, scales = quantized(value, self.kind)
         self.codes.copy_(codes.view_as(self.codes))
         self.scales.copy_(scales)
+
+    def store_loaded(self, value: Tensor) -> None:
+        """Quantise what :meth:`load` gave, so that it gives the same again, unless blocks are cut differently now.
+
+        4 bits do by themselves. In 8 bits no code stands for -1, so that a block whose largest element is negative
+        would come back 0.7 % smaller each time.
+        """
+        if not self.is_8bit:
+            return self.store(value)
+        table, size = code_values("8bit", value.device), QUANTIZED["8bit"]
+        value = value.float().flatten()
+        blocks = torch.nn.functional.pad(value, (0, -value.numel() % size)).view(-1, size)
+        lowest, largest = blocks.amin(1), blocks.amax(1)
+        scales = torch.maximum(largest, lowest / table[0])
+        codes, midpoints = torch.zeros_like(blocks, dtype=torch.uint8), (table[1:] + table[:-1]) / 2
+        found = torch.zeros_like(scales, dtype=torch.bool)
+        # Dividing by the lowest code may miss the scale by a rounding: of its neighbours one gives the very values.
+        for scale in (torch.nextafter(scales, scales * 2), torch.nextafter(scales, scales * 0), scales):
+            near = torch.bucketize(blocks / scale.clamp_min(torch.finfo(scale.dtype).tiny)[:, None], midpoints)
+            same = (table[near] * scale[:, None] == blocks).all(1)
+            better = ~found if scale is scales else same & ~found
+            codes = torch.where(better[:, None], near.to(torch.uint8), codes)
+            self.scales.copy_(torch.where(better, scale, self.scales))
+            found |= same
+        self.codes.copy_(codes.flatten()[: value.numel()].view_as(self.codes))
 
 
 @functools.cache
@@ -167,6 +209,27 @@ def start(part: Part) -> None:
     part.fresh = False
 
 
+def saved(part: Part) -> dict[str, Any]:
+    """A part's state as a state dict holds it, where parameters are in pieces.
+
+    Blocks of 8 or 4 bits are those of this process's share of the parameter, and another run may share it out
+    differently. So they are saved as values, float32, which can be parted anew, and quantised again when they are
+    loaded: to the same codes where the blocks are the same.
+    """
+    if not isinstance(part.group["momentum_dtype"], str) or "momentum_buffer" not in part.state:
+        return part.as_saved(part.state)
+    kept = part.as_saved({key: v for key, v in part.state.items() if key not in MOMENTUM_KEYS})
+    values = load(momentum_of(part)).to(torch.float32)
+    buffer = part.lying(values)
+    if buffer is values:
+        return {**kept, "momentum_buffer": buffer}
+    # torch.distributed.checkpoint casts silently and would take the codes of whole parameters for values, or values for
+    # codes. It misses this key in the one case, and the scales in the other. It is no number, for of these
+    # set_state_dict cannot load those into a full state that it does not expect; nor has it no dimension.
+    block = torch.tensor([QUANTIZED[part.group["momentum_dtype"]]], device=values.device)
+    return {**kept, "momentum_buffer": buffer, BLOCK_KEY: block}
+
+
 def drop(part: Part) -> None:
     """Forget the momentum, of a group whose coefficient is 0 now; a later one starts anew."""
     for key in MOMENTUM_KEYS:
@@ -185,6 +248,8 @@ def convert(saved: dict[str, Tensor], part: Part) -> dict[str, Tensor] | None:
         of another shape.
     """
     saved = {key: value.to(part.param.device) for key, value in saved.items()}
+    if "momentum_buffer" in saved and saved["momentum_buffer"].is_floating_point():
+        saved.pop("momentum_scales", None)  # of the state before: set_state_dict keeps what a full state does not have
     found = {key: (tuple(local(value).shape), value.dtype) for key, value in saved.items()}
     if found == form(part):
         return saved
@@ -198,6 +263,8 @@ def convert(saved: dict[str, Tensor], part: Part) -> dict[str, Tensor] | None:
 
 def _fits(found: dict[str, tuple[tuple[int, ...], torch.dtype]], part: Part, momentum_dtype: str | None) -> bool:
     expected = form(part.alike({**part.group, "momentum_dtype": momentum_dtype}))
+    if momentum_dtype is None and not all(dtype.is_floating_point for _, dtype in found.values()):
+        return False  # codes without their scales
     shapes = {key: shape for key, (shape, _) in expected.items()}
     return shapes == {key: shape for key, (shape, _) in found.items()}
 
@@ -206,5 +273,6 @@ def _converted(saved: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
     source, target = part.alike(part.group), part.alike(part.group)
     source.state.update(saved)
     allocate(target)
-    store(momentum_of(target), load(momentum_of(source)))
+    values, kept = load(momentum_of(source)), momentum_of(target)
+    kept.store_loaded(values) if isinstance(kept, QuantizedMomentum) else store(kept, values)
     return target.state

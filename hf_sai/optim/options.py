@@ -127,8 +127,8 @@ _TABLE = (
         "Added to the gradient's standard deviation in g-SNR, at most 0.5 % of it.", later=False,
     ),
     Option(
-        "update", "published", "published, rows or factored", _choice({rule: rule for rule in RULES}),
-        "The update rule: the paper's, or gradients of unit size per row or by Adafactor's factored estimate.",
+        "update", "published", f"one of {', '.join(RULES)}", _choice({rule: rule for rule in RULES}),
+        "The rule: the paper's, gradients of unit size per row or by a factored estimate, or orthogonal matrices.",
     ),
     Option(
         "normalize", False, "true or false", _FLAG,

@@ -21,7 +21,7 @@ from hf_sai.optim import gsnr
 from hf_sai.optim import momentum as momenta
 from hf_sai.optim.gradient_release import Releases, refuse_normalize
 from hf_sai.optim.gsnr import GSNRReport
-from hf_sai.optim.layout import UNMEASURED, Layout, Part, admit, find_layout, name_of
+from hf_sai.optim.layout import UNMEASURED, Layout, Part, admit, find_layout, kind_of, name_of, whole_shapes
 from hf_sai.optim.options import DEFAULTS, OPTIONS, check_options, upgrade_group
 from hf_sai.optim.rules import RULES
 from hf_sai.optim.saved_state import Incoming, read
@@ -86,9 +86,11 @@ class SGDSaI(Optimizer):
             most elements, so that learning rates are those of AdamW. ``"rows"``: every row (first dimension) by its
             own, as SCALE does (arXiv 2506.16659), vectors as a whole. ``"factored"``: each element by a running one
             that is estimated from its row's and its column's, as Adafactor does (arXiv 1804.04235), which keeps one
-            float32 more per row and column (per element of a vector) and comes close to AdamW. ``p.grad`` may be
-            changed in place. Clipping, which comes before, has no effect any more on ``"rows"``. Not together with
-            ``normalize``; refused under FSDP1 and DeepSpeed ZeRO.
+            float32 more per row and column (per element of a vector) and comes close to AdamW. ``"orthogonal"``
+            moves hidden matrices along their orthogonal momentum, as Muon does; it needs groups that
+            :func:`hf_sai.param_groups` has made for it. ``p.grad`` may be changed in place. Clipping, which comes
+            before, has no effect any more on ``"rows"``. Not together with ``normalize``; ``"orthogonal"`` is
+            refused under FSDP1 and DeepSpeed ZeRO.
         maximize: Ascend instead of descend.
         momentum_dtype: What the momentum is kept in: None for the parameter's dtype, another float dtype such as
             ``torch.bfloat16``, or ``"8bit"`` or ``"4bit"`` for bitsandbytes' blocks of 256 or 128 elements with a
@@ -214,6 +216,7 @@ class SGDSaI(Optimizer):
         group = self.param_groups[-1]
         try:
             _check_params(group)
+            RULES[group["update"]].check(group, whole_shapes(group["params"]))
             if self._releases is not None:
                 refuse_normalize(group)
         except ValueError:
@@ -223,6 +226,21 @@ class SGDSaI(Optimizer):
         self._layout = None
         if self._releases is not None:
             self._releases.watch(len(self.param_groups) - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch saves it; of sharded parameters a momentum of 8 or 4 bits as float32 values.
+
+        These can be sharded anew, and take 4 bytes an element of the shard for as long as the dict lives.
+        """
+        state_dict = super().state_dict()
+        state = state_dict["state"]
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for index, p in zip(saved["params"], group["params"], strict=True):
+                kind = kind_of(p)
+                if index in state and kind.parted:
+                    # Detached, for the gradient need not be brought into the parameter's form.
+                    state[index] = momenta.saved(kind(p.detach(), group, state[index]))
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of the official ``SGD_sai``; what was measured stays measured.
@@ -322,8 +340,9 @@ class SGDSaI(Optimizer):
                 by_group[id(part.group)].append(part)
         # --- the rule's gradient
         factors: dict[int, Sequence[Tensor]] = {}
+        together = [part for part in self.layout.together(parts) if part.gsnr != UNMEASURED]
         for name, rule in RULES.items():
-            own = [part for of in by_group.values() if of[0].group["update"] == name for part in of]
+            own = [part for part in together if part.group["update"] == name]
             factors |= zip((part.number for part in own), rule.factors(own), strict=True)
         # --- m = g at first
         for of in by_group.values():
@@ -364,22 +383,27 @@ class SGDSaI(Optimizer):
         group = parts[0].group
         rule = RULES[group["update"]]
         unit = largest[group.get("normalize_over")] if group["normalize"] else 1.0
-        names = ("lr", "momentum", "weight_decay", "maximize", "stochastic_rounding", "foreach", "fused")
+        names = ("lr", "weight_decay", "maximize", "stochastic_rounding", "foreach", "fused")
         options: dict[str, Any] = {**{name: group[name] for name in names}, **of_scaler}
-        lists = (
-            [part.param for part in parts],
-            [part.grad for part in parts],
-            [momenta.momentum_of(part) if group["momentum"] != 0 else None for part in parts],
-            [rule.scale(part.gsnr, part.shape.numel()) / unit for part in parts],
-        )
-        if not (group["stochastic_rounding"] and in_many_processes()):
-            sgd_sai(*lists, grad_factors=factors, **options)
-            return
-        # One by one: of a sharded parameter ranks may draw fewer numbers, and replicas must be rounded alike.
-        group["rounding_step"] = group.get("rounding_step", 0) + 1
-        for part, own, *one in zip(parts, factors, *lists, strict=True):
-            with draw_alike(part.param.device, part.gsnr, part.number, group["rounding_step"]):
-                sgd_sai(*([value] for value in one), grad_factors=[own], **options)
+        factors_of = dict(zip((part.number for part in parts), factors, strict=True))
+        alike = group["stochastic_rounding"] and in_many_processes()
+        if alike:
+            group["rounding_step"] = group.get("rounding_step", 0) + 1
+        for portion in rule.portions(parts):
+            lists = (
+                [part.param for part in portion.parts],
+                portion.gradients,
+                portion.momenta,
+                [rule.scale(part.gsnr, part.shape.numel()) / unit for part in portion.parts],
+                [factors_of[part.number] for part in portion.parts],
+            )
+            if not alike:
+                sgd_sai(*lists[:4], grad_factors=lists[4], momentum=portion.momentum, **options)
+                continue
+            # One by one: of a sharded parameter ranks may draw fewer numbers, and replicas must be rounded alike.
+            for part, *one, own in zip(portion.parts, *lists, strict=True):
+                with draw_alike(part.param.device, part.gsnr, part.number, group["rounding_step"]):
+                    sgd_sai(*([value] for value in one), grad_factors=[own], momentum=portion.momentum, **options)
 
     def _unscale(self, parts: Sequence[Part], grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Undo GradScaler's scale; False if an infinity was found and the step is to be skipped."""

@@ -24,7 +24,11 @@ __all__ = ["OPTIMIZER_NAMES", "add_new_parameters", "optimizer_cls_and_kwargs", 
 
 logger = logging.getLogger(__name__)
 
-_RULES: dict[str, dict[str, Any]] = {"sgd_sai": {}, "sgd_sai_factored": {"update": "factored", "momentum": 0.8}}
+_RULES: dict[str, dict[str, Any]] = {
+    "sgd_sai": {},
+    "sgd_sai_factored": {"update": "factored", "momentum": 0.8},
+    "sgd_sai_orthogonal": {"update": "orthogonal"},
+}
 _MOMENTA: dict[str, dict[str, Any]] = {"": {}, "_8bit": {"momentum_dtype": "8bit"}, "_4bit": {"momentum_dtype": "4bit"}}
 
 #: Name of an optimizer for Trainer -> the options of ``SGDSaI`` that it stands for.
@@ -33,7 +37,7 @@ OPTIMIZER_NAMES: dict[str, dict[str, Any]] = {
 }
 
 # What a name says itself, and optim_args cannot change: which part of the name to leave out for that.
-_SAID_BY_NAME = {"update": ("_factored",), "momentum_dtype": ("_8bit", "_4bit")}
+_SAID_BY_NAME = {"update": ("_factored", "_orthogonal"), "momentum_dtype": ("_8bit", "_4bit")}
 
 
 def optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[type[SGDSaI], dict[str, Any]]:
@@ -50,11 +54,10 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tupl
     Raises:
         ValueError: ``optim_args`` is wrong, or needs a model to group.
     """
-    given = parse_optim_args(args.optim_args)
-    name = str(getattr(args.optim, "value", args.optim))
-    options = {**OPTIMIZER_NAMES[name], **given}
-    _refuse_what_contradicts(name, given)
-    grouping: dict[str, Any] = {key: options.pop(key) for key in ("lr_ratios", "freeze") if key in options}
+    options = _options(args)
+    grouping = _grouping(options)
+    for key in _OF_GROUPING:
+        options.pop(key, None)
     if options.get("gradient_release"):
         _refuse_what_excludes_gradient_release(args)
     advises = options.get("update", "published") == "published" and _ADVISING.get() and args.process_index == 0
@@ -64,7 +67,8 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tupl
     if model is not None:
         return _class_for(model, grouping, advises), kwargs
     if grouping:
-        raise ValueError(f"optim_args {', '.join(grouping)} need the model, but get_optimizer_cls_and_kwargs got none.")
+        needing = ", ".join(f"{key}={value}" for key, value in grouping.items())
+        raise ValueError(f"{needing} needs the model, but get_optimizer_cls_and_kwargs got none.")
     return SGDSaI, kwargs
 
 
@@ -96,9 +100,10 @@ def add_new_parameters(trainer: Trainer, *, created: bool) -> None:
         logger.warning("%d parameters became trainable since the optimizer was made, and it does not train them: %s, "
                        "... Make a new Trainer.", len(new), next(iter(new.values())))  # fmt: skip
         return
-    options = parse_optim_args(trainer.args.optim_args)
-    grouping = {key: options[key] for key in ("lr_ratios", "freeze") if key in options}
     args = trainer.args
+    grouping = _grouping(
+        {**OPTIMIZER_NAMES[str(getattr(args.optim, "value", args.optim))], **parse_optim_args(args.optim_args)}
+    )
     for group in param_groups(model, lr=args.learning_rate, weight_decay=args.weight_decay, **grouping):
         params = [(name, p) for name, p in group["params"] if id(p) in new]
         if params:
@@ -116,6 +121,26 @@ def without_advice() -> Iterator[None]:
 
 
 _ADVISING = contextvars.ContextVar("_ADVISING", default=True)
+
+
+# What of optim_args is for the groups and not for the optimizer.
+_OF_GROUPING = ("lr_ratios", "freeze", "matrices")
+
+
+def _options(args: TrainingArguments) -> dict[str, Any]:
+    """What the optimizer's name and ``optim_args`` stand for together."""
+    given = parse_optim_args(args.optim_args)
+    name = str(getattr(args.optim, "value", args.optim))
+    _refuse_what_contradicts(name, given)
+    return {**OPTIMIZER_NAMES[name], **given}
+
+
+def _grouping(options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``param_groups`` among the options that a name and ``optim_args`` stand for."""
+    grouping = {key: options[key] for key in _OF_GROUPING if key in options}
+    if "matrices" in grouping or options.get("update") == "orthogonal":
+        grouping["update"] = options.get("update", "published")
+    return grouping
 
 
 def _class_for(model: Any, grouping: dict[str, Any], advises: bool) -> type[SGDSaI]:

@@ -22,6 +22,8 @@ def named_groups(
     weight_decay: float,
     lr_ratios: Mapping[str, float] | None = None,
     freeze: Sequence[str] = (),
+    update: str | None = None,
+    matrices: Mapping[str, bool] | None = None,
 ) -> list[dict[str, Any]]:
     """Part groups by adapter and role and name them; what decays and a group's own rate stay as they came.
 
@@ -35,6 +37,8 @@ def named_groups(
         weight_decay: Likewise.
         lr_ratios: As for :func:`param_groups`, on top of a group's own rate.
         freeze: As for :func:`param_groups`.
+        update: Likewise.
+        matrices: Likewise.
 
     Returns:
         Groups with names that are all different. A parameter that the model does not have (of a loss with weights)
@@ -42,9 +46,10 @@ def named_groups(
     """
     given = _as_dicts(groups)
     trained = [p for p in model.parameters() if p.requires_grad]
-    standard = param_groups(model, lr=lr, weight_decay=weight_decay, lr_ratios=lr_ratios, freeze=freeze)
+    rules: dict[str, Any] = {"lr_ratios": lr_ratios, "freeze": freeze, "update": update, "matrices": matrices}
+    standard = param_groups(model, lr=lr, weight_decay=weight_decay, **rules)
     if _is_trainers_own(model, trained, given, weight_decay):
-        return standard
+        return _by_mesh(standard)
     frozen = {id(p) for p in trained if not p.requires_grad}
     names = {id(p): name for name, p in model.named_parameters()}
     result: list[dict[str, Any]] = []
@@ -52,12 +57,14 @@ def named_groups(
         own = {"lr": group.get("lr", lr), "weight_decay": group.get("weight_decay", weight_decay)}
         kept = {key: value for key, value in group.items() if key not in _OURS}
         members = {id(p): p for p in group["params"] if id(p) not in frozen}
-        parts = param_groups(model, **own, lr_ratios=lr_ratios, freeze=freeze, no_decay=lambda name, p: False)
+        parts = param_groups(model, **own, **rules, no_decay=lambda name, p: False)
         for part in parts:
             params = [(name, members.pop(id(p))) for name, p in part["params"] if id(p) in members]
             result.append({**part, **kept, "lr": part["lr"], "params": params})
         rest = [(names.get(key, f"parameter {place}"), p) for place, (key, p) in enumerate(members.items())]
-        result.append({"name": "base/decay", "role": "base", **kept, **own, "params": rest})
+        # Of a parameter that is not the model's nobody knows whether it is a hidden matrix.
+        rule = {"update": "factored"} if update == "orthogonal" else {}
+        result.append({"name": "base/decay", "role": "base", **rule, **kept, **own, "params": rest})
         for part in result[-len(parts) - 1 :]:
             part["name"] = _name(part["name"], group.get("name"), float(own["weight_decay"]))
     result = [group for group in result if group["params"]]
@@ -80,15 +87,27 @@ def _tensors(params: Any) -> Iterable[Tensor]:
 def _is_trainers_own(
     model: nn.Module, trained: Sequence[Tensor], given: Sequence[dict[str, Any]], weight_decay: float
 ) -> bool:
-    """Whether groups are the two that an unchanged Trainer makes of a model's trainable parameters."""
+    """Whether groups are the two that an unchanged Trainer makes of a model's parameters, or these for each mesh."""
     from transformers import Trainer
 
-    if len(given) != 2 or any(group.keys() != {"params", "weight_decay"} for group in given):
+    if len(given) < 2 or any(group.keys() != {"params", "weight_decay"} for group in given):
         return False
     decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     own = {id(p): weight_decay if name in decaying else 0.0 for name, p in model.named_parameters()}
     there = {id(p): group["weight_decay"] for group in given for p in group["params"]}
     return there == {id(p): own[id(p)] for p in trained}
+
+
+def _by_mesh(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups in each of which all parameters lie on one device mesh, as Trainer's do under expert parallelism."""
+    result: list[dict[str, Any]] = []
+    for group in groups:
+        of_mesh: dict[Any, list[tuple[str, Tensor]]] = {}
+        for name, p in group["params"]:
+            of_mesh.setdefault(getattr(p, "device_mesh", None), []).append((name, p))
+        result += [{**group, "params": params} for params in of_mesh.values()]
+    _make_unique(result)
+    return result
 
 
 def _name(ours: str, theirs: Any, weight_decay: float) -> str:

@@ -17,7 +17,8 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
     Args:
         optim_args: ``"key=value,key=value"`` as on the command line, a mapping as in a YAML file, or None.
             Keys: the optimizer's options (``hf_sai.optim.options.OPTIONS``) but for those that Trainer has an argument
-            of its own for, ``lr_ratios`` (``role:factor``, several joined by ``;``), ``freeze`` (roles, likewise).
+            of its own for, ``lr_ratios`` (``role:factor``, several joined by ``;``), ``freeze`` (roles, likewise) and
+            ``matrices`` (``expression:true`` or ``:false``, likewise).
 
     Returns:
         The options given, each of its own type.
@@ -46,7 +47,7 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
         parse, allowed = _KEYS[key]
         try:
             options[key] = parse(value)
-        except (ValueError, TypeError, AttributeError, OverflowError):
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError):
             raise ValueError(f"optim_args: {key} must be {allowed}, but is {_shown(value)}.") from None
     return options
 
@@ -94,11 +95,20 @@ def _roles(value: Any) -> tuple[str, ...]:
 
 
 def _ratios(value: Any) -> dict[str, float]:
+    return {key: _number(ratio) for key, ratio in _by_name(value).items()}
+
+
+def _flags(value: Any) -> dict[str, bool]:
+    words = {"true": True, "false": False}
+    return {key: words[str(flag).strip().lower()] for key, flag in _by_name(value).items()}
+
+
+def _by_name(value: Any) -> dict[str, Any]:
     pairs = list(value.items() if isinstance(value, Mapping) else (item.rsplit(":", 1) for item in value.split(";")))
-    ratios = {str(role).strip(): _number(ratio) for role, ratio in pairs}
-    if len(ratios) < len(pairs):
+    named = {str(name).strip(): of_name for name, of_name in pairs}
+    if len(named) < len(pairs):
         raise ValueError
-    return ratios
+    return named
 
 
 def _shown(value: Any) -> str:
@@ -114,6 +124,7 @@ _KEYS: dict[str, tuple[Callable[[Any], Any], str]] = {
     **{name: (option.parse, option.allowed) for name, option in OPTIONS.items() if option.of_trainer is None},
     "lr_ratios": (_ratios, "role:factor pairs joined by ';', such as lora_A:1;lora_B:4"),
     "freeze": (_roles, "roles joined by ';', such as lora_A"),
+    "matrices": (_flags, "expression:true or expression:false joined by ';', such as router:false"),
 }
 
 # What TrainingArguments has an argument of its own for. Trainer would overwrite it group by group.

@@ -58,12 +58,17 @@ class Results:
                 raise InputError(f"{path} holds runs with another {', '.join(different)}: name another file.")
             self.runs = content["runs"]
 
-    def find(self, candidate: str, lr: float | None = None, seed: int | None = None) -> list[dict[str, Any]]:
-        """The runs of a candidate, of any learning rate or seed where none is given."""
+    def find(
+        self, candidate: str, lr: float | None = None, seed: int | None = None, **others: Any
+    ) -> list[dict[str, Any]]:
+        """The runs of a candidate, of any learning rate or seed where none is given, with these other entries."""
         return [
             run
             for run in self.runs
-            if run["candidate"] == candidate and lr in (None, run["learning_rate"]) and seed in (None, run["seed"])
+            if run["candidate"] == candidate
+            and lr in (None, run["learning_rate"])
+            and seed in (None, run["seed"])
+            and all(run.get(key) == value for key, value in others.items())
         ]
 
     def add(self, run: dict[str, Any]) -> None:

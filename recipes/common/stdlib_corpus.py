@@ -35,7 +35,16 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-__all__ = ["DocstringPair", "Document", "docstring_pairs", "documents", "load_docstring_pairs", "load_documents"]
+__all__ = [
+    "DocstringPair",
+    "Document",
+    "docstring_pairs",
+    "documents",
+    "load_docstring_pairs",
+    "load_documents",
+    "paragraph_keys",
+    "without_paragraphs",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +138,8 @@ def load_documents(validation_share: float = 0.1, root: str | Path | None = None
         FileNotFoundError: If no documentation is found under `root`.
     """
     train, validation = _split(documents(root), validation_share, root)
-    held_out = {key for document in validation for key in _paragraph_keys(document.text)}
-    kept = (document._replace(text=_without_paragraphs(document.text, held_out)) for document in train)
+    held_out = {key for document in validation for key in paragraph_keys(document.text)}
+    kept = (document._replace(text=without_paragraphs(document.text, held_out)) for document in train)
     return _dataset_dict([document for document in kept if document.text], validation, Document._fields)
 
 
@@ -263,9 +272,11 @@ def _key(text: str) -> str:
     return " ".join(text.split())
 
 
-def _paragraph_keys(text: str) -> set[str]:
+def paragraph_keys(text: str) -> set[str]:
+    """What `without_paragraphs` needs to know of a text in order to take its paragraphs out of another."""
     return {_key(paragraph) for paragraph in re.split(r"\n\s*\n", text)}
 
 
-def _without_paragraphs(text: str, held_out: set[str]) -> str:
+def without_paragraphs(text: str, held_out: set[str]) -> str:
+    """The text less every paragraph that stands in a held-out one."""
     return "\n\n".join(paragraph for paragraph in re.split(r"\n\s*\n", text) if _key(paragraph) not in held_out)

@@ -71,6 +71,15 @@ def test_a_models_directory_needs_no_weights(base_directory: Any, capsys: Any) -
     assert table["total"][0] == str(len(list(base_model().parameters())))
 
 
+def test_hidden_matrices_are_shown_for_the_rule_that_has_them(base_directory: Any, tmp_path: Any, capsys: Any) -> None:
+    shown = rows(groups(capsys, base_directory, "--update", "orthogonal"))
+    layers = base_model().config.num_hidden_layers
+    assert shown["base/linear"][1] == str(7 * layers)
+    assert "base/linear" not in rows(groups(capsys, base_directory))
+    checkpoint(tmp_path / "trained", base_model())
+    assert "leave out --update" in error(capsys, tmp_path / "trained", "--update", "orthogonal")
+
+
 def test_an_adapters_directory_shows_its_roles(base_directory: Any, tmp_path: Any, capsys: Any) -> None:
     adapter_on(base_directory, use_dora=True).save_pretrained(tmp_path / "adapter")
     table = rows(groups(capsys, tmp_path / "adapter"))

@@ -33,8 +33,11 @@ def triton_alone(monkeypatch):
     def takes(p, g, m, factors, asked):
         return asked.fused and triton_step.can_update(p, g, m, factors)
 
-    kernel = update.Kernel("triton", takes, triton_step.update, unscales=True, multiplies=True, rounds=True)
-    monkeypatch.setattr(update, "KERNELS", [kernel])
+    kernels = [
+        update.Kernel("triton", takes, triton_step.update, unscales=True, rounds=True, multiplies=multiplies)
+        for multiplies in (True, False)
+    ]
+    monkeypatch.setattr(update, "KERNELS", kernels)
     monkeypatch.setattr(factored, "FASTER", [])
     if DEVICE == "cpu":  # small tiles for small tensors, since the interpreter is slow
         for name, size in (("TILE_ROWS", 32), ("TILE_COLUMNS", 64), ("LINE", 128)):

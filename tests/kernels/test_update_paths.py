@@ -165,14 +165,10 @@ def test_paths_that_cannot_unscale_say_so_and_change_nothing():
 # --- which path
 
 
-def path_of(p, g=None, m=None, factors=(), **asked):
-    taken = update._path(
-        p,
-        p if g is None else g,
-        p if m is None else m,
-        factors,
-        update.Choice(asked.get("foreach"), asked.get("fused"), asked.get("stochastic_rounding", False)),
-    )
+def path_of(p, g=None, m=None, factors=(), foreach=None, fused=None, stochastic_rounding=False):
+    asked = update.Choice(foreach, fused, stochastic_rounding)
+    kernels = update.KERNELS if asked.kernels else ()
+    taken = update._path(p, p if g is None else g, p if m is None else m, factors, asked, kernels)
     return taken.name
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_sai import SGDSaI
+from hf_sai import SGDSaI, create_sgd_sai_optimizer
 from hf_sai.memory.estimate import OPTIMIZERS, MemoryRow, estimate_memory
 from hf_sai.memory.skeletons import build_skeleton
 
@@ -88,6 +88,10 @@ def adam_mini(model: nn.Module) -> Any:
     return optimizers.AdamMini(model, lr=1e-3, num_embeds=64, num_heads=4)
 
 
+def orthogonal(model: nn.Module, **options: Any) -> SGDSaI:
+    return create_sgd_sai_optimizer(model, lr=1e-2, update="orthogonal", **options)
+
+
 REAL = {
     "sgd_sai": lambda model: SGDSaI(model.named_parameters()),
     "sgd_sai_bf16": lambda model: SGDSaI(model.named_parameters(), momentum_dtype=torch.bfloat16),
@@ -96,6 +100,9 @@ REAL = {
     "sgd_sai_factored": lambda model: SGDSaI(model.named_parameters(), update="factored"),
     "sgd_sai_factored_8bit": lambda model: SGDSaI(model.named_parameters(), update="factored", momentum_dtype="8bit"),
     "sgd_sai_factored_4bit": lambda model: SGDSaI(model.named_parameters(), update="factored", momentum_dtype="4bit"),
+    "sgd_sai_orthogonal": lambda model: orthogonal(model),
+    "sgd_sai_orthogonal_8bit": lambda model: orthogonal(model, momentum_dtype="8bit"),
+    "sgd_sai_orthogonal_4bit": lambda model: orthogonal(model, momentum_dtype="4bit"),
     "sgd_momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
     "adamw_torch": lambda model: torch.optim.AdamW(model.parameters()),
     "adamw_bnb_8bit": bitsandbytes_adamw,
@@ -219,6 +226,24 @@ def test_fsdp_shards_are_those_of_the_first_device(name: str) -> None:
 
 
 @pytest.mark.usefixtures("first_of_two_processes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name in REAL if name.startswith("sgd_sai_")])
+def test_blocks_rows_and_columns_are_those_of_shards(name: str, dtype: torch.dtype) -> None:
+    """With bfloat16 weights and 8 bits 3 bytes an element: stochastic rounding keeps nothing."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(200, 90), nn.Linear(90, 130), nn.Linear(130, 64)).to(dtype)
+    estimate = row(model, name, devices=2, shardings=["fsdp"])
+    fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (2,)))
+    optimizer = REAL[name](model)
+    for group in optimizer.param_groups:
+        group["stochastic_rounding"] = dtype == torch.bfloat16
+    model(torch.randn(4, 200, dtype=dtype)).square().sum().backward()
+    optimizer.step()
+    assert estimate.states == held(optimizer.state)
+
+
+@pytest.mark.usefixtures("first_of_two_processes")
 @pytest.mark.parametrize("name", ["adamw_bnb_8bit", "adafactor"])
 def test_optimizers_without_fsdp_states_fail_there(name: str) -> None:
     from torch.distributed.fsdp import fully_shard
@@ -234,7 +259,7 @@ def test_optimizers_without_fsdp_states_fail_there(name: str) -> None:
 ZERO_WORKER = """
 import json, sys, deepspeed, torch
 from torch import nn
-from hf_sai import SGDSaI
+from hf_sai import SGDSaI, create_sgd_sai_optimizer
 
 found = []
 for stage in (1, 2, 3):
@@ -288,11 +313,9 @@ def test_zero_shards_more_with_every_stage() -> None:
 def test_optimizers_that_fail_on_shards_have_no_states_there() -> None:
     rows = {(r.sharding, r.optimizer): r for r in estimate_memory(nn.Linear(70, 70), devices=2)}
     unknown = {key for key, r in rows.items() if r.states is None}
-    quantised = ("sgd_sai_8bit", "sgd_sai_4bit", "sgd_sai_factored_8bit", "sgd_sai_factored_4bit")
-    assert unknown == {("fsdp", o) for o in (*quantised, "adamw_bnb_8bit", "adafactor", "adam_mini")} | {
-        (f"zero{stage}", o)
-        for stage in (1, 2, 3)
-        for o in ("sgd_sai_bf16", "sgd_sai_factored", *quantised, "adam_mini")
+    ours = [name for name in OPTIMIZERS if name.startswith("sgd_sai_")]
+    assert unknown == {("fsdp", o) for o in ("adamw_bnb_8bit", "adafactor", "adam_mini")} | {
+        (f"zero{stage}", o) for stage in (1, 2, 3) for o in (*ours, "adam_mini")
     }
     assert all(rows[key].total is None for key in unknown)
     # A flat tensor has no rows and columns.

@@ -211,7 +211,8 @@ def test_adamw_twin_differs_only_in_the_optimizer_s_lines(name):
     ours, adamw = (yaml.safe_load((RECIPE / f"{name}{twin}.yaml").read_text()) for twin in ("", "_adamw"))
     differing = {key for key in ours | adamw if ours.get(key) != adamw.get(key)}
     assert differing <= OPTIMIZER_LINES
-    assert (ours["optim"], adamw["optim"]) == ("sgd_sai_factored" if name == "demo" else "sgd_sai", "adamw_torch_fused")
+    ours_expected = "sgd_sai_orthogonal" if name == "demo" else "sgd_sai"
+    assert (ours["optim"], adamw["optim"]) == (ours_expected, "adamw_torch_fused")
 
 
 BAD_INPUT = {

@@ -11,6 +11,7 @@ import textwrap
 import pytest
 import torch
 from torch import nn
+from trainer_cases import plain_trainer
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -118,10 +119,9 @@ print(args.optim.value, Trainer.get_optimizer_cls_and_kwargs(args)[1]["momentum_
     assert done.stdout.split() == ["sgd_sai_factored_8bit", "8bit"], done.stderr
 
 
-def test_six_names_stand_for_two_rules_and_three_momenta():
-    assert sorted(OPTIMIZER_NAMES) == [
-        "sgd_sai", "sgd_sai_4bit", "sgd_sai_8bit", "sgd_sai_factored", "sgd_sai_factored_4bit", "sgd_sai_factored_8bit",
-    ]  # fmt: skip
+def test_nine_names_stand_for_three_rules_and_three_momenta():
+    rules = ("sgd_sai", "sgd_sai_factored", "sgd_sai_orthogonal")
+    assert set(OPTIMIZER_NAMES) == {rule + momentum for rule in rules for momentum in ("", "_4bit", "_8bit")}
     assert set(OPTIMIZER_NAMES) <= {name.value for name in OptimizerNames}
     assert OptimizerNames.SGD_SAI is OptimizerNames("sgd_sai") is OptimizerNames["SGD_SAI"]
     assert OptimizerNames.SGD_SAI_FACTORED_4BIT.value == "sgd_sai_factored_4bit"
@@ -302,7 +302,7 @@ def test_without_a_model_the_caller_groups_and_grouping_options_are_refused(tmp_
     cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, weight_decay=0.2))
     assert cls is hf_sai.SGDSaI
     assert kwargs == {"lr": 1e-2, "weight_decay": 0.2}
-    with pytest.raises(ValueError, match="freeze need the model"):
+    with pytest.raises(ValueError, match=r"freeze=.* needs the model"):
         Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim_args="freeze=lora_A"))
 
 
@@ -350,6 +350,27 @@ def test_the_factored_names_bring_a_momentum_that_optim_args_may_change(tmp_path
     run = trainer(tmp_path, optim="sgd_sai_factored", learning_rate=1e-3)
     run.train()
     assert {(group["update"], group["momentum"]) for group in run.optimizer.param_groups} == {("factored", 0.8)}
+
+
+def test_the_orthogonal_name_sorts_the_models_matrices(tmp_path):
+    run = plain_trainer(tmp_path, optim="sgd_sai_orthogonal", learning_rate=1e-3, optim_args="matrices=c_fc:false")
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.train()
+    groups = {group["name"]: group for group in run.optimizer.param_groups}
+    assert {name: group["update"] for name, group in groups.items()} == {
+        "base/decay": "factored", "base/no_decay": "factored", "base/linear_transposed": "orthogonal",
+    }  # fmt: skip
+    hidden = groups["base/linear_transposed"]["param_names"]
+    assert hidden
+    assert not any("c_fc" in name or "wte" in name for name in hidden)
+    assert all(not torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+    with pytest.raises(ValueError, match="update=orthogonal needs the model"):
+        Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim="sgd_sai_orthogonal"))
+
+
+def test_error_on_matrices_without_the_rule_that_has_them(tmp_path):
+    with pytest.raises(ValueError, match="matrices is for update='orthogonal'"):
+        trainer(tmp_path, optim="sgd_sai_factored", optim_args="matrices=c_fc:false").create_optimizer()
 
 
 def test_a_name_and_another_rule_contradict(tmp_path):

@@ -6,13 +6,32 @@ r"""The published rule: the gradient as it is, scaled by its g-SNR. arXiv 2412.1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hf_sai.optim.layout import Part
+from hf_sai.optim.momentum import Momentum, momentum_of
 
-__all__ = ["Published"]
+__all__ = ["Portion", "Published"]
+
+
+class Portion(NamedTuple):
+    """Parts of a group that are updated at once.
+
+    Attributes:
+        parts: The parts.
+        gradients: What comes into the momentum of each; without a momentum what the step goes along.
+        momenta: Their momenta, None without one.
+        momentum: The momentum's coefficient.
+    """
+
+    parts: Sequence[Part]
+    gradients: Sequence[Any]
+    momenta: Sequence[Momentum | None]
+    momentum: float
 
 
 class Published:
@@ -22,6 +41,14 @@ class Published:
 
     #: Keys of what the rule keeps in a parameter's state beside ``gsnr`` and the momentum.
     keys: tuple[str, ...] = ()
+
+    def check(self, group: dict[str, Any], shapes: Sequence[torch.Size]) -> None:
+        """Raise ValueError for a group that the rule cannot update.
+
+        Args:
+            group: With all options.
+            shapes: Of its whole parameters.
+        """
 
     def kept(self, part: Part) -> dict[str, tuple[int, ...]]:
         """The tensors that the rule keeps for a part: key -> the dimensions they have in full, the others being 1."""
@@ -48,3 +75,13 @@ class Published:
             numel: The whole parameter's number of elements.
         """
         return gsnr
+
+    def portions(self, parts: Sequence[Part]) -> Iterable[Portion]:
+        """What a group's parts are updated with, in as many portions as the rule has use for.
+
+        Args:
+            parts: Of one group, measured, their momenta started.
+        """
+        momentum = parts[0].group["momentum"]
+        momenta = [momentum_of(part) if momentum != 0 else None for part in parts]
+        yield Portion(parts, [part.grad for part in parts], momenta, momentum)

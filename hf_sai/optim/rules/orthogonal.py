@@ -1,0 +1,255 @@
+r"""Hidden matrices move along their momentum made orthogonal: Muon's step, its rows of equal size as in NorMuon.
+
+.. math::
+    d_t = \mu m_t + (1 - \mu) g_t, \qquad O_t = \operatorname{rows}(\operatorname{orth}(d_t)), \qquad
+    \theta_t = (1 - \gamma\lambda)\, \theta_{t-1} - \gamma\, \frac{G}{\sqrt n}\, 0.2 \sqrt{\max(r, c)}\, O_t
+
+where orth replaces every singular value of an r by c matrix by about 1, by Newton-Schulz iteration (Muon, Keller Jordan
+and others, 2024), and rows divides each output's row by a running root-mean-square of its own and then gives the matrix
+its norm back (NorMuon, arXiv 2510.05491). The factor gives the elements of the step a root-mean-square of 0.2, so that
+AdamW's learning rates hold (arXiv 2502.16982, equation 4).
+
+Which tensors are hidden matrices is not for the optimizer to guess: :func:`hf_sai.param_groups` reads it from the model
+and writes the group's key ``matrices``; it gives all other tensors ``update="factored"``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_sai.optim.layout import Part, Sharing, local, sum_over_holders
+from hf_sai.optim.momentum import load, momentum_of, store
+from hf_sai.optim.rules.published import Portion, Published
+
+__all__ = ["FORMS", "ROW_MEAN_SQUARE", "Orthogonal", "newton_schulz"]
+
+#: What a group's tensors are, its key ``matrices`` -> the dimensions that number the matrices' rows, an output each.
+FORMS: dict[str, tuple[int, ...]] = {
+    "linear": (0,),
+    "linear_transposed": (1,),  # GPT-2's Conv1D
+    "convolution": (0,),  # all that one output sees is a row
+    "experts": (0, 1),  # each a matrix of its own
+    "experts_transposed": (0, 2),
+}
+
+#: Key of the running mean square of each row of what is orthogonal; float32.
+ROW_MEAN_SQUARE = "row_mean_square"
+
+#: How much of it stays from step to step, as in NorMuon.
+KEPT = 0.95
+
+#: Root-mean-square of a step's elements per unit of learning rate, as AdamW's steps have it in training.
+STEP_SIZE = 0.2
+
+# Muon's: they lead singular values from 0.005 on into 0.7 to 1.2 within five rounds, which is near enough.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ROUNDS = 5
+
+# Elements of the matrices that are made orthogonal in one batch: bounds the temporary memory of a step.
+_BATCH = 1 << 25
+
+
+class Orthogonal(Published):
+    """State: a momentum and ``ROW_MEAN_SQUARE``."""
+
+    name = "orthogonal"
+    keys = (ROW_MEAN_SQUARE,)
+
+    def check(self, group: dict[str, Any], shapes: Sequence[torch.Size]) -> None:
+        form = group.get("matrices")
+        if form not in FORMS:
+            raise ValueError(
+                f"update='orthogonal' is for hidden matrices, and a group says with matrices={form!r} that it does not "
+                "know whether its tensors are some; let hf_sai.create_sgd_sai_optimizer(model, update='orthogonal') or "
+                "hf_sai.param_groups(model, update='orthogonal') read it from the model."
+            )
+        fitting = {"linear": 2, "experts": 3}.get(form.removesuffix("_transposed"))
+        wrong = next((shape for shape in shapes if len(shape) != (fitting or max(3, len(shape)))), None)
+        if wrong is not None:
+            raise ValueError(f"matrices={form!r} does not fit a tensor of shape {tuple(wrong)}.")
+
+    def kept(self, part: Part) -> dict[str, tuple[int, ...]]:
+        return {ROW_MEAN_SQUARE: FORMS[part.group["matrices"]]}
+
+    def allocate(self, part: Part) -> None:
+        for key, dims in self.kept(part).items():
+            if key not in part.state:
+                part.state[key] = part.zeros(torch.float32, dims)
+
+    def scale(self, gsnr: float, numel: int) -> float:
+        return gsnr / math.sqrt(numel)
+
+    def portions(self, parts: Sequence[Part]) -> Iterator[Portion]:
+        """Matrices of one size in batches: what each moves along, its momentum being advanced already."""
+        for part in parts:
+            self.allocate(part)
+        usable = _usable(parts)
+        # Of a stack of experts that is sharded by expert every process has whole matrices.
+        cut: list[Part] = []
+        rest: list[Part] = []
+        for part in parts:
+            in_pieces = part.holders((0,) if part.group["matrices"].startswith("experts") else ())
+            (cut if in_pieces else rest).append(part)
+        for batch in _batches([(part.param, part.group["matrices"]) for part in rest]):
+            own = [rest[index] for index in batch]
+            matrices = [Matrices(_advanced(part, usable), *_running(part)) for part in own]
+            yield _portion(own, _orthogonal(matrices))
+        for own, sharing in type(cut[0]).sharing(cut) if cut else ():
+            yield _portion(own, _shared(own, sharing, [_advanced(part, usable) for part in own]))
+
+
+class Matrices(NamedTuple):
+    """A tensor of whole matrices, the running mean squares of their rows, and their form."""
+
+    tensor: Tensor
+    running: Tensor
+    form: str
+
+
+def newton_schulz(matrices: Tensor) -> Tensor:
+    """Replace the singular values of matrices by about 1 (0.7 to 1.2), those near 0 by something between.
+
+    Args:
+        matrices: Of shape (number, rows, columns), rows <= columns, of any norm; zeros stay zeros. Computed in their
+            dtype, for which bfloat16 suffices.
+    """
+    a, b, c = _COEFFICIENTS
+    norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    x = matrices / norms.clamp(min=torch.finfo(torch.float32).tiny).to(matrices.dtype)
+    for _ in range(_ROUNDS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _portion(parts: Sequence[Part], found: Sequence[tuple[Tensor, Tensor]]) -> Portion:
+    # With maximize the momentum has the other sign already, and the update changes it once more.
+    directions = [
+        matrices * (-factors if part.group["maximize"] else factors)
+        for part, (matrices, factors) in zip(parts, found, strict=True)
+    ]
+    return Portion(parts, directions, [None] * len(parts), 0.0)
+
+
+def _running(part: Part) -> tuple[Tensor, str]:
+    return local(part.state[ROW_MEAN_SQUARE]), part.group["matrices"]
+
+
+def _batches(tensors: Sequence[tuple[Tensor, str]]) -> Iterator[list[int]]:
+    """Numbers of tensors whose matrices are of one size, lying or standing, and together not too large."""
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for index, (tensor, form) in enumerate(tensors):
+        alike[tuple(sorted(_as_matrices(tensor, form).shape[1:])), tensor.device].append(index)
+    for (size, _), indices in alike.items():
+        room = max(1, _BATCH // max(1, math.prod(size)))
+        batch: list[int] = []
+        count = 0
+        for index in indices:
+            number = tensors[index][0].numel() // max(1, math.prod(size))
+            if batch and count + number > room:
+                yield batch
+                batch, count = [], 0
+            batch.append(index)
+            count += number
+        yield batch
+
+
+def _orthogonal(own: Sequence[Matrices]) -> list[tuple[Tensor, Tensor]]:
+    """Matrices of one size, orthogonal, and a factor for each of their rows. Brings the running means up to date."""
+    dtype = _dtype(own[0].tensor.device)
+    stacks = [_as_matrices(of.tensor, of.form) for of in own]
+    flips = [stack.shape[1] > stack.shape[2] for stack in stacks]
+    batch = torch.cat([(s.mT if flip else s).to(dtype) for s, flip in zip(stacks, flips, strict=True)])
+    results = []
+    for of, flip, result in zip(own, flips, newton_schulz(batch).split([len(stack) for stack in stacks]), strict=True):
+        result = result.mT if flip else result
+        matrices = torch.empty(of.tensor.shape, dtype=dtype, device=of.tensor.device)
+        _as_matrices(matrices, of.form).copy_(result)
+        factors = torch.empty_like(of.running)
+        _as_matrices(factors, of.form).copy_(_row_factors(result, _as_matrices(of.running, of.form)))
+        results.append((matrices, factors))
+    return results
+
+
+def _shared(parts: Sequence[Part], sharing: Sharing, advanced: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The same of matrices in pieces: each is made whole and orthogonal on one process, and handed out again."""
+    places = range(len(parts))
+    dtype = _dtype(advanced[0].device)
+    every = [tuple(range(len(part.shape))) for part in parts]
+    rows = [FORMS[part.group["matrices"]] for part in parts]
+    running = [_running(part)[0] for part in parts]
+    wholes = sharing.collect(
+        [(i, advanced[i].to(dtype), every[i]) for i in places] + [(i, running[i], rows[i]) for i in places]
+    )
+    mine: dict[int, Matrices] = {}
+    for i in places:
+        tensor, means = wholes[i], wholes[i + len(parts)]
+        if tensor is not None and means is not None:
+            mine[i] = Matrices(tensor, means, parts[i].group["matrices"])
+    numbers, found = list(mine), dict[int, tuple[Tensor, Tensor]]()
+    for batch in _batches([(mine[i].tensor, mine[i].form) for i in numbers]):
+        own = [numbers[index] for index in batch]
+        found |= zip(own, _orthogonal([mine[i] for i in own]), strict=True)
+    handed = sharing.hand_out(
+        [(i, found[i][0] if i in found else None, every[i], dtype) for i in places]
+        + [(i, found[i][1] if i in found else None, rows[i], torch.float32) for i in places]
+        + [(i, mine[i].running if i in mine else None, rows[i], torch.float32) for i in places]
+    )
+    for i in places:
+        running[i].copy_(handed[i + 2 * len(parts)])
+    return [(handed[i], handed[i + len(parts)]) for i in places]
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    # Of accelerators bfloat16 is the fast dtype; on CPU it is the slow one.
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def _row_factors(orthogonal: Tensor, running: Tensor) -> Tensor:
+    """What gives all rows about the same size, and the elements a root-mean-square of ``STEP_SIZE``."""
+    squares = orthogonal.float().square().mean(2, keepdim=True)
+    running.lerp_(squares, 1 - KEPT)
+    tiny = torch.finfo(torch.float32).tiny
+    roots = running.clamp(min=tiny).rsqrt()
+    sizes = (squares * roots.square()).mean(1, keepdim=True)
+    before = squares.mean(1, keepdim=True)
+    return roots * (before / sizes.clamp(min=tiny)).sqrt() * STEP_SIZE * math.sqrt(max(orthogonal.shape[1:]))
+
+
+def _usable(parts: Sequence[Part]) -> dict[int, Tensor]:
+    """For each part whether its whole gradient is finite, by its number; one all_reduce a process group."""
+    lost = {part.number: (~torch.linalg.vector_norm(part.grad).isfinite()).float().reshape(1) for part in parts}
+    sum_over_holders((lost[part.number], part.holders(), part.table_device) for part in parts)
+    return {number: count == 0 for number, count in lost.items()}
+
+
+def _advanced(part: Part, usable: dict[int, Tensor]) -> Tensor:
+    """Advance the momentum; returns what is to be made orthogonal, float32 or better.
+
+    A gradient that is not finite leaves the momentum as it is: within a matrix it would not stay where it is.
+    """
+    g = -part.grad if part.group["maximize"] else part.grad
+    g = g.to(torch.promote_types(g.dtype, torch.float32))
+    mu, whole_is_finite = part.group["momentum"], usable[part.number]
+    if mu == 0:
+        return torch.where(whole_is_finite, g, 0.0)
+    kept = momentum_of(part)
+    m = load(kept).to(g.dtype)
+    g = torch.where(whole_is_finite, g, m)
+    m = m.lerp(g, 1 - mu)
+    store(kept, m)
+    return m.lerp(g, 1 - mu)  # Nesterov
+
+
+def _as_matrices(tensor: Tensor, form: str) -> Tensor:
+    """A tensor as (number, rows, columns), sharing its memory if it is contiguous; also one with a size per row."""
+    if form == "convolution":
+        return tensor.flatten(1).unsqueeze(0)
+    matrices = tensor if form.startswith("experts") else tensor.unsqueeze(0)
+    return matrices.mT if form.endswith("transposed") else matrices

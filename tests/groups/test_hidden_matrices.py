@@ -1,0 +1,175 @@
+"""Which tensors are hidden matrices: by the structure of real models, by the user's word, in groups and in Trainer."""
+
+import logging
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from hf_sai import SGDSaI, create_sgd_sai_optimizer, param_groups
+from hf_sai.groups.hidden_matrices import hidden_matrices
+
+#: Of names of embeddings, positions and heads.
+ENDS = ("embed", "wte", "wpe", "lm_head", "shared", "classifier", "score")
+
+SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+
+
+def gpt2(**options):
+    config = tf.GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11, n_positions=6, bos_token_id=0, eos_token_id=0)
+    config.update(options)
+    return tf.GPT2LMHeadModel(config)
+
+
+def llama(**options):
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, vocab_size=11, num_key_value_heads=1, **options))
+
+
+MODELS = {
+    "gpt2": (gpt2, {"linear_transposed": 8}, ["c_attn", "c_proj", "c_fc"]),
+    "gpt2, head untied": (lambda: gpt2(tie_word_embeddings=False), {"linear_transposed": 8}, ["c_"]),
+    "llama": (llama, {"linear": 14}, ["_proj"]),
+    "llama, classes": (
+        lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**SMALL, vocab_size=11, pad_token_id=0)),
+        {"linear": 14},
+        ["_proj"],
+    ),
+    "bert": (
+        lambda: tf.BertForMaskedLM(tf.BertConfig(**SMALL, vocab_size=11)),
+        {"linear": 12},
+        ["query", "key", "value", "dense"],
+    ),
+    "vit": (
+        lambda: tf.ViTForImageClassification(tf.ViTConfig(**SMALL, image_size=8, patch_size=4)),
+        {"linear": 12},
+        ["layer", "encoder"],
+    ),
+    "t5": (
+        lambda: tf.T5ForConditionalGeneration(
+            tf.T5Config(d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, vocab_size=11, decoder_start_token_id=0)
+        ),
+        {"linear": 4 + 2 + 8 + 2},
+        ["SelfAttention", "EncDecAttention", "DenseReluDense"],
+    ),
+    "resnet": (
+        lambda: tf.ResNetForImageClassification(
+            tf.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
+        ),
+        {"convolution": 5},
+        ["stages"],
+    ),
+    "mixtral": (
+        lambda: tf.MixtralForCausalLM(
+            tf.MixtralConfig(**SMALL, vocab_size=11, num_key_value_heads=1, num_local_experts=3)
+        ),
+        None,  # up to transformers 4 every expert is a module with matrices of its own
+        ["_proj", "experts"],
+    ),
+    "torch's transformer": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12), 2, enable_nested_tensor=False),
+        {"linear": 8},
+        ["in_proj", "out_proj", "linear"],
+    ),
+    "sequential": (
+        lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)),
+        {"linear": 1},
+        ["2."],
+    ),
+    "one layer": (lambda: nn.Linear(3, 2), {}, []),
+}
+
+
+def named(model, hidden):
+    return {name: hidden[id(p)] for name, p in model.named_parameters() if id(p) in hidden}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_in_real_models(model):
+    build, expected, words = MODELS[model]
+    model = build()
+    found = named(model, hidden_matrices(model))
+    if expected is not None:
+        assert {form: list(found.values()).count(form) for form in set(found.values())} == expected
+    for name in found:
+        assert any(word in name for word in words), name
+        assert not any(word in name for word in ("embed", "wte", "wpe", "lm_head", "shared", "classifier", "score")), (
+            name
+        )
+
+
+def test_stacked_experts_are_a_matrix_each():
+    model = MODELS["mixtral"][0]()
+    stacked = {name for name, p in model.named_parameters() if p.ndim == 3}
+    if not stacked:
+        pytest.skip("this transformers keeps experts as modules")
+    found = named(model, hidden_matrices(model))
+    assert stacked
+    assert all(found[name] == "experts" for name in stacked)
+
+
+def test_every_model_trains_with_its_groups():
+    model = gpt2()
+    optimizer = create_sgd_sai_optimizer(model, lr=1e-2, update="orthogonal", weight_decay=0.1)
+    rules = {group["name"]: (group["update"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert rules == {
+        "base/decay": ("factored", 0.1),
+        "base/no_decay": ("factored", 0.0),
+        "base/linear_transposed": ("orthogonal", 0.1),
+    }
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    x = torch.arange(10).view(2, 5)
+    for _ in range(2):
+        model(x, labels=x).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_other_rules_have_the_groups_they_always_had():
+    names = [group["name"] for group in param_groups(gpt2(), lr=1.0, weight_decay=0.1)]
+    assert names == ["base/decay", "base/no_decay"]
+    groups = param_groups(gpt2(), lr=1.0, weight_decay=0.1, update="factored")
+    assert [group["update"] for group in groups] == ["factored", "factored"]
+
+
+def test_the_user_decides_by_expressions_of_which_the_last_wins():
+    model = llama()
+    default = named(model, hidden_matrices(model))
+    chosen = named(model, hidden_matrices(model, {"lm_head": True, "mlp": False, r"layers\.0\.mlp": True}))
+    assert set(chosen) - set(default) == {"lm_head.weight"}
+    assert {name.split(".")[2] for name in set(default) - set(chosen)} == {"1"}
+
+
+@pytest.mark.parametrize(
+    ("matrices", "message"),
+    [
+        ({"nothing_like_it": True}, "found in no parameter's name"),
+        ({"(": True}, "no regular expression"),
+        ({"norm": True}, r"of shape \(8,\)"),
+    ],
+)
+def test_error_on_an_expression_that_cannot_be(matrices, message):
+    with pytest.raises(ValueError, match=message):
+        param_groups(llama(), lr=1.0, weight_decay=0.0, update="orthogonal", matrices=matrices)
+
+
+def test_error_on_matrices_for_a_rule_that_makes_no_difference():
+    with pytest.raises(ValueError, match="matrices is for update='orthogonal'"):
+        create_sgd_sai_optimizer(llama(), lr=1.0, update="factored", matrices={"mlp": False})
+
+
+def test_adapters_take_factored_and_a_model_without_hidden_matrices_says_so(caplog):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with caplog.at_level(logging.WARNING, "hf_sai"):
+        optimizer = create_sgd_sai_optimizer(model, lr=1e-2, update="orthogonal")
+    assert {group["update"] for group in optimizer.param_groups} == {"factored"}
+    assert "trains no hidden matrix" in caplog.text
+    with pytest.raises(ValueError, match="of an adapter"):
+        param_groups(model, lr=1.0, weight_decay=0.0, update="orthogonal", matrices={"lora_A": True})
+
+
+def test_groups_made_for_another_rule_are_refused_and_say_what_to_call():
+    with pytest.raises(ValueError, match="create_sgd_sai_optimizer"):
+        SGDSaI(param_groups(llama(), lr=1e-2, weight_decay=0.0), update="orthogonal")
