@@ -1,8 +1,8 @@
 """How the momentum is kept: in its parameter's dtype, in another one, or in blocks of 8 or 4 bits with a scale each.
 
-The blocks are quantised by bitsandbytes: it has kernels for CPU and CUDA, whoever trains QLoRA has it installed, and
-its codes and scales are plain tensors, which every way of copying and saving a state handles. torchao's quantised
-optimizer states are tensor subclasses, which ``copy.deepcopy`` refuses.
+The blocks are bitsandbytes' formats, and where it is installed its kernels for CPU and CUDA write and read them, else
+torch's operations (:mod:`hf_sai.optim.codes`). Codes and scales are plain tensors, which every way of copying and
+saving a state handles. torchao's quantised optimizer states are tensor subclasses, which ``copy.deepcopy`` refuses.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_sai.optim.codes import QUANTIZED, code_values, dequantized, quantized
 from hf_sai.optim.layout import Part, local
 
 __all__ = [
@@ -29,9 +30,9 @@ __all__ = [
     "convert",
     "drop",
     "form",
+    "has_bitsandbytes",
     "load",
     "momentum_of",
-    "require_quantizer",
     "saved",
     "start",
     "store",
@@ -42,9 +43,6 @@ MOMENTUM_KEYS = ("momentum_buffer", "momentum_scales")
 
 #: In a state dict, beside a momentum that was quantised and is saved as values.
 BLOCK_KEY = "momentum_block"
-
-#: Name of a quantised momentum -> elements that share a scale.
-QUANTIZED = {"8bit": 256, "4bit": 128}
 
 #: A tensor with fewer elements keeps its momentum in full precision.
 MIN_QUANTIZED = 4096
@@ -69,9 +67,14 @@ class QuantizedMomentum:
     def is_8bit(self) -> bool:
         return self.codes.numel() == self.shape.numel()
 
+    @property
+    def kind(self) -> str:
+        """``"8bit"`` or ``"4bit"``."""
+        return "8bit" if self.is_8bit else "4bit"
+
     def fits(self, p: Tensor) -> bool:
         """Whether codes and scales are as many as a parameter of this shape needs."""
-        blocks = math.ceil(p.numel() / QUANTIZED["8bit" if self.is_8bit else "4bit"])
+        blocks = math.ceil(p.numel() / QUANTIZED[self.kind])
         codes = p.numel() if self.is_8bit else p.numel() // 2
         return self.shape == p.shape and self.codes.numel() == codes and self.scales.numel() == blocks
 
@@ -86,35 +89,39 @@ class QuantizedMomentum:
 
     def load(self) -> Tensor:
         """The momentum, float32."""
+        if not has_bitsandbytes():
+            return dequantized(self.codes, self.scales, self.kind).view(self.shape)
         from bitsandbytes import functional
 
+        values, blocksize = code_values(self.kind, self.codes.device), QUANTIZED[self.kind]
         if self.is_8bit:
-            blocksize = QUANTIZED["8bit"]
-            return functional.dequantize_blockwise(
-                self.codes, absmax=self.scales, code=codes_table(self.codes.device), blocksize=blocksize
-            )
+            return functional.dequantize_blockwise(self.codes, absmax=self.scales, code=values, blocksize=blocksize)
         # Flat: bitsandbytes 0.50 on CPU ends blocks of 4 bits at the rows' ends when it reads, not when it writes.
         flat = torch.Size([self.shape.numel()])
         state = functional.QuantState(
-            absmax=self.scales, shape=flat, blocksize=QUANTIZED["4bit"], quant_type="nf4", dtype=torch.float32
+            absmax=self.scales, shape=flat, blocksize=blocksize, quant_type="nf4", dtype=torch.float32
         )
-        state.code = functional.get_4bit_type("nf4", device=self.codes.device, blocksize=QUANTIZED["4bit"])
+        state.code = values
         return functional.dequantize_4bit(self.codes, state).view(self.shape)
 
     def store(self, value: Tensor) -> None:
         """Quantise a momentum of any float dtype."""
-        from bitsandbytes import functional
-
-        value = value.float().flatten()
+        value, blocksize = value.float().flatten(), QUANTIZED[self.kind]
         if value.numel() == 0:
             return
-        if self.is_8bit:
-            blocksize = QUANTIZED["8bit"]
-            codes, state = functional.quantize_blockwise(value, codes_table(value.device), blocksize=blocksize)
+        if not has_bitsandbytes():
+            codes, scales = quantized(value, self.kind)
         else:
-            codes, state = functional.quantize_4bit(value, blocksize=QUANTIZED["4bit"], quant_type="nf4")
+            from bitsandbytes import functional
+
+            if self.is_8bit:
+                table = code_values(self.kind, value.device)
+                codes, state = functional.quantize_blockwise(value, table, blocksize=blocksize)
+            else:
+                codes, state = functional.quantize_4bit(value, blocksize=blocksize, quant_type="nf4")
+            scales = state.absmax
         self.codes.copy_(codes.view_as(self.codes))
-        self.scales.copy_(state.absmax)
+        self.scales.copy_(scales)
 
     def store_loaded(self, value: Tensor) -> None:
         """Quantise what :meth:`load` gave, so that it gives the same again, unless blocks are cut differently now.
@@ -124,7 +131,7 @@ class QuantizedMomentum:
         """
         if not self.is_8bit:
             return self.store(value)
-        table, size = codes_table(value.device), QUANTIZED["8bit"]
+        table, size = code_values("8bit", value.device), QUANTIZED["8bit"]
         value = value.float().flatten()
         blocks = torch.nn.functional.pad(value, (0, -value.numel() % size)).view(-1, size)
         lowest, largest = blocks.amin(1), blocks.amax(1)
@@ -143,17 +150,9 @@ class QuantizedMomentum:
 
 
 @functools.cache
-def codes_table(device: torch.device) -> Tensor:
-    """What the 256 codes of an 8-bit momentum stand for, float32[256] in [-1, 1]."""
-    from bitsandbytes import functional
-
-    return functional.create_dynamic_map(signed=True).to(device)
-
-
-def require_quantizer(momentum_dtype: torch.dtype | str | None) -> None:
-    """Raise ImportError if a momentum is to be quantised and bitsandbytes is missing."""
-    if momentum_dtype in QUANTIZED and find_spec("bitsandbytes") is None:
-        raise ImportError(f"momentum_dtype {momentum_dtype!r} needs bitsandbytes: pip install 'hf-sai[quant]'.")
+def has_bitsandbytes() -> bool:
+    """Whether bitsandbytes is installed."""
+    return find_spec("bitsandbytes") is not None
 
 
 #: A momentum as the update takes it: a tensor of any float dtype, or codes with scales.

@@ -82,13 +82,14 @@ class SGDSaI(Optimizer):
             ``normalize_over`` (the paper's Algorithm 1, line 14; the official code does not).
         maximize: Ascend instead of descend.
         momentum_dtype: What the momentum is kept in: None for the parameter's dtype, another float dtype, or
-            ``"8bit"`` or ``"4bit"`` for bitsandbytes' blocks (extra ``quant``).
+            ``"8bit"`` or ``"4bit"`` for blocks in bitsandbytes' form (faster with extra ``quant``).
         stochastic_rounding: Round bfloat16 parameters up or down at random, to train without float32 copies of them;
             alike on all replicas.
         foreach: Use torch's multi-tensor operations, which need temporary memory of the size of the parameters; False
             is the plain loop.
         fused: Update in one pass over memory, decay included: numba's kernel on CPU (extra ``speed``), Triton's on
-            CUDA, else torch's in two passes. If ``foreach`` and ``fused`` are both None, so are CPU parameters.
+            CUDA (never run on a GPU yet, so only if asked), else torch's in two passes. If ``foreach`` and ``fused``
+            are both None, so are CPU parameters.
         gradient_release: Update each parameter within ``backward()`` and free its gradient at once. Excludes
             accumulation, clipping by the global norm, GradScaler, ``normalize`` and more than one process.
 
@@ -453,7 +454,6 @@ def _identities(group: dict[str, Any]) -> list[tuple[weakref.ref[Tensor], torch.
 
 def _check_group(options: dict[str, Any]) -> None:
     check_options(options)
-    momenta.require_quantizer(options["momentum_dtype"])
 
 
 def _check_params(group: dict[str, Any]) -> None:
