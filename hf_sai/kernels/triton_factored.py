@@ -156,7 +156,7 @@ def _factors_of_one_kind(
 
 
 @triton.jit
-def _add_squares(  # type: ignore[no-untyped-def]
+def _add_squares(
     table,  # first programs, then the rows above
     owners,  # int32[programs]
     tensors,
@@ -216,7 +216,7 @@ def _add_squares(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _add_tile(  # type: ignore[no-untyped-def]
+def _add_tile(
     g, of_rows, of_columns, i, j, height, width, in_16_bytes: tl.constexpr, tile_rows: tl.constexpr,
     tile_columns: tl.constexpr, at_a_time: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
@@ -238,7 +238,7 @@ def _add_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _finish(  # type: ignore[no-untyped-def]
+def _finish(
     of_rows, of_columns, factors, whole_mean, row_means, column_means, height, width, across, down, before, after,
     weight, line: tl.constexpr, parts_at_a_time: tl.constexpr,
 ):  # fmt: skip
@@ -274,7 +274,7 @@ def _finish(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _added_up(parts, places, count, length, line: tl.constexpr, parts_at_a_time: tl.constexpr):  # type: ignore[no-untyped-def]
+def _added_up(parts, places, count, length, line: tl.constexpr, parts_at_a_time: tl.constexpr):
     sums = tl.zeros([parts_at_a_time, line], dtype=tl.float32)
     first = 0
     while first < count:
@@ -286,7 +286,7 @@ def _added_up(parts, places, count, length, line: tl.constexpr, parts_at_a_time:
 
 
 @triton.jit
-def _average(means, factors, places, inside, new, usable, whole, before, after, weight):  # type: ignore[no-untyped-def]
+def _average(means, factors, places, inside, new, usable, whole, before, after, weight):
     """Running means with one more, and the factors that follow."""
     running = _averaged(tl.load(means + places, mask=inside, other=0.0), new, usable, before, weight)
     tl.store(means + places, running, mask=inside)
@@ -294,13 +294,13 @@ def _average(means, factors, places, inside, new, usable, whole, before, after, 
 
 
 @triton.jit
-def _averaged(running, new, usable, before, weight):  # type: ignore[no-untyped-def]
+def _averaged(running, new, usable, before, weight):
     """What is not finite counts as what the running mean expects."""
     expected = tl.where(before > 0, running / tl.where(before > 0, before, 1.0), 1.0)
     return running + weight * (tl.where(usable, new, expected) - running)
 
 
 @triton.jit
-def _root(running, after):  # type: ignore[no-untyped-def]
+def _root(running, after):
     # The least normal number: a divisor must not be 0. NaN is never kept in a running mean.
     return tl.sqrt(tl.maximum(running / after, 1.1754943508222875e-38))

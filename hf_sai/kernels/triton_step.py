@@ -155,7 +155,8 @@ def _rows(params: Any, grads: Any, kept: Any, factors: Any) -> list[list[int]]:
     """A table's first rows: p, g, m, the momentum's scales, factors of rows and of columns, columns."""
     quantized = isinstance(kept[0], QuantizedMomentum)
     buffers = [m.codes if quantized else m for m in kept]
-    of_factors = [factor_addresses(g, f) if len(f) else (0, 0) for g, f in zip(grads, factors, strict=True)]
+    # can_update has refused factors of other sizes.
+    of_factors = [(len(f) and factor_addresses(g, f)) or (0, 0) for g, f in zip(grads, factors, strict=True)]
     return [
         [p.data_ptr() for p in params],
         [g.data_ptr() for g in grads],
@@ -181,7 +182,7 @@ def _code_tables(kind: str, device: torch.device) -> tuple[Tensor, Tensor, Tenso
 
 
 @triton.jit
-def _step(  # type: ignore[no-untyped-def]
+def _step(
     table,  # first programs, then the rows of _rows, sizes, scales
     owners,  # int32[programs]
     tensors,
@@ -230,7 +231,7 @@ def _step(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _update_block(  # type: ignore[no-untyped-def]
+def _update_block(
     table, tensors, tensor, block, start, left, decay, step, weight, sign, seed, values, nearest, midpoints,
     p_dtype: tl.constexpr, g_dtype: tl.constexpr, m_dtype: tl.constexpr, per_scale: tl.constexpr,
     four_bits: tl.constexpr, normalised: tl.constexpr, aligned: tl.constexpr, masked: tl.constexpr,
@@ -287,7 +288,7 @@ def _update_block(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _factors(table, tensors, tensor, start, left, offsets):  # type: ignore[no-untyped-def]
+def _factors(table, tensors, tensor, start, left, offsets):
     """What each element of a block is multiplied by: its row's factor times its column's."""
     rows, columns = entry(table, tensors, 5, tensor), entry(table, tensors, 6, tensor)
     width = entry(table, tensors, 7, tensor)

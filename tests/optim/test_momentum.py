@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from hf_sai import SGDSaI, sgd_sai
 from hf_sai.optim import update
 from hf_sai.optim.layout import Part
-from hf_sai.optim.momentum import allocate, load, momentum_of
+from hf_sai.optim.momentum import allocate, has_bitsandbytes, load, momentum_of
 from hf_sai.runs.meters import state_bytes
 
 SHAPES = [(96, 64), (4100,), (30, 7), (5,)]  # the last three are too small or too odd for some format
@@ -197,10 +197,22 @@ def test_what_momentum_dtype_cannot_be():
         SGDSaI(make_params(), momentum_dtype=torch.int8)
 
 
-def test_missing_bitsandbytes_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("hf_sai.optim.momentum.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'hf-sai\[quant\]'"):
-        SGDSaI(make_params(), momentum_dtype="8bit")
+def test_without_bitsandbytes_the_same_codes_are_written(monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    states = []
+    for there in (True, False):
+        monkeypatch.setattr("hf_sai.optim.momentum.find_spec", lambda name, there=there: there or None)
+        has_bitsandbytes.cache_clear()
+        p = nn.Parameter(torch.zeros(64, 64))
+        optimizer = SGDSaI([p], momentum_dtype="8bit", foreach=False)
+        p.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+        optimizer.step()
+        states.append(optimizer.state[p])
+    has_bitsandbytes.cache_clear()
+    same = (states[0]["momentum_buffer"] == states[1]["momentum_buffer"]).float().mean()
+    assert same > 0.99  # bitsandbytes' own kernel decides near ties in another way
+    assert torch.equal(states[0]["momentum_scales"], states[1]["momentum_scales"])
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
