@@ -4,8 +4,9 @@
     python benchmarks/results.py --check    # changes nothing; names the pages that are out of date
 
 A table stands between `<!-- results: NAME -->` and `<!-- /results -->`; everything outside is written by hand. In
-docs/results.json "collected" is made anew from each recipe's `results/` and from docs/step_speed.json; "stated" holds
-the few numbers whose runs are not kept, with the command, the date and the machine, and is edited by hand.
+docs/results.json "collected" is made anew from each recipe's `results/` and from docs/research/step_speed.json;
+"stated" holds the few numbers whose runs are not kept, with the command, the date and the machine, and is edited by
+hand.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes.common lies in the repository's root
 
+from hf_sai.cli.main import SUBCOMMANDS
 from hf_sai.optim.options import OPTIONS
 from hf_sai.runs.files import atomic_write
 from recipes.common.comparison import markdown_table
@@ -28,12 +30,13 @@ from recipes.common.lr_search import Results
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docs" / "results.json"
-PAGES = ("README.md", "docs/*.md", "recipes/*/README.md")
+PAGES = ("README.md", "docs/**/*.md", "recipes/*/README.md")
 BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 ADAMW, SHORT, PUBLISHED = "adamw", "adamw, beta1 0.8", "sgd_sai"
 FACTORED, PRESET = "sgd_sai, factored gradient", "sgd_sai, factored gradient, momentum 0.8"
 PRESET_8BIT = PRESET + ", 8 bits"
+ORTHOGONAL = "sgd_sai, orthogonal"
 #: What the settings of a GPT-2 sweep are called elsewhere; the runs were made when `update` was `normalize_gradient`.
 GPT2_SWEEP = {
     "demo_adamw": {"": ADAMW, "--adam_beta1 0.8": SHORT},
@@ -48,6 +51,7 @@ GPT2_SWEEP = {
         "--optim_args normalize_gradient=factored,momentum=0.95": FACTORED + ", momentum 0.95",
         "": PRESET,
         "--optim sgd_sai": PUBLISHED,
+        "--optim sgd_sai_orthogonal": ORTHOGONAL,
         "--optim sgd_sai_8bit": "sgd_sai, 8-bit momentum",
         "--optim sgd_sai_4bit": "sgd_sai, 4-bit momentum",
         "--optim sgd_sai --optim_args momentum=0.8": "sgd_sai, momentum 0.8",
@@ -153,6 +157,12 @@ def rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
 
 
+def best_adamw(results: dict, task: str) -> str:
+    """AdamW's best setting among those that were searched, as its candidates are named."""
+    entries = results["collected"][task]
+    return min((name for name in entries if name.startswith(ADAMW)), key=lambda name: entries[name]["eval_loss"])
+
+
 def loss(results: dict, task: str, name: str) -> str:
     """Mean and standard deviation of a task's evaluation loss, or nothing where it was not run."""
     entry = results["collected"][task].get(name)
@@ -165,7 +175,9 @@ def loss(results: dict, task: str, name: str) -> str:
 
 
 def accuracy(results: dict, name: str) -> str:
-    entry = results["collected"]["vit_classification"][name]
+    entry = results["collected"]["vit_classification"].get(name)
+    if entry is None:
+        return ""
     return f"{100 * entry['eval_accuracy']:.1f} ± {100 * entry['eval_accuracy_std']:.1f}"
 
 
@@ -191,35 +203,98 @@ def linked(task: str, *, folder: str = "../recipes") -> str:
 
 
 def speed_rows(model: str) -> dict[str, dict]:
-    report = json.loads((ROOT / "docs" / "step_speed.json").read_text())
+    report = json.loads((ROOT / "docs" / "research" / "step_speed.json").read_text())
     (found,) = (entry for entry in report["models"] if entry["model"] == model)
     return {row["optimizer"]: row for row in found["rows"]}
 
 
 def headline(results: dict) -> str:
-    """README's first table."""
-    names = (ADAMW, PRESET, PUBLISHED)
+    """README's first table: AdamW as it comes, AdamW at its best setting, and the two kinds of SGD-SaI."""
     titles = {
-        "gpt2_pretraining": "GPT-2 of 1.1 million parameters from scratch",
-        "llama_lora": "SmolLM2-135M, LoRA",
-        "diffusers_text_to_image": "small Stable Diffusion, LoRA",
+        "gpt2_pretraining": "GPT-2 from scratch, 1.1 million parameters",
+        "llama_lora": "LoRA on SmolLM2-135M",
+        "diffusers_text_to_image": "LoRA on a small Stable Diffusion",
+        "vit_classification": "ViT from scratch on digits, accuracy in %",
     }
-    rows = [[title, *bold_best([loss(results, task, name) for name in names])] for task, title in titles.items()]
-    rows.append(
-        [
-            "ViT on digits from scratch (accuracy, %)",
-            *bold_best([accuracy(results, name) for name in names], max),
-        ]
-    )
+    rows = []
+    for task, title in titles.items():
+        names = (ADAMW, best_adamw(results, task), ORTHOGONAL, PRESET, PUBLISHED)
+        if task == "vit_classification":
+            rows.append([title, *bold_best([accuracy(results, name) for name in names], max)])
+        else:
+            rows.append([title, *bold_best([loss(results, task, name) for name in names])])
     gpt2 = speed_rows("gpt2")
     timed = [gpt2[name] for name in ("torch AdamW, fused", "SGD-SaI, factored gradient", "SGD-SaI")]
     bytes_each = [f"{row['state_bytes_per_parameter']:.2f}" for row in timed]
-    bytes_each[1] += f" (8-bit momentum: {results['stated']['gpt2_small_factored_8bit_bytes_per_parameter']:.2f})"
-    rows.append(["optimizer state, bytes per parameter of GPT-2 small", *bytes_each])
-    ratios = [f"{row['ratio']['median']:.2f}" for row in timed]
-    rows.append(["time of the step on a CPU, GPT-2 small", "1", *ratios[1:]])
-    head = ["evaluation loss, 3 seeds, each at its best rate", "AdamW", "SGD-SaI, factored", "published SGD-SaI"]
+    bytes_each[1:1] = [bytes_each[0], ""]
+    rows.append(["optimizer state, bytes per parameter", *bytes_each])
+    ratios = ["1", "1", "", *(f"{row['ratio']['median']:.2f}" for row in timed[1:])]
+    rows.append(["time of the step on a CPU, GPT-2 small", *ratios])
+    settings = {setting(best_adamw(results, task)) for task in titles}
+    ours = ("`sgd_sai_orthogonal`", "`sgd_sai_factored`", "`sgd_sai`, published")
+    best = f"AdamW, {settings.pop()}" if len(settings) == 1 else "AdamW, its best setting"
+    return markdown_table(["evaluation loss", "AdamW", best, *ours], rows)
+
+
+def setting(name: str) -> str:
+    """What a candidate's name says beside the optimizer: "beta1 0.8"."""
+    return name.partition(", ")[2] or "as it comes"
+
+
+def which_update(results: dict) -> str:
+    """docs/which_update.md: every choice of the page on every task, AdamW's best setting named in its cell."""
+    ours = {
+        "sgd_sai_orthogonal": ORTHOGONAL,
+        "sgd_sai_factored": PRESET,
+        "sgd_sai_factored_8bit": PRESET_8BIT,
+        "sgd_sai": PUBLISHED,
+    }
+    rows = []
+    for task, (title, _, _) in TASKS.items():
+        best = best_adamw(results, task)
+        cells = [loss(results, task, name) for name in (ADAMW, best, *ours.values())]
+        cells[1] += f" ({setting(best)})"
+        rows.append([f"{title}, {LENGTHS[task].split(', ')[1]}", *bold_best(cells)])
+    return markdown_table(["task", "AdamW", "AdamW, best setting", *(f"`{name}`" for name in ours)], rows)
+
+
+def starts(results: dict) -> str:
+    """docs/learning_rate.md: the published algorithm's best rate and its neighbours, beside AdamW's."""
+    rows = []
+    for task, (title, digits, _) in TASKS.items():
+        ours, adamw = (results["collected"][task][name] for name in (PUBLISHED, ADAMW))
+        grid = {float(rate): value for rate, value in ours["grid"].items()}
+        best = ours["learning_rate"]
+        near = [grid.get(best / 2), grid[best], grid.get(best * 2)]
+        shown = ["" if value is None else f"{value:.{digits}f}" for value in near]
+        rows.append([title, f"{best:g}", *shown, f"{adamw['learning_rate']:g}", f"{best / adamw['learning_rate']:g}"])
+    head = ["task", "best rate", "loss at half of it", "at it", "at twice of it", "AdamW's best rate", "factor"]
     return markdown_table(head, rows)
+
+
+def commands(results: dict) -> str:
+    """docs/commands.md: what `--help` says of every subcommand."""
+    subparsers = argparse.ArgumentParser(prog="hf-sai").add_subparsers()
+    for subcommand in SUBCOMMANDS:
+        subcommand.add_parser(subparsers)
+    return "\n\n".join(command_section(parser) for parser in subparsers.choices.values())
+
+
+def command_section(parser: argparse.ArgumentParser) -> str:
+    """A command's heading, description and arguments."""
+    rows = []
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
+        values = (
+            f"{{{','.join(map(str, action.choices))}}}" if action.choices else action.metavar or action.dest.upper()
+        )
+        takes_value = bool(action.option_strings) and action.nargs != 0
+        help_text = (action.help or "") % {**vars(action), "prog": parser.prog}
+        rows.append([f"`{name} {values}`" if takes_value else f"`{name}`", help_text])
+    table = markdown_table(["argument", "what it does"], [[cell.replace("|", "\\|") for cell in row] for row in rows])
+    return f"## `{parser.prog}`\n\n{parser.description}\n\n{table.replace('--:', ':--')}"
 
 
 def demo(results: dict) -> str:
@@ -273,7 +348,7 @@ def factored(results: dict) -> str:
 
 
 def recipes(results: dict) -> str:
-    """docs/gap.md: all rules on all tasks."""
+    """docs/results.md: all rules on all tasks."""
     names = {
         SHORT: "AdamW, beta1 0.8",
         PRESET: "**SGD-SaI, factored, momentum 0.8** (`sgd_sai_factored`)",
@@ -293,7 +368,7 @@ def recipes(results: dict) -> str:
 
 
 def momentum(results: dict) -> str:
-    """docs/memory.md: what fewer bits of momentum cost."""
+    """docs/low_bits.md: what fewer bits of momentum cost."""
     bits = {
         "float32": (4, "sgd_sai", PRESET),
         "bfloat16": (2, "sgd_sai, bfloat16 momentum", ""),
@@ -332,7 +407,7 @@ def beside_adamw(results: dict) -> str:
 
 def step_speed(results: dict) -> str:
     """docs/speed.md: medians of every optimizer on every model."""
-    report = json.loads((ROOT / "docs" / "step_speed.json").read_text())
+    report = json.loads((ROOT / "docs" / "research" / "step_speed.json").read_text())
     titles = {
         "gpt2": "GPT-2",
         "gpt2-medium:6": "medium, 6 layers",
@@ -392,6 +467,9 @@ def options(results: dict) -> str:
 
 TABLES: dict[str, Callable[[dict], str]] = {
     "headline": headline,
+    "which-update": which_update,
+    "starts": starts,
+    "commands": commands,
     "demo": demo,
     "published": published,
     "rates": rates,

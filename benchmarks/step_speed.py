@@ -1,6 +1,6 @@
 """Time SGD-SaI's ways to step beside other optimizers, interleaved in one run, and count the bytes that each keeps.
 
-    python benchmarks/step_speed.py gpt2 gpt2-xl:2 llama-2-7b:1 split-16 split-1024 --output docs/step_speed
+    python benchmarks/step_speed.py gpt2 gpt2-xl:2 llama-2-7b:1 split-16 split-1024 --output docs/research/step_speed
 
 A model is a name that `hf-sai memory` knows, whole or with its first layers only (`gpt2-xl:2`), or `split-N`: 2^24
 elements in N tensors. No weights are loaded: parameters and gradients are random numbers, and a few optimizers at a

@@ -1,7 +1,8 @@
 """Runs an unmodified script with ``sgd_sai`` registered: ``python -m hf_sai.run script.py --optim sgd_sai ...``.
 
 Works wherever Python runs a module: ``torchrun ... -m hf_sai.run script.py ...``,
-``accelerate launch ... -m hf_sai.run script.py ...``; and for modules: ``python -m hf_sai.run -m trl.scripts.sft ...``.
+``accelerate launch ... -m hf_sai.run script.py ...``; for modules: ``python -m hf_sai.run -m trl.scripts.sft ...``; and
+for commands that a package installs: ``python -m hf_sai.run trl sft ...``. ``hf-sai run ...`` is the same.
 The script sees its own ``sys.argv``, ``__main__``, import path, working directory, exit code and traceback. Processes
 that it starts know the name, too. With ``--record`` before the script, every Trainer leaves a record.
 """
@@ -23,16 +24,17 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Sequence
+from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType, TracebackType
 
 from hf_sai.imports import when_imported
 from hf_sai.startup import following
 
-__all__ = ["main", "run_target", "show_error"]
+__all__ = ["add_arguments", "main", "require_target", "run_followed", "run_target", "show_error"]
 
 
 def main() -> None:
-    """Run the script or module that the command line names as ``__main__``.
+    """Run what the command line names as ``__main__``.
 
     Raises:
         SystemExit: With code 2 if the command line is wrong, else with the script's own code.
@@ -40,16 +42,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m hf_sai.run", description="Run an unmodified script in which --optim sgd_sai is known."
     )
+    add_arguments(parser)
+    options = parser.parse_args()
+    try:
+        require_target(options)
+    except ValueError as error:
+        parser.error(str(error))
+    sys.excepthook = lambda kind, error, trace: show_error(error, trace)
+    run_followed(options)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the runner's own arguments, which stand before the script's."""
     parser.add_argument("--record", action="store_true", help="every Trainer leaves run_record.json in its output_dir")
     parser.add_argument("-m", dest="is_module", action="store_true", help="the target is a module, as in python -m")
-    parser.add_argument("target", help="path of a script, or the name of a module after -m")
+    parser.add_argument("target", help="path of a script, a command such as trl, or the name of a module after -m")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="everything after the target is the script's own")
-    options = parser.parse_args()
-    if not options.is_module and not os.path.exists(options.target):
-        parser.error(f"no script {options.target!r} in {os.getcwd()!r}; for a module write -m {options.target}")
 
+
+def require_target(options: argparse.Namespace) -> None:
+    """Raise ValueError unless the target is there; whether a module is, shows when it runs."""
+    if not options.is_module and not os.path.exists(options.target) and _command(options.target) is None:
+        raise ValueError(
+            f"no script {options.target!r} in {os.getcwd()!r}, and no package here installs a command of that name; "
+            f"for a module write -m {options.target}"
+        )
+
+
+def run_followed(options: argparse.Namespace) -> None:
+    """Run the target, see to the processes that it starts, and say at the end if SGD-SaI was not used.
+
+    Args:
+        options: What a parser with :func:`add_arguments` has read.
+
+    Raises:
+        SystemExit: The script's own.
+    """
     _follow(record=options.record)
-    sys.excepthook = lambda kind, error, trace: show_error(error, trace)
     try:
         run_target(options.target, options.arguments, is_module=options.is_module)
     except SystemExit as end:
@@ -65,15 +94,18 @@ def run_target(target: str, arguments: Sequence[str], *, is_module: bool) -> Non
     """Run a script or module as ``__main__`` in this process; what it raises comes out, ``SystemExit`` too.
 
     Args:
-        target: Path of a script, or the name of a module.
+        target: Path of a script, or the name of a module or of an installed command. A file of that name comes first.
         arguments: The target's own command line, without its name.
-        is_module: Which of the two it is.
+        is_module: Whether it is the name of a module.
     """
     sys.argv = [target, *arguments]
     if is_module:
         sys.path[0] = os.getcwd()
         runpy.run_module(target, run_name="__main__", alter_sys=True)
         return
+    command = None if os.path.exists(target) else _command(target)
+    if command is not None:
+        sys.exit(command.load()())
     if os.path.isdir(target) or zipfile.is_zipfile(target):
         del sys.path[0]  # the target itself takes its place
         runpy.run_path(target, run_name="__main__")
@@ -105,6 +137,11 @@ def show_error(error: BaseException, traceback: TracebackType | None = None) -> 
     while traceback is not None and traceback.tb_frame.f_code.co_filename in own:
         traceback = traceback.tb_next
     sys.__excepthook__(type(error), error.with_traceback(traceback), traceback)
+
+
+def _command(name: str) -> EntryPoint | None:
+    """What a package has installed as the command of this name, in this Python."""
+    return next(iter(entry_points(group="console_scripts", name=name)), None)
 
 
 def _follow(*, record: bool) -> None:

@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 # Two test processes on two cores are slower with two threads each; and no test may wait for a network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton reads it when it is imported: without a GPU its interpreter runs our kernels, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 HERE = Path(__file__).parent
 #: Folders, files and tests that bear the marker ``longer``; a test may bear it in its own file, too.
@@ -25,6 +29,7 @@ LONGER = (
     "groups/test_peft_tuners.py::test_merging_and_unmerging_keep_scales",
     "groups/test_peft_tuners.py::test_saving_loading_and_resuming_keep_scales",
     "kernels/test_numba_factored.py",
+    "kernels/test_triton.py",
     "optim/test_momentum.py::test_every_format_stays_near_the_reference",
     "publishing/test_publish.py",
     "recipes/common/test_stdlib_corpus.py",

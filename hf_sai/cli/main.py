@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from hf_sai import __version__
-from hf_sai.cli import card, groups, lr_find, memory, plot, publish
+from hf_sai.cli import card, groups, lr_find, memory, plot, publish, run
 
 __all__ = ["main"]
 
 # Each has add_parser(subparsers), which sets ``run``: a function of the parsed arguments that returns what to print.
-SUBCOMMANDS = (groups, memory, lr_find, plot, card, publish)
+SUBCOMMANDS = (run, groups, memory, lr_find, plot, card, publish)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

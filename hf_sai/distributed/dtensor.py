@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hf_sai.optim.layout import Part, register_part
-from hf_sai.optim.momentum import QUANTIZED
+from hf_sai.distributed.exchange import exchanges
+from hf_sai.optim.layout import Part, Sharing, register_part
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -36,13 +36,7 @@ class Shard(Part):
     __slots__ = ("_dtensor",)
 
     kind = "sharded parameters (DTensor: FSDP2, tensor parallelism)"
-    refused: ClassVar = {
-        "momentum_dtype": (
-            tuple(QUANTIZED),
-            "Its blocks would not be the same for another number of devices. Use torch.bfloat16.",
-        ),
-        "update": (("orthogonal",), "It needs whole matrices. Use 'factored', or DDP."),
-    }
+    parted = True
 
     @classmethod
     def recognises(cls, p: Tensor) -> bool:
@@ -82,23 +76,35 @@ class Shard(Part):
             and placement.dim not in kept
         )
 
+    @classmethod
+    def sharing(cls, parts: Sequence[Part]) -> Sequence[tuple[list[Part], Sharing]]:
+        return exchanges(parts)
+
     @property
     def table_device(self) -> torch.device:
         # Offloaded shards lie on the CPU, which NCCL cannot reduce.
         return torch.device(self._dtensor.device_mesh.device_type)
 
+    def lying(self, tensor: Tensor) -> Tensor:
+        """A DTensor, sharded as the parameter is."""
+        return self._as_dtensor(tensor, self._dtensor.placements, self.shape)
+
     def zeros(self, dtype: torch.dtype | None = None, kept: Sequence[int] | None = None) -> Tensor:
         """A DTensor, sharded as the parameter is in the dimensions that are kept."""
         if kept is None:
             return torch.zeros_like(self._dtensor, dtype=dtype)
-        from torch.distributed.tensor import DTensor, Replicate
+        from torch.distributed.tensor import Replicate
 
         shard = super().zeros(dtype, kept)
         placements = [
             placement if not placement.is_replicate() and placement.dim in kept else Replicate()
             for placement in self._dtensor.placements
         ]
-        shape = [length if d in kept else 1 for d, length in enumerate(self.shape)]
+        return self._as_dtensor(shard, placements, [length if d in kept else 1 for d, length in enumerate(self.shape)])
+
+    def _as_dtensor(self, shard: Tensor, placements: Sequence[Any], shape: Sequence[int]) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
         whole = torch.empty(shape, device="meta")
         layout: dict[str, Any] = {"run_check": False, "shape": whole.shape, "stride": whole.stride()}
         return DTensor.from_local(shard, self._dtensor.device_mesh, placements, **layout)

@@ -7,16 +7,16 @@ noted when FSDP1 makes them, from the moment that hf_sai is imported; those made
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hf_sai.distributed.instances import instances_of
+from hf_sai.distributed.stretch import NOT_WHOLE, Stretch
 from hf_sai.optim.layout import UNMEASURED, Layout, Part, register_layout, register_part
-from hf_sai.optim.momentum import QUANTIZED
-from hf_sai.optim.rules import RULES
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -26,16 +26,23 @@ if TYPE_CHECKING:
 __all__ = ["Slice", "Slices"]
 
 
+logger = logging.getLogger(__name__)
+
+_UNSAVED = "FSDP1 cannot save the optimizer state of update='factored'."
+
+
 class Home(NamedTuple):
     """Where a slice belongs.
 
     Attributes:
         shape: The whole parameter's shape.
+        start: The element of it with which the slice begins; 0 if it is empty.
         groups: The process group over which it is sharded; empty under ``NO_SHARD``.
         device: The device on which that group communicates.
     """
 
     shape: torch.Size
+    start: int
     groups: tuple[ProcessGroup, ...]
     device: torch.device
 
@@ -50,8 +57,8 @@ def _homes() -> dict[int, Home]:
     for handle in _HANDLES:
         groups = (handle.process_group,) if handle.uses_sharded_strategy else ()
         flat = handle.flat_param
-        for parameter, shape in zip(flat._params or (), flat._shapes, strict=False):
-            homes[id(parameter)] = Home(shape, groups, handle.device)
+        for parameter, shape, here in zip(flat._params or (), flat._shapes, flat._shard_param_infos, strict=False):
+            homes[id(parameter)] = Home(shape, here.intra_param_start_idx or 0, groups, handle.device)
     return homes
 
 
@@ -61,20 +68,17 @@ def _is_slice(p: Tensor) -> bool:
 
 
 @register_part
-class Slice(Part):
-    """This rank's slice of a parameter, one-dimensional; it may be empty."""
+class Slice(Stretch):
+    """This rank's slice of a parameter."""
 
     __slots__ = ("_layout", "_parameter")
 
     kind = "the slices of parameters that FSDP1 hands the optimizer"
     refused: ClassVar = {
-        "momentum_dtype": (
-            (torch.float32, torch.bfloat16, torch.float16, torch.float64, *QUANTIZED),
-            "Leave it out, or use FSDP2 (fsdp_version: 2), which takes torch.bfloat16.",
-        ),
         "stochastic_rounding": ((True,), "Leave it out, or use FSDP2 (fsdp_version: 2)."),
-        "update": (tuple(RULES)[1:], "Leave it out, or use FSDP2 (fsdp_version: 2)."),
+        "update": NOT_WHOLE,
     }
+    parted = True
 
     @classmethod
     def recognises(cls, p: Tensor) -> bool:
@@ -109,7 +113,7 @@ class Slice(Part):
     def within(self, layout: Slices) -> Slice:
         """The slice as a layout knows it: with the shape of the whole, and with what all ranks know of its g-SNR."""
         self._layout = layout
-        self.shape = layout.home[self._parameter].shape
+        self.shape, self.start = layout.home[self._parameter][:2]
         return self
 
     @property
@@ -125,7 +129,16 @@ class Slice(Part):
             self.state["gsnr"] = value
 
     def holders(self, kept: Sequence[int] = ()) -> tuple[ProcessGroup, ...]:
-        return self._layout.home[self._parameter].groups
+        return () if kept and len(kept) == len(self.shape) else self._layout.home[self._parameter].groups
+
+    def boxes(self, tensor: Tensor) -> Iterator[tuple[Tensor, slice, slice]] | None:
+        return super().boxes(tensor) if tensor.ndim == 1 else None  # of NO_SHARD
+
+    def as_saved(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Refuses running means: torch takes every tensor for a slice, and wants each of all parameters."""
+        if "averaged_steps" in state:
+            raise ValueError(f"{_UNSAVED} Save the weights alone, or use FSDP2 (fsdp_version: 2), which saves both.")
+        return state
 
     @property
     def table_device(self) -> torch.device:
@@ -155,11 +168,30 @@ class Slices(Layout):
         self.home = {p: homes[id(p)] for p in slices}
         self.agreed: dict[Tensor, float] = {}
 
+    def check(self) -> None:
+        super().check()
+        if any(group["update"] == "factored" for group in self.optimizer.param_groups):
+            logger.warning("%s Saving it will fail; FSDP2 (fsdp_version: 2) saves it.", _UNSAVED)
+
     def part(self, p: Tensor, group: dict[str, Any], number: int = 0) -> Part:
         if p not in self.home:
             return super().part(p, group, number)
         state = self.optimizer.state[p] if p.grad is not None else self.optimizer.state.get(p, {})
         return Slice(p, group, state, number).within(self)
+
+    def together(self, parts: Sequence[Part]) -> Sequence[Part]:
+        mine = {part.number: part for part in parts}
+        numbered = (
+            (number, p, group)
+            for number, (p, group) in enumerate(
+                (p, group) for group in self.optimizer.param_groups for p in group["params"]
+            )
+        )
+        return [
+            mine.get(number) or self.part(p, group, number)
+            for number, p, group in numbered
+            if number in mine or (p in self.home and p.requires_grad)
+        ]
 
     def unmeasured(self, parts: Iterable[Part]) -> list[Part]:
         mine = {part._parameter: part for part in parts if isinstance(part, Slice)}

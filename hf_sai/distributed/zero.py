@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_sai.distributed.fsdp1 import Slice
 from hf_sai.distributed.instances import instances_of
+from hf_sai.distributed.stretch import NOT_WHOLE, Stretch
 from hf_sai.optim.layout import UNMEASURED, Layout, Part, name_of, refuse, register_layout, register_part, whole_shapes
 
 if TYPE_CHECKING:
@@ -60,21 +60,29 @@ _ATTRIBUTES = {
 
 
 @register_part
-class Piece(Part):
+class Piece(Stretch):
     """What this rank's part of a flat tensor holds of one parameter; nothing, if its length is 0."""
 
-    __slots__ = ("_early_gradient", "_flat", "_start", "parameter")
+    __slots__ = ("_early_gradient", "_flat", "_place", "parameter")
 
     kind = "the flat tensors that DeepSpeed ZeRO hands the optimizer"
-    refused: ClassVar = Slice.refused
+    refused: ClassVar = {
+        "stochastic_rounding": (
+            (True,),
+            "DeepSpeed's copies of the parameters are float32: leave it out, or use FSDP2.",
+        ),
+        "update": NOT_WHOLE,
+    }
 
     @classmethod
     def whole_shape(cls, p: Any) -> torch.Size | None:
         return getattr(p, "ds_shape", None)  # of an empty placeholder under ZeRO-3
 
-    def __init__(self, parameter: Tensor, numel: int, start: int, length: int, early_gradient: Callable[[], Tensor]):
-        self.parameter, self.shape = parameter, torch.Size((numel,))
-        self._start = (start, length)
+    def __init__(
+        self, parameter: Tensor, start: int, place: tuple[int, int], early_gradient: Callable[[], Tensor]
+    ) -> None:
+        (self.shape,) = whole_shapes([parameter])
+        self.parameter, self.start, self._place = parameter, start, place
         self._early_gradient = early_gradient
         self.fresh = False
 
@@ -86,14 +94,14 @@ class Piece(Part):
         self.grad = None
 
     def of(self, flat: Tensor) -> Tensor:
-        return flat.narrow(0, *self._start)
+        return flat.narrow(0, *self._place)
 
     @property
     def length(self) -> int:
-        return self._start[1]
+        return self._place[1]
 
     def holders(self, kept: Sequence[int] = ()) -> tuple[ProcessGroup, ...]:
-        return (self._flat.process_group,)
+        return () if kept and len(kept) == len(self.shape) else (self._flat.process_group,)
 
     @property
     def table_device(self) -> torch.device:
@@ -107,24 +115,32 @@ class _PieceState(MutableMapping[str, Any]):
     """A piece's share of the state of its flat tensor.
 
     State per flat tensor: ``gsnr``, a list of floats, one per parameter of the flat tensor on every rank (0.0 while
-    unmeasured); ``momentum_buffer``, float32, as long as this rank's part.
+    unmeasured); ``momentum_buffer``, as long as this rank's part, unless it is quantised. All else, and codes and
+    scales, is each parameter's own, with its number behind the key: ``row_mean_square/3``.
     """
 
     def __init__(self, state: dict[str, Any], number: int, piece: Piece) -> None:
         self._state, self._number, self._piece = state, number, piece
 
     def __getitem__(self, key: str) -> Any:
-        value = self._state[key]
-        return value[self._number] if key == "gsnr" else self._piece.of(value)
+        if key == "gsnr":
+            return self._state[key][self._number]
+        return self._piece.of(self._state[key]) if key in self._state else self._state[self._own(key)]
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key == "gsnr":
             self._state[key][self._number] = value
-        elif key not in self._state:  # of all pieces together, which start by themselves
-            self._state[key] = torch.zeros_like(self._piece._flat.tensor)
+        elif key == "momentum_buffer" and not isinstance(self._piece.group["momentum_dtype"], str):
+            if key not in self._state:  # of all pieces together, which start by themselves
+                self._state[key] = torch.zeros_like(self._piece._flat.tensor, dtype=value.dtype)
+        else:
+            self._state[self._own(key)] = value
 
     def __delitem__(self, key: str) -> None:
-        del self._state[key]
+        del self._state[key if key in self._state else self._own(key)]
+
+    def _own(self, key: str) -> str:
+        return f"{key}/{self._number}"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._state)
@@ -181,13 +197,18 @@ class Zero(Layout):
                     piece.within(flat, self._group(flat), state, number)
         parts: list[Part] = []
         for index, tensor, group in shown:
-            started = "momentum_buffer" in optimizer.state[tensor]
             for piece in self.flats[index].pieces:
+                piece.group = group
                 if piece.length:
-                    piece.group, piece.grad, piece.param = group, piece.of(tensor.grad), piece.of(tensor.detach())
-                    piece.fresh |= not started and piece.gsnr != UNMEASURED
+                    piece.grad, piece.param = piece.of(tensor.grad), piece.of(tensor.detach())
+                    piece.fresh |= "momentum_buffer" not in piece.state and piece.gsnr != UNMEASURED
                     parts.append(piece)
+        self._shown = [piece for index, *_ in shown for piece in self.flats[index].pieces]
         return parts
+
+    def together(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """All pieces in the flat tensors of this call, which DeepSpeed makes on all ranks alike."""
+        return list(self._shown)
 
     def unmeasured(self, parts: Iterable[Part]) -> list[Part]:
         """In a step's first call all that are unmeasured, whatever this rank holds of them."""
@@ -279,13 +300,13 @@ def _flats(engine: Any) -> list[_Flat]:
 def _stage_1_or_2(parameter: Any) -> Piece:
     mapping = parameter._hp_mapping
     if mapping is None:
-        return Piece(parameter, parameter.numel(), 0, 0, parameter.detach)
+        return Piece(parameter, 0, (0, 0), parameter.detach)
     address = mapping.get_hp_fragment_address()
 
     def early_gradient() -> Tensor:
         return mapping.get_lp_grad_fragment(parameter._index_in_param_group)
 
-    return Piece(parameter, parameter.numel(), address.start, address.numel, early_gradient)
+    return Piece(parameter, mapping.lp_fragment_address.start, (address.start, address.numel), early_gradient)
 
 
 def _stage_3(engine: Any, index: int) -> _Flat:
@@ -300,6 +321,6 @@ def _stage_3(engine: Any, index: int) -> _Flat:
         def early_gradient(number: int = number, length: int = length) -> Tensor:
             return engine.averaged_gradients[index][number].view(-1)[:length]
 
-        pieces.append(Piece(parameter, parameter.ds_numel, start, length, early_gradient))
+        pieces.append(Piece(parameter, rank * padded, (start, length), early_gradient))
     flat = engine.fp32_partitioned_groups_flat[index]
     return _Flat(flat, tuple(pieces), process_group, engine.sub_group_to_group_id[index])

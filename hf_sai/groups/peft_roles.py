@@ -49,7 +49,7 @@ def peft_roles(model: nn.Module) -> dict[int, Role]:
         >>> peft_roles(nn.Linear(2, 2))
         {}
     """
-    peft = sys.modules.get("peft")
+    peft = _peft()
     roles: dict[int, Role] = {}
     if peft is None:
         return roles
@@ -60,11 +60,20 @@ def peft_roles(model: nn.Module) -> dict[int, Role]:
 
 def merged_adapters(model: nn.Module) -> set[str]:
     """Returns the adapters merged into the base weights: their own parameters get no gradient until unmerged."""
-    peft = sys.modules.get("peft")
+    peft = _peft()
     if peft is None:
         return set()
     layers: list[Any] = [module for module in model.modules() if isinstance(module, _layer_types(peft))]
     return {adapter for layer in layers for adapter in getattr(layer, "merged_adapters", ())}
+
+
+def _peft() -> ModuleType | None:
+    """peft if it has been imported and has what layers are made of: without that no model can hold one."""
+    peft = sys.modules.get("peft")
+    try:
+        return peft if peft is not None and _layer_types(peft) else None
+    except AttributeError:  # its import failed half-way, or something else has that name
+        return None
 
 
 def _layer_types(peft: Any) -> tuple[type, ...]:

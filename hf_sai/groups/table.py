@@ -9,22 +9,33 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hf_sai.optim.gsnr import GSNRRow
+from hf_sai.optim.html_table import html_table
 from hf_sai.optim.sgd_sai import SGDSaI
 
-__all__ = ["describe_groups", "group_table"]
+__all__ = ["GroupTable", "describe_groups", "group_table"]
 
 _HEAD = ("group", "role", "tensors", "elements", "shapes", "decay", "g-SNR", "g-SNR/sqrt(n)")
 _SHAPES_SHOWN = 3
 
 
-def describe_groups(groups: SGDSaI | Sequence[dict[str, Any]]) -> str:
+class GroupTable(str):
+    """The table as text, which a notebook shows as HTML."""
+
+    html: str
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+def describe_groups(groups: SGDSaI | Sequence[dict[str, Any]]) -> GroupTable:
     """Returns a table of parameter groups, one line each.
 
     Args:
         groups: An optimizer, whose g-SNR is shown, or what ``param_groups`` returned, before anything is measured.
 
     Returns:
-        The table. After training, a group with unmeasured parameters says UNMEASURED, and their names follow below.
+        The table, as text, which a notebook shows as HTML. After training, a group with unmeasured parameters says
+        UNMEASURED, and their names follow below.
 
     Example:
         >>> from torch import nn
@@ -45,7 +56,7 @@ def describe_groups(groups: SGDSaI | Sequence[dict[str, Any]]) -> str:
     return group_table(groups, rows, trained=False)
 
 
-def group_table(groups: Sequence[dict[str, Any]], rows: Iterable[GSNRRow], *, trained: bool) -> str:
+def group_table(groups: Sequence[dict[str, Any]], rows: Iterable[GSNRRow], *, trained: bool) -> GroupTable:
     """Returns the table of :func:`describe_groups` from the groups' settings and a row for each parameter.
 
     Args:
@@ -73,10 +84,12 @@ def group_table(groups: Sequence[dict[str, Any]], rows: Iterable[GSNRRow], *, tr
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     unmeasured = [row.name for row in every if not row.measured] if trained else []
+    missing = f"UNMEASURED, no finite non-zero gradient so far, not being trained ({len(unmeasured)}):"
     if unmeasured:
-        text.append(f"UNMEASURED, no finite non-zero gradient so far, not being trained ({len(unmeasured)}):")
-        text.extend(f"  {name}" for name in unmeasured)
-    return "\n".join(text)
+        text += [missing, *(f"  {name}" for name in unmeasured)]
+    shown = GroupTable("\n".join(text))
+    shown.html = html_table(lines, f"{missing} {', '.join(unmeasured)}" if unmeasured else "")
+    return shown
 
 
 def _distinct(words: Iterable[str]) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_sai.optim.momentum import Momentum, QuantizedMomentum, codes_table
+from hf_sai.optim.codes import code_values
+from hf_sai.optim.momentum import Momentum, QuantizedMomentum, has_bitsandbytes
 from hf_sai.optim.update import Choice, is_ordinary
 
 __all__ = ["takes", "update"]
@@ -20,6 +21,8 @@ def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], c
     if choice.stochastic_rounding and p.dtype == torch.bfloat16:
         return False
     if not (isinstance(m, QuantizedMomentum) and m.is_8bit and m.fits(p) and g.shape == p.shape):
+        return False
+    if not has_bitsandbytes():
         return False
     return p.is_contiguous() and is_ordinary(p) and p.dtype in _DTYPES
 
@@ -43,7 +46,7 @@ def _update_one(p: Tensor, g: Tensor, m: QuantizedMomentum, step: float, momentu
         *(0.0, 0.0, 0.0, 0.0),  # what other optimizers use: beta2, beta3, alpha, eps
         2,  # in step 1 it would start the momentum at (1 - momentum) g
         step,
-        codes_table(p.device),
+        code_values("8bit", p.device),
         None,
         m.scales,
         None,

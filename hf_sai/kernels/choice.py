@@ -1,4 +1,7 @@
-"""Which kernel updates a tensor: the table of all kernels, in the order in which they are asked."""
+"""Which kernel updates a tensor: the table of all kernels, in the order in which they are asked.
+
+Triton's are used with ``fused=True`` alone: no run on a GPU has shown them right and faster yet.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from hf_sai.kernels import bitsandbytes_8bit, torch_fused
 from hf_sai.optim.layout import Part
-from hf_sai.optim.momentum import Momentum, QuantizedMomentum
+from hf_sai.optim.momentum import Momentum
 from hf_sai.optim.rules.factored import FASTER
 from hf_sai.optim.update import KERNELS, Choice, Kernel, is_ordinary
 
@@ -43,65 +46,74 @@ def _imported(name: str) -> ModuleType | None:
 
 
 def _compiled(
-    name: str, device_type: str, when: Callable[[Tensor, Any, Sequence[Tensor], Choice], bool], **more: bool
+    name: str,
+    device_type: str,
+    when: Callable[[Choice], bool] | None = None,
+    module_name: str | None = None,
+    **more: bool,
 ) -> Kernel:
-    """A kernel in a module of its own, which is imported when a tensor of its device first asks for it."""
+    """A kernel in a module (of its name), which is imported when a tensor of its device first asks for it."""
+    source = module_name or name
+    looks_at_factors = device_type == "cuda"
     of_device = operator.attrgetter(f"is_{device_type}")
 
     def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-        if choice.traced or not of_device(p) or not when(p, m, factors, choice) or not is_ordinary(p):
+        if choice.traced or not of_device(p) or not is_ordinary(p) or (when is not None and not when(choice)):
             return False
-        module = _imported(name)
-        return module is not None and module.can_update(p, g, m)
+        module = _imported(source)
+        if module is None:
+            return False
+        return module.can_update(p, g, m, factors) if looks_at_factors else module.can_update(p, g, m)
 
     def update(*lists: Any, **options: Any) -> None:
-        module = _imported(name)
+        module = _imported(source)
         assert module is not None
         module.update(*lists, **options)
 
     return Kernel(name, takes, update, **more)
 
 
-def _is_low_bit(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-    return isinstance(m, QuantizedMomentum) or (m is not None and m.dtype != p.dtype)
-
-
-def _is_normalised(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-    return bool(factors)
-
-
-def _is_plain(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-    return True
-
-
-def _suits_triton(p: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-    # Only if asked: nobody has timed it. Its table of addresses is made anew each step, and a captured graph would
-    # replay the old one.
-    rounds = choice.stochastic_rounding and p.dtype == torch.bfloat16
-    quantised = isinstance(m, QuantizedMomentum)
-    return bool(choice.fused) and not rounds and not quantised and not torch.cuda.is_current_stream_capturing()
+def _if_asked(choice: Choice) -> bool:
+    return bool(choice.fused)
 
 
 KERNELS[:] = [
-    _compiled("numba_factored", "cpu", _is_normalised, multiplies=True),
-    _compiled("numba_lowbit", "cpu", _is_low_bit),
-    _compiled("numba_plain", "cpu", _is_plain, unscales=True),
-    _compiled("triton_plain", "cuda", _suits_triton, unscales=True),
+    _compiled("numba_factored", "cpu", multiplies=True),
+    _compiled("numba_plain", "cpu", unscales=True),
+    _compiled("numba_lowbit", "cpu"),
+    _compiled("triton_normalised", "cuda", _if_asked, "triton_step", unscales=True, multiplies=True, rounds=True),
+    _compiled("triton_step", "cuda", _if_asked, unscales=True, rounds=True),
     Kernel("bitsandbytes_8bit", bitsandbytes_8bit.takes, bitsandbytes_8bit.update),
     Kernel("torch_fused", torch_fused.takes, torch_fused.update, unscales=True),
 ]
 
 
-def _factors_by_numba(parts: Sequence[Part]) -> dict[int, Sequence[Tensor]]:
-    """Factors of ``update="factored"`` for those parts that numba takes, by their index."""
-    wanted = {id(group): group["fused"] or group["fused"] is group["foreach"] for group in (p.group for p in parts)}
+def _may(group: dict[str, Any]) -> bool:
+    fused = group["fused"]
+    return fused or fused is group["foreach"]
+
+
+def _factors_by(name: str, parts: Sequence[Part], wants: Callable[[Part], bool]) -> dict[int, Sequence[Tensor]]:
+    """Factors of ``update="factored"`` for those of the wanted parts that a module's kernels take, by their index."""
     mine = {
         index: part
         for index, part in enumerate(parts)
-        if wanted[id(part.group)] and part.param.is_cpu and is_ordinary(part.param) and not part.holders()
+        if wants(part)
+        and is_ordinary(part.param)
+        and not part.holders()
+        and part.grad is not None
+        and part.boxes(part.grad) is None
     }
-    module = compiled_module("numba_factored") if mine else None
+    module = compiled_module(name) if mine else None
     return {} if module is None else module.factors(mine)
 
 
-FASTER[:] = [_factors_by_numba]
+def _factors_by_numba(parts: Sequence[Part]) -> dict[int, Sequence[Tensor]]:
+    return _factors_by("numba_factored", parts, lambda part: part.param.is_cpu and _may(part.group))
+
+
+def _factors_by_triton(parts: Sequence[Part]) -> dict[int, Sequence[Tensor]]:
+    return _factors_by("triton_factored", parts, lambda part: part.param.is_cuda and part.group["fused"])
+
+
+FASTER[:] = [_factors_by_numba, _factors_by_triton]

@@ -37,17 +37,20 @@ def factors(parts: Mapping[int, Part]) -> dict[int, Sequence[Tensor]]:
 
     Their running means are brought up to date; all means must have been allocated.
     """
-    taken: dict[torch.dtype, dict[int, tuple[Part, tuple[int, ...]]]] = {}
+    taken: dict[torch.dtype, tuple[list[int], list[tuple[int, ...]]]] = {dtype: ([], []) for dtype in DTYPES}
     for index, part in parts.items():
         g = part.grad
-        if g.is_cpu and g.dtype in DTYPES and g.is_contiguous():
-            means = _addresses_of_means(part)
-            if means is not None:
-                taken.setdefault(g.dtype, {})[index] = part, means
+        if g.dtype in taken and g.is_cpu and g.is_contiguous():
+            means = _addresses_of_means(part.state, g.shape)
+            if 0 not in means:
+                indices, addresses_of_means = taken[g.dtype]
+                indices.append(index)
+                addresses_of_means.append(means)
     result: dict[int, Sequence[Tensor]] = {}
-    for dtype, own in taken.items():
-        of_dtype, addresses_of_means = [part for part, _ in own.values()], [at for _, at in own.values()]
-        result |= zip(own, _factors_of_one_dtype(of_dtype, addresses_of_means, dtype), strict=True)
+    for dtype, (indices, addresses_of_means) in taken.items():
+        if indices:
+            own = [parts[index] for index in indices]
+            result |= zip(indices, _factors_of_one_dtype(own, addresses_of_means, dtype), strict=True)
     return result
 
 
@@ -65,30 +68,30 @@ def update(
 ) -> None:
     """One step of :func:`hf_sai.sgd_sai`, whose arguments these are; tensors that :func:`can_update` accepts."""
     for dtype, indices in by_dtype(params).items():
-        table = addresses(*([of_kind[i] for i in indices] for of_kind in (params, grads, momentum_buffers)))
         own = [_factors(grads[i], grad_factors[i]) for i in indices]  # keeps what is made here for as long as needed
-        table = np.concatenate([table, [(each.rows, each.columns) for each in own]], axis=1)
-        widths = np.array([g.numel() // len(g) if g.ndim > 1 else g.numel() for g in (grads[i] for i in indices)])
+        table = np.empty((len(indices), 6), dtype=np.int64)
+        table[:, :3] = addresses(*([of_kind[i] for i in indices] for of_kind in (params, grads, momentum_buffers)))
+        table[:, 3:] = [each.place for each in own]
         sign = -1.0 if maximize else 1.0
         numbers = coefficients(dtype, [scales[i] for i in indices], lr, momentum, weight_decay, sign)
         sizes = [params[i].numel() for i in indices]
-        in_shares(sizes, lambda share: numba_loops.step_factored(table, numbers, widths, share))  # noqa: B023
+        in_shares(sizes, lambda share: numba_loops.step_factored(table, numbers, share))  # noqa: B023
 
 
-def _addresses_of_means(part: Part) -> tuple[int, ...] | None:
-    """Of a matrix's three running means, of a vector's one three times; None where they are not what the loops take."""
-    g, addresses = part.grad, []
-    is_matrix = g.ndim > 1
-    height = g.shape[0] if is_matrix else 1
-    if g.numel() == 0:
-        return None
-    sizes = (1, height, g.numel() // height) if is_matrix else (g.numel(),)
-    for key, size in zip(MEAN_SQUARES, sizes, strict=False):
-        mean = part.state[key]
-        if type(mean) is not Tensor or mean.numel() != size or mean.dtype != torch.float32 or not mean.is_contiguous():
-            return None
-        addresses.append(mean.data_ptr())
-    return tuple(addresses) if is_matrix else tuple(addresses * 3)
+def _addresses_of_means(state: Mapping[str, Any], shape: torch.Size) -> tuple[int, ...]:
+    """Of a matrix's three running means, of a vector's one three times; with a 0 where one is not what loops take."""
+    whole, of_rows, of_columns = MEAN_SQUARES
+    if len(shape) < 2:
+        return (_address(state[whole], shape.numel()),) * 3
+    height = shape[0]
+    width = shape.numel() // height if height else 0
+    return _address(state[whole], 1), _address(state[of_rows], height), _address(state[of_columns], width)
+
+
+def _address(mean: Tensor, size: int) -> int:
+    """Where so many running means lie; 0 if they do not, or not as the loops take them, or are none."""
+    fits = type(mean) is Tensor and mean.dtype == torch.float32 and mean.numel() == size and mean.is_contiguous()
+    return mean.data_ptr() if fits else 0
 
 
 def _factors_of_one_dtype(parts: Sequence[Part], means: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Factors]:
@@ -112,24 +115,30 @@ def _factors_of_one_dtype(parts: Sequence[Part], means: Sequence[tuple[int, ...]
     for part in parts:
         steps = part.state["averaged_steps"]
         part.state["averaged_steps"] = steps + 1
-        corrections.append((1 - KEPT**steps, 1 - KEPT ** (steps + 1)))
+        corrections.append(_corrections(steps))
     numba_loops.running_factors(table, room.shapes, np.array(corrections), KEPT, like)
     table[room.vectors, 0] = _ONE[dtype].data_ptr()  # a vector is one row, of factor 1
-    each = zip(table[:, :2].tolist(), room.views, strict=True)
-    return [Factors(sums, views, *addresses) for addresses, views in each]
+    table[:, 2] = room.shapes[:, 1]
+    return [Factors(sums, views, place) for place, views in zip(table[:, :3].tolist(), room.views, strict=True)]
+
+
+@functools.lru_cache(maxsize=64)
+def _corrections(steps: int) -> tuple[float, float]:
+    """The share of their start at 0 that running means are without, after so many steps and after one more."""
+    return 1 - KEPT**steps, 1 - KEPT ** (steps + 1)
 
 
 class Factors(Sequence[Tensor]):
     """The factors of one gradient, which become tensors when somebody asks for them; the step asks for addresses.
 
     Attributes:
-        rows, columns: Where the factor of each row and of each column begins.
+        place: The addresses of the rows' factors and of the columns', and the number of columns.
     """
 
-    __slots__ = ("_sums", "_views", "columns", "rows")
+    __slots__ = ("_sums", "_views", "place")
 
-    def __init__(self, sums: Tensor, views: tuple[tuple[Any, Any, int], ...], rows: int, columns: int) -> None:
-        self._sums, self._views, self.rows, self.columns = sums, views, rows, columns
+    def __init__(self, sums: Tensor, views: tuple[tuple[Any, Any, int], ...], place: Sequence[int]) -> None:
+        self._sums, self._views, self.place = sums, views, place
 
     def __len__(self) -> int:
         return len(self._views)
@@ -210,7 +219,7 @@ def _factors(gradient: Tensor, factors: Sequence[Tensor]) -> Factors:
     for factor in factors:
         of_rows = factor.numel() == 1 or (gradient.ndim > 1 and factor.shape[0] > 1)
         (rows if of_rows else columns).mul_(factor.flatten())
-    return Factors(sums, (), rows.data_ptr(), columns.data_ptr())
+    return Factors(sums, (), (rows.data_ptr(), columns.data_ptr(), len(columns)))
 
 
 _ONE: dict[Any, Tensor] = {dtype: torch.ones(1, dtype=dtype) for dtype in DTYPES}

@@ -101,12 +101,12 @@ def _step_without_momentum(p, g, decay, step, sign):
 
 
 @jit
-def step_factored(table, numbers, widths, share):
-    """p, g, m, and a factor for each row and each column; widths is int64[tensors], the number of columns."""
+def step_factored(table, numbers, share):
+    """p, g, m, and a factor for each row and each column; last in the table comes the number of columns."""
     for index in range(len(share)):
         tensor, done, stop = share[index]
         decay, step, sign, weight = numbers[tensor]
-        width = widths[tensor]
+        width = table[tensor, 5]
         p = carray(_pointer(table[tensor, 0]), (stop,), numbers.dtype)
         g = carray(_pointer(table[tensor, 1]), (stop,), numbers.dtype)
         m = carray(_pointer(table[tensor, 2]), (stop,), numbers.dtype)

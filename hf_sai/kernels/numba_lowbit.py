@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hf_sai.kernels import numba_loops
 from hf_sai.kernels.numba_plain import addresses, coefficients, in_shares, is_dense
-from hf_sai.optim.momentum import QUANTIZED, Momentum, codes_table
+from hf_sai.optim.codes import code_values
+from hf_sai.optim.momentum import Momentum
 
 __all__ = ["can_update", "nearest_code_tables", "update"]
 
@@ -75,13 +76,7 @@ def nearest_code_tables(kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             begin so at most one is a midpoint, so that the nearest code of each is this one or the next.
         midpoints: float32, between each code and the next; after the last, infinity.
     """
-    if kind == "8bit":
-        values = codes_table(torch.device("cpu")).numpy()
-    else:
-        from bitsandbytes import functional
-
-        values = functional.get_4bit_type("nf4", device="cpu", blocksize=QUANTIZED["4bit"]).numpy()
-    values = values.astype(np.float32)
+    values = code_values(kind, torch.device("cpu")).numpy()
     assert (np.diff(values) > 0).all(), "codes are expected in ascending order"
     midpoints = np.append((values[1:] + values[:-1]) / 2, np.float32(np.inf)).astype(np.float32)
     bits = np.arange(65536, dtype=np.uint32) << 16

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -204,11 +204,16 @@ class _Layout:
 _WHOLE = ("none", "ddp")  # every device has every parameter
 
 # Seen with torch 2.13: bitsandbytes' kernels and Adafactor's factors mix DTensors with plain tensors, and fail.
-# Adam-mini needs names and whole tensors, which ZeRO's flat ones do not have. SGDSaI refuses a quantised momentum of
-# shards, and under ZeRO every momentum_dtype.
+# Adam-mini needs names and whole tensors, which ZeRO's flat ones do not have. What SGDSaI keeps under ZeRO of rows,
+# columns and blocks depends on where DeepSpeed cuts, and is not known here; its orthogonal rule does not run there.
 _ELEMENTWISE = ("sgd_sai", "sgd_momentum", "adamw_torch")
 _FLAT = (*_ELEMENTWISE, "adamw_bnb_8bit", "adafactor")
-_RUNS_ON = {"fsdp": (*_ELEMENTWISE, "sgd_sai_bf16", "sgd_sai_factored"), "zero1": _FLAT, "zero2": _FLAT, "zero3": _FLAT}
+_RUNS_ON = {
+    "fsdp": (*_ELEMENTWISE, *(name for name in OPTIMIZERS if name.startswith("sgd_sai_"))),
+    "zero1": _FLAT,
+    "zero2": _FLAT,
+    "zero3": _FLAT,
+}
 
 
 def _weights(model: nn.Module) -> Iterator[Weight]:
@@ -226,7 +231,7 @@ def _weights(model: nn.Module) -> Iterator[Weight]:
             name=name,
             trained=p.requires_grad,
             is_embedding=id(p) in embeddings,
-            matrix_rows=math.prod(shape[d] for d in FORMS[forms[id(p)]]) if id(p) in forms else 0,
+            row_dims=FORMS[forms[id(p)]] if id(p) in forms else (),
             packed=packed,
         )
 
@@ -285,7 +290,7 @@ def _first_shard(weight: Weight, devices: int) -> Weight:
     if not weight.shape:
         return weight
     shape = (math.ceil(weight.shape[0] / devices), *weight.shape[1:])
-    return Weight(shape, weight.itemsize, weight.dtype, weight.name, weight.trained, weight.is_embedding)
+    return replace(weight, shape=shape)
 
 
 def _shardings(shardings: Sequence[str] | None, devices: int, has_4bit: bool) -> list[str]:

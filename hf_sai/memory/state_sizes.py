@@ -23,12 +23,16 @@ class Weight:
     name: str = ""
     trained: bool = True
     is_embedding: bool = False
-    matrix_rows: int = 0  # of a hidden matrix, or of all matrices of a stack of experts
+    row_dims: tuple[int, ...] = ()  # of a hidden matrix, or of a stack of them: the dimensions that number the rows
     packed: int = 0  # bytes, of a weight in 4 bits
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def matrix_rows(self) -> int:
+        return math.prod(self.shape[d] for d in self.row_dims) if self.row_dims else 0
 
     @property
     def nbytes(self) -> int:

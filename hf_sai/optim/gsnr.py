@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_sai.optim.html_table import html_table
 from hf_sai.optim.layout import UNMEASURED, Layout, Part, kind_of, sum_over_holders
 
 __all__ = [
@@ -160,13 +161,24 @@ class GSNRReport:
         return len(self.rows)
 
     def __str__(self) -> str:
-        table = [("parameter", "group", "shape", "g-SNR", "g-SNR/sqrt(n)")]
+        table = self._table()
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
+        return "\n".join([*lines, self._summary()])
+
+    def _repr_html_(self) -> str:
+        """The same table in a notebook."""
+        return html_table(self._table(), self._summary())
+
+    def _table(self) -> list[tuple[str, ...]]:
+        table: list[tuple[str, ...]] = [("parameter", "group", "shape", "g-SNR", "g-SNR/sqrt(n)")]
         for row in sorted(self.rows, key=lambda row: row.measured):
             values = ("UNMEASURED", "-") if row.gsnr is None else (f"{row.gsnr:.4g}", f"{row.ratio:.3f}")
             table.append((row.name, row.group, "x".join(map(str, row.shape)) or "scalar", *values))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
-        return "\n".join([*lines, f"{len(self) - len(self.unmeasured)} of {len(self)} parameters measured"])
+        return table
+
+    def _summary(self) -> str:
+        return f"{len(self) - len(self.unmeasured)} of {len(self)} parameters measured"
 
 
 def report(layout: Layout, names: dict[int, str] | None = None) -> GSNRReport:

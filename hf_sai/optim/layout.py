@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ __all__ = [
     "UNMEASURED",
     "Layout",
     "Part",
+    "Sharing",
     "admit",
     "find_layout",
     "kind_of",
@@ -70,6 +71,9 @@ class Part:
 
     #: What parts of this kind are called in a refusal.
     kind = "whole parameters"
+
+    #: Whether a later run may part the parameter in other ways, so that what is saved must not depend on this one.
+    parted = False
 
     @classmethod
     def recognises(cls, p: Tensor) -> bool:
@@ -129,10 +133,19 @@ class Part:
         """
         return ()
 
+    @classmethod
+    def sharing(cls, parts: Sequence[Part]) -> Sequence[tuple[list[Part], Sharing]]:
+        """What brings the tensors of these parts, which other processes hold, too, to one process each and back."""
+        raise NotImplementedError
+
     @property
     def table_device(self) -> torch.device:
         """Where a table of this part's sums must lie: where its holders communicate, and where float64 exists."""
         return torch.device("cpu") if self.param.device.type == "mps" else self.param.device
+
+    def lying(self, tensor: Tensor) -> Tensor:
+        """A tensor of the shape that this process has of the parameter, as state of it that can be parted anew."""
+        return tensor
 
     def zeros(self, dtype: torch.dtype | None = None, kept: Sequence[int] | None = None) -> Tensor:
         """A new state tensor of zeros that lies as the parameter does.
@@ -143,8 +156,33 @@ class Part:
         """
         if kept is None:
             return torch.zeros_like(self.param, dtype=dtype)
-        shape = [length if d in kept else 1 for d, length in enumerate(self.param.shape)]
-        return torch.zeros(shape, dtype=dtype or self.param.dtype, device=self.param.device)
+        return torch.zeros(self.shape_of(kept), dtype=dtype or self.param.dtype, device=self.param.device)
+
+    def shape_of(self, kept: Sequence[int]) -> tuple[int, ...]:
+        """The shape that :meth:`zeros` gives in this process a tensor with these dimensions in full."""
+        return tuple(length if d in kept else 1 for d, length in enumerate(self.param.shape))
+
+    def boxes(self, tensor: Tensor) -> Iterator[tuple[Tensor, slice, slice]] | None:
+        """For a part that has not its parameter's dimensions: how it lies in the whole as a matrix. None for others."""
+        return None
+
+    def as_saved(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The part's state as a state dict holds it."""
+        return state
+
+
+class Sharing(Protocol):
+    """Brings tensors of parts in pieces together, all of one part on the same process, and back into pieces.
+
+    All processes that hold some of these parts must call its methods alike. A tensor is named by what of it lies here,
+    by the dimensions it has in full (the others have length 1), and by the place of its part.
+    """
+
+    def collect(self, pieces: Sequence[tuple[int, Tensor, Sequence[int]]]) -> list[Tensor | None]:
+        """Whole tensors where their part is this process's to work on, None elsewhere."""
+
+    def hand_out(self, wholes: Sequence[tuple[int, Tensor | None, Sequence[int], torch.dtype]]) -> list[Tensor]:
+        """What lies here of tensors that are whole on one process, None on the others."""
 
 
 class Layout:
@@ -174,6 +212,10 @@ class Layout:
     def part(self, p: Tensor, group: dict[str, Any], number: int = 0) -> Part:
         """One parameter's part."""
         return kind_of(p)(p, group, self.optimizer.state[p], number)
+
+    def together(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """These and those without a gradient here of which other processes may have one, in an order all agree on."""
+        return parts
 
     def unmeasured(self, parts: Iterable[Part]) -> list[Part]:
         """Those to be measured now; where other processes hold some, too, the same on all of them."""

@@ -137,7 +137,7 @@ _TABLE = (
     Option("maximize", False, "true or false", _FLAG, "Ascend instead of descend."),
     Option(
         "momentum_dtype", None, f"{', '.join(list(MOMENTUM_DTYPES)[1:])} or none", _choice(MOMENTUM_DTYPES),
-        "What the momentum is kept in; none is the parameter's dtype. 8bit and 4bit need the extra `quant`.",
+        "What the momentum is kept in; none is the parameter's dtype. 8bit and 4bit are faster with the extra `quant`.",
     ),
     Option(
         "stochastic_rounding", False, "true or false", _FLAG,
@@ -149,7 +149,8 @@ _TABLE = (
     ),
     Option(
         "fused", None, "true, false or none", _FLAG_OR_AUTOMATIC,
-        "Use compiled kernels: numba's on CPU (extra `speed`), Triton's or torch's on CUDA; none chooses.",
+        "Use compiled kernels: numba's on CPU (extra `speed`), Triton's or torch's on CUDA; none chooses, and Triton's "
+        "only run when asked for with true.",
     ),
     Option(
         "gradient_release", False, "true or false", _FLAG,

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sai.optim.layout import UNMEASURED, Part, kind_of, local
-from hf_sai.optim.momentum import MOMENTUM_KEYS, convert
+from hf_sai.optim.layout import UNMEASURED, Part, kind_of, local, whole_shapes
+from hf_sai.optim.momentum import BLOCK_KEY, MOMENTUM_KEYS, convert
 from hf_sai.optim.options import OPTIONS, upgrade_group
 from hf_sai.optim.rules import RULES
 
@@ -24,7 +24,7 @@ __all__ = ["Incoming", "read"]
 
 logger = logging.getLogger(__name__)
 
-_OURS = frozenset({"gsnr", *MOMENTUM_KEYS, *chain.from_iterable(rule.keys for rule in RULES.values())})
+_OURS = frozenset({"gsnr", *MOMENTUM_KEYS, BLOCK_KEY, *chain.from_iterable(rule.keys for rule in RULES.values())})
 
 _FRESH = (
     "To train on with the saved weights and a fresh state, load the weights alone (Trainer: give the checkpoint as the "
@@ -74,6 +74,8 @@ def read(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[
         if not state:
             continue
         _require_ours(name, state)
+        # Of keys that it did not save, torch.distributed.checkpoint's flat form makes empty dicts.
+        state = {key: value for key, value in state.items() if key != BLOCK_KEY and not isinstance(value, dict)}
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         states[index] = {key: value for key, value in state.items() if key not in tensors}
         incoming.append((p, group, _in_form(name, p, group, tensors)))
@@ -153,17 +155,23 @@ def _same_name(one: str, other: str) -> bool:
 def _in_form(name: str, p: Tensor, group: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A parameter's saved tensors on its device and in the form its group keeps them."""
     part = kind_of(p)(p, group, {})
+    (part.shape,) = whole_shapes([p])
     momentum = {key: tensors[key] for key in MOMENTUM_KEYS if key in tensors}
     # Copied: no two optimizers may share running means. Of a momentum that fits torch keeps the tensor it was given.
     formed = {key: value.to(p.device, copy=True) for key, value in tensors.items() if key not in momentum}
     for key, dims in RULES[group["update"]].kept(part).items():
         if key in formed:
-            expected = tuple(length if d in dims else 1 for d, length in enumerate(part.param.shape))
-            if tuple(local(formed[key]).shape) != expected:
+            if tuple(local(formed[key]).shape) != part.shape_of(dims):
                 raise _does_not_fit(name, key, formed[key], part)
             formed[key] = formed[key].to(torch.float32)
     if "momentum_buffer" in momentum:
         converted = convert(momentum, part)
+        if converted is None and part.parted and "momentum_scales" in momentum:
+            raise ValueError(
+                f"The saved momentum of parameter {name} is in blocks of the whole parameter, of which "
+                f"{tuple(part.param.shape)} lie here. Save it sharded, for which fully_shard on one device will do: "
+                f"then it is saved as values, which can be sharded anew. {_FRESH}"
+            )
         if converted is None:
             raise _does_not_fit(name, "momentum_buffer", momentum["momentum_buffer"], part)
         formed |= converted

@@ -21,7 +21,7 @@ from hf_sai.optim import gsnr
 from hf_sai.optim import momentum as momenta
 from hf_sai.optim.gradient_release import Releases, refuse_normalize
 from hf_sai.optim.gsnr import GSNRReport
-from hf_sai.optim.layout import UNMEASURED, Layout, Part, admit, find_layout, name_of, whole_shapes
+from hf_sai.optim.layout import UNMEASURED, Layout, Part, admit, find_layout, kind_of, name_of, whole_shapes
 from hf_sai.optim.options import DEFAULTS, OPTIONS, check_options, upgrade_group
 from hf_sai.optim.rules import RULES
 from hf_sai.optim.saved_state import Incoming, read
@@ -67,48 +67,31 @@ class SGDSaI(Optimizer):
     ZeRO): the g-SNR is always that of the whole tensor. The step that measures runs one all_reduce per process group,
     later ones none; momentum is sharded like its parameter.
 
+    docs/options.md says more of each option, docs/low_bits.md, docs/speed.md and docs/memory.md what it costs.
+
     Args:
-        params: Parameters, ``(name, parameter)`` pairs, or dicts that define groups. Give names
-            (``model.named_parameters()``) and warnings and reports use them. Group keys beside the options below:
-            ``name`` labels the group in reports; ``normalize_over`` (any hashable) joins groups for ``normalize``.
+        params: Parameters, ``(name, parameter)`` pairs, or dicts that define groups; named ones are named in reports.
+            A group may have a ``name`` of its own, and ``normalize_over``, which joins groups for ``normalize``.
         lr: Learning rate, a finite number or one-element tensor >= 0.
         momentum: Coefficient in [0, 1). With 0 no buffer is kept.
         weight_decay: Decoupled decay per unit of learning rate, >= 0. It is not scaled by g-SNR.
         eps: Added to the standard deviation, at most 0.5 % of it, in units of the gradient, >= 0.
-        normalize: Divide every g-SNR by the largest (the paper's Algorithm 1, line 14; the official code
-            does not). The largest is taken over all parameters of this optimizer, or over the groups that share a
-            ``normalize_over``. Since the largest is about ``sqrt(n)`` of the largest tensor, the same training needs
-            a learning rate higher by that factor: thousands for a language model. A larger g-SNR that is measured
-            later lowers the scale of all others from then on.
-        update: The rule, a file each in ``hf_sai/optim/rules``. ``"published"``: the paper's. ``"rows"`` and
-            ``"factored"`` divide each gradient, after measuring, by root-mean-squares, so that the update is
-            :math:`\gamma\, (G / \sqrt{n})\, m` with :math:`m` the momentum of these gradients: about :math:`\gamma` in
-            most elements, so that learning rates are those of AdamW. ``"rows"``: every row (first dimension) by its
-            own, as SCALE does (arXiv 2506.16659), vectors as a whole. ``"factored"``: each element by a running one
-            that is estimated from its row's and its column's, as Adafactor does (arXiv 1804.04235), which keeps one
-            float32 more per row and column (per element of a vector) and comes close to AdamW. ``"orthogonal"``
-            moves hidden matrices along their orthogonal momentum, as Muon does; it needs groups that
-            :func:`hf_sai.param_groups` has made for it. ``p.grad`` may be changed in place. Clipping, which comes
-            before, has no effect any more on ``"rows"``. Not together with ``normalize``; refused under FSDP1 and
-            DeepSpeed ZeRO.
+        update: The rule: ``"published"``, the paper's; ``"rows"`` and ``"factored"``, with gradients of unit size; or
+            ``"orthogonal"``, as Muon moves hidden matrices. Learning rates of the last three are AdamW's.
+        normalize: Divide every g-SNR by the largest of this optimizer, or of the groups that share a
+            ``normalize_over`` (the paper's Algorithm 1, line 14; the official code does not).
         maximize: Ascend instead of descend.
-        momentum_dtype: What the momentum is kept in: None for the parameter's dtype, another float dtype such as
-            ``torch.bfloat16``, or ``"8bit"`` or ``"4bit"`` for bitsandbytes' blocks of 256 or 128 elements with a
-            float32 scale each (extra ``quant``; tensors below 4096 elements stay as they are). 4, 2, 1.02 or 0.53
-            bytes per element. The update is computed in float32 then: on CPU in one pass over memory for float32
-            parameters (extra ``speed``), on CUDA in bitsandbytes' kernel for ``"8bit"``, else one tensor at a time.
-        stochastic_rounding: Round bfloat16 parameters up or down at random, for training without float32 copies of
-            them. Draws from torch's random number generator; with several processes the same numbers on all, so that
-            replicas stay equal.
-        foreach: Use torch's multi-tensor operations, which need temporary memory of the size of the parameters.
-        fused: Update in one pass over memory and without temporary memory, decay included, with numba's kernel on CPU
-            (extra ``speed``; float32 and float64, all tensors in one call) and Triton's on CUDA; without them with
-            torch's fused SGD kernel, in two passes. What no kernel takes, such as a parameter with transposed memory,
-            is updated by itself. If ``foreach`` and ``fused`` are both None, so are CPU parameters, and CUDA's take
-            ``foreach``. ``foreach=False`` is the plain loop.
-        gradient_release: Update each parameter within ``backward()`` and free its gradient at once; ``step()`` then
-            only counts. Excludes gradient accumulation, clipping by the global norm (there is nothing left to clip),
-            GradScaler, ``normalize`` and more than one process.
+        momentum_dtype: What the momentum is kept in: None for the parameter's dtype, another float dtype, or
+            ``"8bit"`` or ``"4bit"`` for blocks in bitsandbytes' form (faster with extra ``quant``).
+        stochastic_rounding: Round bfloat16 parameters up or down at random, to train without float32 copies of them;
+            alike on all replicas.
+        foreach: Use torch's multi-tensor operations, which need temporary memory of the size of the parameters; False
+            is the plain loop.
+        fused: Update in one pass over memory, decay included: numba's kernel on CPU (extra ``speed``), Triton's on
+            CUDA (never run on a GPU yet, so only if asked), else torch's in two passes. If ``foreach`` and ``fused``
+            are both None, so are CPU parameters.
+        gradient_release: Update each parameter within ``backward()`` and free its gradient at once. Excludes
+            accumulation, clipping by the global norm, GradScaler, ``normalize`` and more than one process.
 
     Raises:
         ValueError: An option is out of range, a parameter is complex or a flat parameter of FSDP1, or ``foreach`` and
@@ -225,6 +208,21 @@ class SGDSaI(Optimizer):
         if self._releases is not None:
             self._releases.watch(len(self.param_groups) - 1)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch saves it; of sharded parameters a momentum of 8 or 4 bits as float32 values.
+
+        These can be sharded anew, and take 4 bytes an element of the shard for as long as the dict lives.
+        """
+        state_dict = super().state_dict()
+        state = state_dict["state"]
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for index, p in zip(saved["params"], group["params"], strict=True):
+                kind = kind_of(p)
+                if index in state and kind.parted:
+                    # Detached, for the gradient need not be brought into the parameter's form.
+                    state[index] = momenta.saved(kind(p.detach(), group, state[index]))
+        return state_dict
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of the official ``SGD_sai``; what was measured stays measured.
 
@@ -323,8 +321,9 @@ class SGDSaI(Optimizer):
                 by_group[id(part.group)].append(part)
         # --- the rule's gradient
         factors: dict[int, Sequence[Tensor]] = {}
+        together = [part for part in self.layout.together(parts) if part.gsnr != UNMEASURED]
         for name, rule in RULES.items():
-            own = [part for of in by_group.values() if of[0].group["update"] == name for part in of]
+            own = [part for part in together if part.group["update"] == name]
             factors |= zip((part.number for part in own), rule.factors(own), strict=True)
         # --- m = g at first
         for of in by_group.values():
@@ -455,7 +454,6 @@ def _identities(group: dict[str, Any]) -> list[tuple[weakref.ref[Tensor], torch.
 
 def _check_group(options: dict[str, Any]) -> None:
     check_options(options)
-    momenta.require_quantizer(options["momentum_dtype"])
 
 
 def _check_params(group: dict[str, Any]) -> None:

@@ -5,15 +5,16 @@ Faster kernels of the same update register themselves here and must equal the pl
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sai.optim.momentum import Momentum, QuantizedMomentum, load, store
+from hf_sai.optim.momentum import QUANTIZED, Momentum, QuantizedMomentum, load, store
 from hf_sai.optim.stochastic import stochastically_rounded
 
 __all__ = ["KERNELS", "Choice", "Kernel", "can_unscale", "is_ordinary", "multiplied", "sgd_sai"]
@@ -47,7 +48,7 @@ class Kernel:
         takes: Whether it updates (parameter, gradient, momentum or None, factors of the gradient, choice).
         update: Called with lists and options as the functions below are.
         unscales: Whether it takes ``grad_scale`` and ``found_inf``, too.
-        multiplies: Whether it takes ``grad_factors``, too, and leaves the gradient as it is.
+        multiplies: It is for gradients with factors: takes ``grad_factors``, too, and leaves the gradient as it is.
         rounds: Whether it takes ``stochastic_rounding``, too.
     """
 
@@ -58,6 +59,12 @@ class Kernel:
     multiplies: bool = False
     rounds: bool = False
 
+
+# Elements of a piece of a tensor that is updated with temporary copies.
+_PIECE = 1 << 22
+
+# Pieces begin at its multiples: every quantised block's size divides it.
+_BLOCK = max(QUANTIZED.values())
 
 #: Asked in this order; filled by :mod:`hf_sai.kernels`.
 KERNELS: list[Kernel] = []
@@ -122,10 +129,11 @@ def sgd_sai(
         tensor([0.5000, 1.5000])
     """
     choice = Choice(foreach, fused, stochastic_rounding, torch.compiler.is_compiling())
+    kernels = KERNELS if choice.kernels else ()
     all_factors = grad_factors or [()] * len(params)
     buckets: dict[tuple[Kernel, torch.device], list[int]] = defaultdict(list)
     for i, (p, g, m, factors) in enumerate(zip(params, grads, momentum_buffers, all_factors, strict=True)):
-        buckets[_path(p, g, None if momentum == 0 else m, factors, choice), p.device].append(i)
+        buckets[_path(p, g, None if momentum == 0 else m, factors, choice, kernels), p.device].append(i)
     unscaling = {"grad_scale": grad_scale, "found_inf": found_inf}
     if any(value is not None for value in unscaling.values()) and not all(path.unscales for path, _ in buckets):
         raise ValueError(
@@ -157,12 +165,13 @@ def is_ordinary(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
-def _path(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> Kernel:
+def _path(
+    p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice, kernels: Sequence[Kernel]
+) -> Kernel:
     """The kernel, or the way below, that updates this tensor."""
-    if choice.kernels:
-        for kernel in KERNELS:
-            if kernel.takes(p, g, m, factors, choice):
-                return kernel
+    for kernel in kernels:
+        if (factors or not kernel.multiplies) and kernel.takes(p, g, m, factors, choice):
+            return kernel
     if g.shape != p.shape or (m is not None and m.shape != p.shape):
         shapes = f"gradient {tuple(g.shape)} and momentum {'none' if m is None else tuple(m.shape)}"
         raise ValueError(f"A parameter of shape {tuple(p.shape)} came with {shapes}; give all three one shape.")
@@ -242,19 +251,42 @@ def _multi_tensor(params, grads, momentum_buffers, scales, *, lr, momentum, weig
 
 
 def _widened(params, grads, momentum_buffers, scales, *, lr, momentum, weight_decay, maximize, stochastic_rounding):
-    """In float32 or better: a momentum of another dtype, stochastic rounding."""
-    for p, g, m, scale in zip(params, grads, momentum_buffers, scales, strict=True):
-        decay, step = 1 - lr * weight_decay, lr * scale
-        wide = torch.promote_types(p.dtype, torch.float32)
-        # --- gradient
-        direction = (-g if maximize else g).to(wide)
-        # --- momentum
-        if momentum != 0:
-            direction = load(m).to(wide).lerp(direction, 1 - momentum)
-            store(m, direction)
-        # --- decoupled weight decay and scaled step
-        updated = p.to(wide) * decay - step * direction
-        p.copy_(stochastically_rounded(updated) if stochastic_rounding and p.dtype == torch.bfloat16 else updated)
+    """In float32 or better, piece by piece: a momentum of another dtype, stochastic rounding."""
+    decay = 1 - lr * weight_decay
+    momenta = momentum_buffers if momentum != 0 else [None] * len(params)
+    for *tensors, scale in zip(params, grads, momenta, scales, strict=True):
+        step = lr * scale
+        for p, g, m in _pieces(*tensors):
+            wide = torch.promote_types(p.dtype, torch.float32)
+            # --- gradient
+            direction = (-g if maximize else g).to(wide)
+            # --- momentum
+            if m is not None:
+                direction = load(m).to(wide).lerp(direction, 1 - momentum)
+                store(m, direction)
+            # --- decoupled weight decay and scaled step
+            updated = p.to(wide) * decay - step * direction
+            p.copy_(stochastically_rounded(updated) if stochastic_rounding and p.dtype == torch.bfloat16 else updated)
+
+
+def _pieces(p: Tensor, g: Tensor, m: Momentum | None) -> Iterator[tuple[Tensor, Tensor, Momentum | None]]:
+    """Pieces that share the tensors' memory: flat if that lies in order, else some rows of the first dimension."""
+    plain = [t for t in (p, g, m) if isinstance(t, Tensor)]
+    scattered = isinstance(m, QuantizedMomentum) and not m.codes.is_contiguous()
+    if p.numel() <= _PIECE or scattered or not all(map(is_ordinary, plain)):
+        yield p, g, m
+        return
+    if all(t.is_contiguous() for t in plain):
+        p, g, m = (t.view(-1) if isinstance(t, Tensor) else t for t in (p, g, m))  # type: ignore[assignment]
+    width = p.numel() // len(p)
+    together = _BLOCK // math.gcd(_BLOCK, width)  # rows that are whole blocks
+    rows = max(1, _PIECE // width // together) * together
+    for start in range(0, len(p), rows):
+        own = slice(start, start + rows)
+        if isinstance(m, QuantizedMomentum):
+            yield p[own], g[own], m.piece(start * width, p[own].shape)
+        else:
+            yield p[own], g[own], None if m is None else m[own]
 
 
 def _always(*_: Any) -> bool:

@@ -253,16 +253,15 @@ def card_data(record: RunRecord) -> ModelCardData:
 
 
 def _eval_results(record: RunRecord, metrics: Mapping[str, float], task: str | None) -> list[EvalResult]:
-    source = next(iter(_evaluation_data(record)), None)
+    """The metrics for the model index, which needs the data set's id on the Hub; without one they are text only."""
+    source = next((source for source in _evaluation_data(record) if is_hub_id(source.get("id"))), None)
     if source is None:
         return []
-    name = source["name"]
-    kind = source["id"] if is_hub_id(source.get("id")) else re.sub(r"[^\w.-]+", "-", name).strip("-").lower() or "data"
     return [
         EvalResult(
             task_type=task or "other",
-            dataset_type=kind,
-            dataset_name=_one_line(name),
+            dataset_type=source["id"],
+            dataset_name=_one_line(source["name"]),
             dataset_split="validation" if "validation" in str(source.get("role")) else None,
             metric_type=_one_line(metric),
             metric_name=metric.replace("_", " "),

@@ -86,12 +86,12 @@ def command_line() -> str:
     """The command that trains, for a shell, launcher included, with nothing that only this machine knows.
 
     The interpreter becomes ``python``, a launcher's path its name, paths as in :func:`short_path`, addresses of
-    machines ``HOST``, and the values of ``--hub_token`` and the like ``<redacted>``. A notebook has no such command:
-    its kernel's is none that anybody could repeat.
+    machines ``HOST``, and the values of ``--hub_token`` and the like ``<redacted>``. A notebook has no such command,
+    since its kernel's is none that anybody could repeat: its file's name stands there, where the front end tells it.
     """
     words = _launcher_words() or ["python", *sys.orig_argv[1:]]
     if any(module in words for module in _KERNELS):
-        return "# in a notebook"
+        return f"# in the notebook {name}" if (name := _notebook()) else "# in a notebook"
     shown = (_quoted(short_path(word)) for word in redact_words(words))
     return _ADDRESS.sub(r"\g<1>HOST", " ".join(shown))
 
@@ -141,6 +141,12 @@ def _launcher_words() -> list[str] | None:
             if name in _LAUNCHERS and words[-len(script) :] == script:
                 found = ["python", *words] if module else [name, *words[1:]]
     return found
+
+
+def _notebook() -> str:
+    """The name of the notebook that runs here as Jupyter or VS Code tells it, or nothing."""
+    told = (os.environ.get("JPY_SESSION_NAME", ""), str(getattr(sys.modules["__main__"], "__vsc_ipynb_file__", "")))
+    return next((Path(name).name for name in told if name.endswith(".ipynb")), "")
 
 
 def _processor() -> str:

@@ -6,6 +6,7 @@ which have no use for torch.
 
 import functools
 import os
+import sys
 
 __all__ = ["NOTES", "RECORD", "note_steps", "record_every_trainer", "stepped"]
 
@@ -47,8 +48,21 @@ def note_steps(optimizer_module):
             open(os.path.join(os.environ[NOTES], f"{OURS if ours else kind.__name__}-{os.getpid()}"), "w").close()
         except (KeyError, OSError):  # no folder: no line at the end
             return
+        if ours:
+            _say_how_many_train()
 
     optimizer_module.register_optimizer_step_post_hook(note)
+
+
+def _say_how_many_train():
+    """One line at the first step, where a launcher that started one process instead of two would be silent."""
+    distributed = sys.modules.get("torch.distributed")
+    count = 1
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        if distributed.get_rank() != 0:
+            return
+        count = distributed.get_world_size()
+    sys.stderr.write(f"hf_sai.run: {count} process{'es train' if count > 1 else ' trains'} with SGD-SaI.\n")
 
 
 def record_every_trainer(trainer_module):

@@ -49,7 +49,7 @@ def named_groups(
     rules: dict[str, Any] = {"lr_ratios": lr_ratios, "freeze": freeze, "update": update, "matrices": matrices}
     standard = param_groups(model, lr=lr, weight_decay=weight_decay, **rules)
     if _is_trainers_own(model, trained, given, weight_decay):
-        return standard
+        return _by_mesh(standard)
     frozen = {id(p) for p in trained if not p.requires_grad}
     names = {id(p): name for name, p in model.named_parameters()}
     result: list[dict[str, Any]] = []
@@ -87,15 +87,27 @@ def _tensors(params: Any) -> Iterable[Tensor]:
 def _is_trainers_own(
     model: nn.Module, trained: Sequence[Tensor], given: Sequence[dict[str, Any]], weight_decay: float
 ) -> bool:
-    """Whether groups are the two that an unchanged Trainer makes of a model's trainable parameters."""
+    """Whether groups are the two that an unchanged Trainer makes of a model's parameters, or these for each mesh."""
     from transformers import Trainer
 
-    if len(given) != 2 or any(group.keys() != {"params", "weight_decay"} for group in given):
+    if len(given) < 2 or any(group.keys() != {"params", "weight_decay"} for group in given):
         return False
     decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     own = {id(p): weight_decay if name in decaying else 0.0 for name, p in model.named_parameters()}
     there = {id(p): group["weight_decay"] for group in given for p in group["params"]}
     return there == {id(p): own[id(p)] for p in trained}
+
+
+def _by_mesh(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups in each of which all parameters lie on one device mesh, as Trainer's do under expert parallelism."""
+    result: list[dict[str, Any]] = []
+    for group in groups:
+        of_mesh: dict[Any, list[tuple[str, Tensor]]] = {}
+        for name, p in group["params"]:
+            of_mesh.setdefault(getattr(p, "device_mesh", None), []).append((name, p))
+        result += [{**group, "params": params} for params in of_mesh.values()]
+    _make_unique(result)
+    return result
 
 
 def _name(ours: str, theirs: Any, weight_decay: float) -> str:

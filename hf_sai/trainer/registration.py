@@ -38,6 +38,7 @@ def register() -> None:
         ("trainer_optimizer", _enter_table, None),
         ("trainer", _wrap_trainer, "Trainer.__init__"),
         ("modelcard", _wrap_model_card, None),
+        ("integrations.deepspeed", _wrap_deepspeed, None),
     ):
         when_imported(f"transformers.{module}", _guarded(prepare, refused))
 
@@ -138,6 +139,27 @@ def _wrap_trainer(trainer: ModuleType) -> None:
     get_optimizer_cls_and_kwargs._hf_sai = True  # type: ignore[attr-defined]
     cls.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
     cls.create_optimizer = create_optimizer
+
+
+def _wrap_deepspeed(deepspeed: ModuleType) -> None:
+    """Refuse a DeepSpeed config with an optimizer of its own: Trainer would train that one, at our learning rate."""
+    original = deepspeed.deepspeed_optim_sched
+    if getattr(original, "_hf_sai", False):
+        return
+
+    @functools.wraps(original)
+    def deepspeed_optim_sched(trainer: Trainer, hf_deepspeed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        block = hf_deepspeed_config.config.get("optimizer")
+        if block is not None and trainer.args.optim in OPTIMIZER_NAMES:
+            raise ValueError(
+                f"The DeepSpeed config has an optimizer block ({block.get('type', block)}), and --optim "
+                f"{getattr(trainer.args.optim, 'value', trainer.args.optim)} was asked for. With such a block Trainer "
+                "never asks for any other optimizer: remove it from the config, or the --optim."
+            )
+        return original(trainer, hf_deepspeed_config, *args, **kwargs)
+
+    deepspeed_optim_sched._hf_sai = True  # type: ignore[attr-defined]
+    deepspeed.deepspeed_optim_sched = deepspeed_optim_sched  # type: ignore[attr-defined]
 
 
 def _wrap_model_card(modelcard: ModuleType) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_sai import SGDSaI
+from hf_sai import SGDSaI, param_groups
 
 STEPS = 20
 BATCH = 8
@@ -118,8 +118,10 @@ def loss_of(model: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def groups_of(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups, with and without decay, as Trainer makes them."""
+def groups_of(model: nn.Module, update: str | None = None) -> list[dict[str, Any]]:
+    """Two groups, with and without decay, as Trainer makes them; for the orthogonal rule also hidden matrices."""
+    if update == "orthogonal":
+        return param_groups(model, lr=OPTIONS["lr"], weight_decay=OPTIONS["weight_decay"], update=update)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [(name, p) for name, p in named if not name.endswith(("bias", "norm.weight", "gate"))]
     rest = [(name, p) for name, p in named if name.endswith(("bias", "norm.weight", "gate"))]
@@ -165,7 +167,7 @@ def reference(
 ) -> dict[str, Any]:
     """g-SNR and losses of the same training in one process."""
     model = build(dtype)
-    optimizer = SGDSaI(groups_of(model), **{**OPTIONS, **options})
+    optimizer = SGDSaI(groups_of(model, options.get("update")), **{**OPTIONS, **options})
     losses = train(model, optimizer, range(steps), clip=clip)
     return {"gsnr": gsnr_of(optimizer), "losses": losses}
 
@@ -187,6 +189,13 @@ def same_placements(optimizer: SGDSaI) -> bool:
         for p in params_of(optimizer)
         if isinstance(p, DTensor)
     )
+
+
+def same_on_all_ranks(whole: Tensor) -> bool:
+    """Whether a tensor is equal bit for bit on all ranks."""
+    gathered = [torch.empty_like(whole) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, whole.contiguous())
+    return all(torch.equal(gathered[0], other) for other in gathered)
 
 
 def params_of(optimizer: SGDSaI) -> list[Tensor]:

@@ -27,6 +27,7 @@ from common import (
     my_batch,
     params_of,
     reference,
+    same_on_all_ranks,
     same_placements,
     shard,
     tensor_parallel,
@@ -88,9 +89,10 @@ def make(mode, **options):
 
 def train_and_compare(mode, **options):
     """The run, its differences from one process, and its collectives."""
-    optimizer_options = {key: options.pop(key) for key in ("fused", "foreach", "normalize") if key in options}
+    optimizer_options = {key: options.pop(key) for key in ("fused", "foreach", "normalize", "update") if key in options}
     model, rank, size = make(mode, **options)
-    optimizer = SGDSaI(groups_of(model), **{**OPTIONS, **optimizer_options})
+    groups = groups_of(model, optimizer_options.get("update"))
+    optimizer = SGDSaI(groups, **{**OPTIONS, **optimizer_options})
     per_step = []
     with counting(optimizer, per_step):
         losses = train(model, optimizer, range(STEPS), rank, size)
@@ -187,47 +189,23 @@ def whole_shapes(mode):
     }
 
 
-def low_bit_ddp():
-    """Momentum in 8 and 4 bits, which needs a tensor of 4096 elements: replicas stay equal, and near one process."""
-    differences = {}
-    for kind in ("8bit", "4bit"):
-        losses = []
-        for rank, size in ((0, 1), (RANK, WORLD)):
-            torch.manual_seed(0)
-            model = nn.Sequential(nn.Embedding(23, 128), nn.Linear(128, 64)).to(DEVICE)
-            optimizer = SGDSaI(model.parameters(), **OPTIONS, momentum_dtype=kind)
-            trained = nn.parallel.DistributedDataParallel(model) if size > 1 else model
-            losses.append(train(trained, optimizer, range(STEPS), rank, size))
-        differences[kind] = max(abs(a / b - 1) for a, b in zip(*losses, strict=True))
-        differences[f"{kind} replicas"] = all(same_on_all_ranks(p.detach()) for p in model.parameters())
-    return differences
-
-
-def same_on_all_ranks(whole):
-    gathered = [torch.empty_like(whole) for _ in range(WORLD)]
-    dist.all_gather(gathered, whole)
-    return all(torch.equal(gathered[0], other) for other in gathered)
-
-
-def low_bit_refused(mode):
-    """The kinds of momentum that are not done for slices (FSDP1) and for shards (FSDP2) of parameters."""
-    options = [{"momentum_dtype": "8bit"}, {"momentum_dtype": "4bit"}]
-    if mode == "fsdp1":
-        model, *_ = make("fsdp1")
-        options += [{"momentum_dtype": torch.bfloat16}, {"stochastic_rounding": True}]
-    else:
-        model = fully_shard(nn.Sequential(nn.Embedding(23, 128), nn.Linear(128, 64)))  # blocks need 4096 elements
+def fsdp1_refused():
+    """What is not done for slices: rounding, before anything is updated; running means, when they are to be saved."""
+    model, rank, size = make("fsdp1")
+    optimizer = SGDSaI(model.parameters(), **OPTIONS, stochastic_rounding=True)
+    before = [p.detach().clone() for p in params_of(optimizer)]
     messages = []
-    for option in options:
-        optimizer = SGDSaI(model.parameters(), **OPTIONS, **option)
-        before = [p.detach().clone() for p in params_of(optimizer)]
-        try:
-            model(my_batch(0, RANK, WORLD)).sum().backward()
-            optimizer.step()
-        except ValueError as error:
-            messages.append(str(error))
-        after = zip(before, params_of(optimizer), strict=True)
-        assert all(torch.equal(*(t.to_local() if isinstance(t, DTensor) else t for t in pair)) for pair in after)
+    try:
+        train(model, optimizer, range(1), rank, size)
+    except ValueError as error:
+        messages.append(str(error))
+    assert all(torch.equal(*pair) for pair in zip(before, params_of(optimizer), strict=True))
+    optimizer = SGDSaI(model.parameters(), **OPTIONS, update="factored")
+    train(model, optimizer, range(1), rank, size)
+    try:
+        optimizer.state_dict()
+    except ValueError as error:
+        messages.append(str(error))
     return {"messages": messages}
 
 
@@ -247,6 +225,22 @@ def late_and_broken():
         optimizer.step()
         history.append((optimizer.state[parameter]["gsnr"], bool(parameter.to_local().isfinite().all())))
     return {"history": history}
+
+
+def broken_orthogonal():
+    """A gradient that is NaN in one rank's shard of a hidden matrix: the whole matrix goes on by its momentum."""
+    model, rank, size = make("fsdp2")
+    optimizer = SGDSaI(groups_of(model, "orthogonal"), **OPTIONS, update="orthogonal")
+    train(model, optimizer, range(2), rank, size)
+    optimizer.zero_grad()
+    loss_of(model, my_batch(2, rank, size)).backward()
+    p = next(p for group in optimizer.param_groups if "matrices" in group for p in group["params"])
+    if rank == WORLD - 1:
+        p.grad.to_local().view(-1)[0] = float("nan")
+    before, momentum = p.to_local().clone(), optimizer.state[p]["momentum_buffer"].to_local().clone()
+    optimizer.step()
+    kept = torch.equal(momentum, optimizer.state[p]["momentum_buffer"].to_local())
+    return {"finite": bool(p.to_local().isfinite().all()), "moved": not torch.equal(before, p.to_local()), "kept": kept}
 
 
 def flat_parameters_refused():
@@ -299,15 +293,14 @@ CHECKS = {
     **{f"bf16_momentum_{mode}": (lambda mode=mode: bf16_momentum(mode)) for mode in ("fsdp2", "tp", "hsdp")},
     **{f"rounding_{mode}": (lambda mode=mode: rounding(mode)) for mode in ("ddp", "tp", "hsdp")},
     "bf16_mixed": lambda: bf16("fsdp2", dtype=torch.float32, mp_policy=MIXED),
-    "low_bit_ddp": low_bit_ddp,
     "late_and_broken": late_and_broken,
+    "broken_orthogonal": broken_orthogonal,
     "late_ddp": lambda: late("ddp"),
     "late_fsdp2": lambda: late("fsdp2"),
     "late_fsdp1": lambda: late("fsdp1"),
     "shapes_fsdp1": lambda: whole_shapes("fsdp1"),
     "shapes_fsdp2": lambda: whole_shapes("fsdp2"),
-    "low_bit_fsdp1": lambda: low_bit_refused("fsdp1"),
-    "low_bit_fsdp2": lambda: low_bit_refused("fsdp2"),
+    "fsdp1_refused": fsdp1_refused,
     "fsdp2_offload": lambda: train_and_compare("fsdp2", offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "flat_parameters_refused": flat_parameters_refused,
     "scaler_ddp": lambda: scaler("ddp"),
@@ -320,6 +313,14 @@ CHECKS = {
     "fsdp2_normalize": lambda: train_and_compare("fsdp2", normalize=True),
     "fsdp1_leaves": lambda: train_and_compare("fsdp1", leaves=True),
     "fsdp1_fused": lambda: train_and_compare("fsdp1", fused=True),
+    **{
+        f"{mode}_orthogonal": (lambda mode=mode: train_and_compare(mode, update="orthogonal"))
+        for mode in ("ddp", "fsdp2", "tp", "hsdp", "fsdp2_tp")
+    },
+    "fsdp1_factored": lambda: train_and_compare("fsdp1", update="factored"),
+    "fsdp1_rows": lambda: train_and_compare("fsdp1", update="rows"),
+    "fsdp1_leaves_factored": lambda: train_and_compare("fsdp1", leaves=True, update="factored"),
+    "fsdp1_hybrid_factored": lambda: train_and_compare("fsdp1_hybrid", update="factored"),
     "fsdp1_normalize": lambda: train_and_compare("fsdp1", normalize=True),
 }
 

@@ -8,7 +8,9 @@ import torch.distributed as dist
 from common import (
     DEVICE,
     FOLDER,
+    OPTIONS,
     STEPS,
+    build,
     counting,
     gsnr_of,
     join,
@@ -18,12 +20,14 @@ from common import (
     same_placements,
     write_result,
 )
+from common import tensor_parallel as tensor_parallel_of_tiny
+from common import train as train_tiny
 from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hf_sai import create_sgd_sai_optimizer
@@ -130,7 +134,30 @@ def fsdp2_qlora():
     return {**result, "quantized_shards": halves}
 
 
+def mixed_meshes():
+    """Trainer's groups of a model of which one part is sharded and one is not, as under expert parallelism."""
+    arguments = {"output_dir": str(FOLDER), "use_cpu": DEVICE == "cpu", "report_to": [], "optim": "sgd_sai"}
+    arguments = TrainingArguments(**arguments, learning_rate=OPTIONS["lr"], weight_decay=OPTIONS["weight_decay"])
+    runs = []
+    for mesh in (None, init_device_mesh(DEVICE, (WORLD,))):
+        model = build() if mesh is None else tensor_parallel_of_tiny(build(), mesh)
+        trainer = Trainer(model=model, args=arguments)
+        optimizer = trainer.create_optimizer()
+        losses = train_tiny(model, optimizer, range(STEPS))
+        runs.append({"gsnr": gsnr_of(optimizer), "losses": losses, "groups": optimizer.param_groups})
+    decay = [{name: group["weight_decay"] for group in run["groups"] for name in group["param_names"]} for run in runs]
+    groups = runs[1]["groups"]
+    meshes = [{getattr(p, "device_mesh", None) for p in group["params"]} for group in groups]
+    return {
+        **largest_difference(runs[1], runs[0]),
+        "same_decay": decay[0] == decay[1],
+        "meshes": [len(of_group) for of_group in meshes],
+        "names": sorted(group["name"] for group in groups),
+    }
+
+
 CHECKS = {
+    "mixed_meshes": mixed_meshes,
     "tensor_parallel": tensor_parallel,
     "tensor_parallel_lora": tensor_parallel_lora,
     "hsdp_lora": hsdp_lora,

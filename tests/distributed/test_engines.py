@@ -25,20 +25,31 @@ EXACT = {
     4: ["hsdp", "hsdp_fused", "fsdp2_tp", "fsdp2", "fsdp1", "fsdp1_hybrid"],
 }
 ROUNDING = {2: ["rounding_ddp", "rounding_tp"], 4: ["rounding_hsdp"]}
+#: Rules that average over rows and columns in every step.
+AVERAGING = {
+    2: ["fsdp1_factored", "fsdp1_leaves_factored", "fsdp1_rows"],
+    4: ["fsdp1_factored", "fsdp1_hybrid_factored"],
+}
+#: Mode -> all_to_alls in a step: one per mesh dimension and back, for those on both dimensions and those on one.
+ORTHOGONAL = {
+    2: {"ddp_orthogonal": 0, "fsdp2_orthogonal": 2, "tp_orthogonal": 2},
+    4: {"hsdp_orthogonal": 2, "fsdp2_orthogonal": 2, "fsdp2_tp_orthogonal": 6},
+}
 TWO = [
     *EXACT[2],
+    *ORTHOGONAL[2],
+    *AVERAGING[2],
     *BF16[2],
     *BF16_MOMENTUM[2],
     *ROUNDING[2],
     "late_and_broken",
+    "broken_orthogonal",
     "late_ddp",
     "late_fsdp2",
     "late_fsdp1",
     "shapes_fsdp1",
     "shapes_fsdp2",
-    "low_bit_ddp",
-    "low_bit_fsdp1",
-    "low_bit_fsdp2",
+    "fsdp1_refused",
     "flat_parameters_refused",
     "scaler_ddp",
     "scaler_fsdp2",
@@ -46,6 +57,8 @@ TWO = [
 ]
 FOUR = [
     *EXACT[4],
+    *ORTHOGONAL[4],
+    *AVERAGING[4],
     *BF16[4],
     *BF16_MOMENTUM[4],
     *ROUNDING[4],
@@ -56,6 +69,8 @@ FOUR = [
 #: Models of transformers and PEFT -> how many of their trained parameters are DTensors.
 MODELS = {"tensor_parallel": 16, "tensor_parallel_lora": 4, "fsdp1_lora": 0, "fsdp2_qlora": 8, "hsdp_lora": 8}
 PARAMETERS = 23
+#: Elements of the tiny model's hidden matrices.
+HIDDEN = 2 * (432 + 432 + 36 + 36)
 #: Process groups over which something is sharded: the most all_reduces that the measuring step may run.
 GROUPS = {"ddp": 0, "fsdp2_tp": 2}
 
@@ -85,7 +100,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """What each of two ranks reports."""
-    modes = [mode for mode in MODELS if mode != "hsdp_lora"]
+    modes = [*(mode for mode in MODELS if mode != "hsdp_lora"), "mixed_meshes"]
     return run_ranks("models_worker.py", 2, tmp_path_factory.mktemp("models"), *modes)
 
 
@@ -100,6 +115,34 @@ def test_gsnr_and_loss_equal_those_of_one_process(runs, world_size, mode):
         assert result["world_size"] == world_size
         assert result[mode]["gsnr"] <= 1e-6
         assert result[mode]["loss"] <= 1e-5
+
+
+@pytest.mark.parametrize(("world_size", "mode"), by_size(AVERAGING))
+def test_rules_that_average_over_slices_equal_one_process_with_one_all_reduce_a_step(runs, world_size, mode):
+    for result in runs[world_size]:
+        assert result["world_size"] == world_size
+        assert result[mode]["gsnr"] <= 1e-6
+        assert result[mode]["loss"] <= 1e-5
+        for counts in result[mode]["collectives"][2:]:  # before, the A matrices are still to be measured
+            assert counts.keys() == {"allreduce_"}
+            assert len(counts["allreduce_"]) == 1
+
+
+@pytest.mark.parametrize(("world_size", "mode"), by_size(ORTHOGONAL))
+def test_whole_matrices_are_put_together_on_one_rank_each_and_train_as_in_one_process(runs, world_size, mode):
+    for result in runs[world_size]:
+        assert result["world_size"] == world_size
+        assert result[mode]["gsnr"] <= 1e-6
+        assert result[mode]["loss"] <= 1e-5
+        assert result[mode]["same_placements"]
+        for counts in result[mode]["collectives"][2:]:  # before, the A matrices are still to be measured
+            assert counts.keys() <= {"allreduce_", "alltoall_base_"}
+            sent = counts.get("alltoall_base_", [])
+            assert len(sent) == ORTHOGONAL[world_size][mode]
+            # Half of all elements, and sums over rows: nowhere is everything gathered.
+            assert all(elements <= 0.6 * HIDDEN for elements in sent)
+            groups = GROUPS.get(mode.removesuffix("_orthogonal"), 1)
+            assert len(counts.get("allreduce_", [])) <= 2 * groups  # whether all is finite; the factored rule's sums
 
 
 @pytest.mark.parametrize(("world_size", "mode"), by_size(EXACT))
@@ -137,6 +180,16 @@ def test_models_of_transformers_and_peft_train_as_in_one_process(request, mode):
             assert set(counts) <= {"allreduce_"}
             assert all(len(sizes) == 1 and sizes[0] <= 4 * 21 for sizes in counts.values())
         assert not any(later)
+
+
+def test_groups_are_parted_by_device_mesh_as_trainer_does_it(models):
+    for result in models:
+        mixed = result["mixed_meshes"]
+        assert mixed["names"] == ["base/decay", "base/decay 2", "base/no_decay", "base/no_decay 2"]
+        assert mixed["meshes"] == [1, 1, 1, 1]
+        assert mixed["same_decay"]
+        assert mixed["gsnr"] <= 1e-6
+        assert mixed["loss"] <= 1e-5
 
 
 def test_weights_of_4_bits_were_sharded_as_such(models):
@@ -183,6 +236,11 @@ def test_a_gradient_that_is_non_zero_or_nan_on_one_rank_is_judged_alike_on_all(r
     assert usable[0] > 0.0
 
 
+def test_nan_in_one_shard_of_a_hidden_matrix_leaves_all_of_it_to_its_momentum(runs):
+    for result in runs[2]:
+        assert result["broken_orthogonal"] == {"finite": True, "moved": True, "kept": True}
+
+
 @pytest.mark.parametrize(("world_size", "mode"), [(2, "ddp"), (2, "fsdp2"), (2, "fsdp1"), (4, "fsdp2"), (4, "fsdp1")])
 def test_what_becomes_measurable_later_on_one_rank_first_is_measured_as_in_one_process(runs, world_size, mode):
     for result in runs[world_size]:
@@ -199,20 +257,11 @@ def test_grouping_goes_by_the_whole_parameters_shapes(runs, world_size, mode):
     assert any(result[f"shapes_{mode}"]["cut"] for result in runs[world_size]) == (mode == "fsdp1")
 
 
-def test_low_bit_momentum_under_ddp_keeps_replicas_equal_and_trains_as_one_process(runs):
+def test_what_slices_cannot_is_refused_with_the_cure(runs):
     for result in runs[2]:
-        for kind in ("8bit", "4bit"):
-            assert result["low_bit_ddp"][f"{kind} replicas"]
-            assert result["low_bit_ddp"][kind] <= 1e-3
-
-
-def test_low_bit_momentum_and_stochastic_rounding_are_refused_before_the_first_update_with_the_cure(runs):
-    for result in runs[2]:
-        *blocks, bf16, rounding = result["low_bit_fsdp1"]["messages"]
-        assert all("torch.bfloat16" in message and "FSDP2" in message for message in blocks)
-        assert all("use FSDP2" in message for message in (bf16, rounding))
-        assert len(blocks) == len(result["low_bit_fsdp2"]["messages"]) == 2
-        assert all("Use torch.bfloat16" in message for message in result["low_bit_fsdp2"]["messages"])
+        rounding, saving = result["fsdp1_refused"]["messages"]
+        assert "use FSDP2" in rounding
+        assert "use FSDP2" in saving
 
 
 def test_flat_parameters_are_refused_before_the_first_update_with_the_cure(runs):

@@ -38,7 +38,7 @@ def under_zero(tmp_path_factory):
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("pip install 'hf-sai[deepspeed]' (see docs/distributed.md)")
     folder = tmp_path_factory.mktemp("zero")
-    return folder, launch(folder, 2, ZERO)
+    return folder, launch(folder, 2, [("zero2_block", "full"), *ZERO])
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,13 @@ def test_losses_scales_groups_and_resume_equal_those_of_one_process(request, alo
         assert len(whole["gsnr"]) == (28 if what == "full" else 4)
         assert whole["groups"] == expected["groups"]
         assert result["resumed"] == whole
+
+
+def test_a_deepspeed_config_with_an_optimizer_of_its_own_is_refused(under_zero):
+    for report in under_zero[1]:
+        message = report["zero2_block full -"]["message"]
+        assert "optimizer block (AdamW)" in message
+        assert "remove it" in message
 
 
 def test_one_process_resumes_bit_for_bit(alone):

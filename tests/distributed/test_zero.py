@@ -3,6 +3,7 @@
 import pytest
 from launch import run_ranks
 
+pytest.importorskip("bitsandbytes", reason="pip install 'hf-sai[quant]'")
 pytest.importorskip("deepspeed", reason="pip install 'hf-sai[deepspeed]' (see docs/distributed.md)")
 
 EXACT = [
@@ -24,17 +25,41 @@ BF16 = {
     "zero3_bf16": "DeepSpeedZeroOptimizer_Stage3",
 }
 FP16 = ["zero2_fp16", "zero3_fp16"]
-RESUME = ["resume1", "resume2", "resume3"]
+RESUME = [f"resume{stage}{kind}" for stage in (1, 2, 3) for kind in ("", "_8bit")]
 ACCELERATE = ["accelerate1", "accelerate3"]
 LATE = ["late1", "late2", "late3"]
-FOUR = ["zero1", "zero3"]
+HABITS = [f"habits{stage}_{rule}" for stage in (2, 3) for rule in ("published", "factored")]
+FOUR = ["zero1", "zero3", "zero1_factored", "zero3_factored"]
+#: Rules that average over rows and columns in every step.
+AVERAGING = [
+    *(f"zero{stage}_{rule}" for stage in (1, 2, 3) for rule in ("rows", "factored")),
+    "zero3_sub_groups_factored",
+    "zero2_factored_clipped",
+]
+#: Momenta in another form -> the dtypes in which they are kept.
+FORMS = {
+    **{f"zero{stage}_{bits}": {"torch.uint8", "torch.float32"} for stage in (1, 2, 3) for bits in ("8bit", "4bit")},
+    "zero2_8bit_factored": {"torch.uint8", "torch.float32"},
+    "zero3_8bit_factored": {"torch.uint8", "torch.float32"},
+    "zero3_bf16_momentum": {"torch.bfloat16"},
+}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """Each rank's report, all checks in one launch."""
-    others = ["whole_shapes", "low_bit_refused", "unknown_layout_refused"]
-    checks = [*EXACT, *BF16, *FP16, *RESUME, *LATE, *others, *ACCELERATE]  # the last, for it imports transformers
+    others = ["whole_shapes", "rounding_refused", "unknown_layout_refused"]
+    checks = [
+        *EXACT,
+        *AVERAGING,
+        *FORMS,
+        *BF16,
+        *FP16,
+        *RESUME,
+        *LATE,
+        *others,
+        *ACCELERATE,
+    ]  # the last, for it imports transformers
     return run_ranks("zero_worker.py", 2, tmp_path_factory.mktemp("two"), *checks)
 
 
@@ -44,7 +69,9 @@ def four(tmp_path_factory):
     return run_ranks("zero_worker.py", 4, tmp_path_factory.mktemp("four"), *FOUR, *LATE)
 
 
-@pytest.mark.parametrize(("ranks", "mode"), [("two", mode) for mode in EXACT] + [("four", mode) for mode in FOUR])
+@pytest.mark.parametrize(
+    ("ranks", "mode"), [("two", mode) for mode in EXACT + AVERAGING] + [("four", mode) for mode in FOUR]
+)
 def test_gsnr_and_loss_equal_those_of_one_process(request, ranks, mode):
     for result in request.getfixturevalue(ranks):
         assert result["world_size"] == {"two": 2, "four": 4}[ranks]
@@ -63,6 +90,14 @@ def test_one_all_reduce_while_measuring_and_none_later_for_all_flat_tensors(two,
             assert len(sizes) == 1
             assert sizes[0] <= 4 * 23  # four sums each, never a gradient: the largest has 432 elements
         assert not any(later)
+
+
+@pytest.mark.parametrize("mode", AVERAGING)
+def test_averages_take_one_all_reduce_a_step_for_each_flat_tensor_that_has_matrices(two, mode):
+    for result in two:
+        for step in result[mode]["collectives"][2:]:  # before, the A matrices are still to be measured
+            assert all(name == "allreduce_" and len(sizes) == 1 for name, sizes in step)
+            assert 1 <= len(step) <= result[mode]["flats"]
 
 
 @pytest.mark.parametrize("mode", BF16)
@@ -86,7 +121,9 @@ def test_fp16_overflow_in_the_first_steps_delays_measuring_and_breaks_nothing(tw
 @pytest.mark.parametrize("mode", RESUME)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit_and_measures_nothing(two, mode):
     for result in two:
-        assert result[mode] == {"same": True, "unmeasured": 0, "collectives": 0}
+        assert result[mode]["same"]
+        assert result[mode]["unmeasured"] == 0
+        assert mode.endswith("8bit") or not result[mode]["collectives"]  # with it, the rule averages in every step
 
 
 @pytest.mark.parametrize("mode", ACCELERATE)
@@ -113,10 +150,25 @@ def test_grouping_goes_by_the_shapes_that_zero_init_has_taken_away(two):
         assert result["whole_shapes"] == {"names": True, "shapes": True, "cut": True}
 
 
-def test_low_bit_momentum_and_stochastic_rounding_are_refused_before_the_first_update(two):
+def test_stochastic_rounding_is_refused_before_the_first_update(two):
     for result in two:
-        assert len(result["low_bit_refused"]["messages"]) == 3
-        assert all("FSDP2" in message for message in result["low_bit_refused"]["messages"])
+        assert "float32" in result["rounding_refused"]["message"]
+
+
+@pytest.mark.parametrize("mode", HABITS)
+def test_the_habits_of_real_loops_train_as_in_one_process(two, mode):
+    for result in two:
+        assert result["world_size"] == 2
+        assert result[mode]["gsnr"] <= 1e-6
+        assert result[mode]["loss"] <= 1e-5
+
+
+@pytest.mark.parametrize("mode", FORMS)
+def test_a_momentum_in_another_form_trains_as_in_one_process(two, mode):
+    for result in two:
+        assert set(result[mode]["dtypes"]) == FORMS[mode]
+        assert result[mode]["gsnr"] <= 1e-3  # of the A matrices, measured after B has moved by such a momentum
+        assert result[mode]["loss"] <= 2e-3
 
 
 def test_a_layout_that_is_not_recognised_is_refused_with_the_cure(two):

@@ -1,6 +1,7 @@
 """Runs Trainer with --optim sgd_sai and resumes: ``trainer_worker.py ENGINE WHAT FROM [ENGINE WHAT FROM ...]``.
 
-ENGINE is ``none`` (one process), ``ddp``, ``fsdp2`` or ``zero1`` to ``zero3``; WHAT is ``full`` or ``lora``;
+ENGINE is ``none`` (one process), ``ddp``, ``fsdp2`` or ``zero1`` to ``zero3``, these also with ``_block``, an
+optimizer's block in DeepSpeed's config; WHAT is ``full`` or ``lora``;
 FROM is ``-`` for a run of its own and its resume; the folder of another launch, whose run is only resumed; ``dies`` for
 a run that saves every step and is killed from outside, or ``killed:`` and the folder of that run, to go on with it.
 """
@@ -49,8 +50,10 @@ def settings_of(engine):
         config = {
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_clipping": "auto",
-            "zero_optimization": {"stage": int(engine[-1])},
+            "zero_optimization": {"stage": int(engine[4])},
         }
+        if engine.endswith("block"):
+            config["optimizer"] = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}}
         return {"deepspeed": config}
     return {}
 
@@ -106,6 +109,11 @@ def run_case(engine, what, place):
     if engine.startswith("zero"):
         os.environ.pop("ACCELERATE_USE_CPU", None)
     try:
+        if engine.endswith("block"):
+            try:
+                train(engine, what)
+            except ValueError as error:
+                return {"message": str(error)}
         if place == "dies":
             return train(engine, what, max_steps=LONG, save_steps=1)
         if place.startswith("killed:"):

@@ -33,6 +33,7 @@ from common import (
 
 from hf_sai import SGDSaI
 from hf_sai.groups.param_groups import no_decay_names
+from hf_sai.optim import momentum as momenta
 from hf_sai.optim.layout import whole_shapes as full_shapes
 
 warnings.filterwarnings("ignore")
@@ -110,19 +111,43 @@ def half(stage, dtype):
     }
 
 
-def resume(stage):
+def low_bit(stage, kind, **more):
+    """Momenta in blocks of this model's small tensors, most of which no rank has whole, and one in bfloat16."""
+    most, momenta.MIN_QUANTIZED = momenta.MIN_QUANTIZED, 64
+    options = {"momentum_dtype": kind, **more}
+    try:
+        engine, optimizer = engine_of(stage, options=options)
+        losses = train(engine, range(STEPS))
+        got = {"gsnr": gsnr_of(optimizer), "losses": losses}
+        differences = largest_difference(got, reference(**options))
+    finally:
+        momenta.MIN_QUANTIZED = most
+    kept = [(key, value) for state in optimizer.state.values() for key, value in state.items()]
+    momenta_kept = [value for key, value in kept if key.startswith("momentum_buffer")]
+    return {**differences, "dtypes": sorted({str(value.dtype) for value in momenta_kept}), "in": len(momenta_kept)}
+
+
+def resume(stage, **options):
     """Save after half the steps, load into a new engine, go on: bit for bit the uninterrupted run."""
-    folder = FOLDER / f"zero{stage}"
-    whole, _ = engine_of(stage)
+    folder = FOLDER / f"zero{stage}{len(options)}"
+    most, momenta.MIN_QUANTIZED = momenta.MIN_QUANTIZED, 64
+    try:
+        return resumed(stage, folder, options)
+    finally:
+        momenta.MIN_QUANTIZED = most
+
+
+def resumed(stage, folder, options):
+    whole, _ = engine_of(stage, options=options)
     train(whole, range(STEPS // 2))
     whole.save_checkpoint(str(folder))
     expected = train(whole, range(STEPS // 2, STEPS))
-    resumed, optimizer = engine_of(stage)
-    resumed.load_checkpoint(str(folder))
+    again, optimizer = engine_of(stage, options=options)
+    again.load_checkpoint(str(folder))
     before = optimizer.gsnr_report()
     per_step = []
     with counting(optimizer, per_step):
-        got = train(resumed, range(STEPS // 2, STEPS))
+        got = train(again, range(STEPS // 2, STEPS))
     return {"same": got == expected, "unmeasured": len(before.unmeasured), "collectives": sum(map(len, per_step))}
 
 
@@ -188,18 +213,16 @@ def whole_shapes():
     }
 
 
-def low_bit_refused():
-    """The kinds of momentum that are not done inside flat tensors."""
-    messages = []
-    for option in ({"momentum_dtype": torch.bfloat16}, {"momentum_dtype": "8bit"}, {"stochastic_rounding": True}):
-        engine, _ = engine_of(2, options=option)
-        before = [p.detach().clone() for p in engine.parameters()]
-        try:
-            train(engine, range(1))
-        except ValueError as error:
-            messages.append(str(error))
-        assert all(torch.equal(a, p) for a, p in zip(before, engine.parameters(), strict=True))
-    return {"messages": messages}
+def rounding_refused():
+    """Flat tensors are float32, whatever the model."""
+    engine, _ = engine_of(2, options={"stochastic_rounding": True})
+    before = [p.detach().clone() for p in engine.parameters()]
+    try:
+        train(engine, range(1))
+    except ValueError as error:
+        message = str(error)
+    assert all(torch.equal(a, p) for a, p in zip(before, engine.parameters(), strict=True))
+    return {"message": message}
 
 
 def unknown_layout_refused():
@@ -227,7 +250,41 @@ def unknown_layout_refused():
     return {"messages": messages}
 
 
+def habits(stage, rule):
+    """Accumulation, clipping, recomputing, tied and frozen weights, experts without tokens."""
+    from habits import CLIP, MICRO_BATCHES, Habits, optimizer_of
+    from habits import train as train_habits
+
+    alone = Habits()
+    optimizer = optimizer_of(alone, rule)
+
+    def advance():
+        torch.nn.utils.clip_grad_norm_(alone.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    losses = train_habits(alone, STEPS, advance)
+    expected = {"gsnr": gsnr_of(optimizer), "losses": losses}
+    model = Habits()
+    optimizer = optimizer_of(model, rule)
+    config = {
+        "train_micro_batch_size_per_gpu": 8 // WORLD // MICRO_BATCHES,
+        "gradient_accumulation_steps": MICRO_BATCHES,
+        "gradient_clipping": CLIP,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+    }
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    losses = train_habits(engine, STEPS, engine.step, RANK, WORLD, backward=engine.backward)
+    return largest_difference({"gsnr": gsnr_of(optimizer), "losses": losses}, expected)
+
+
 CHECKS = {
+    **{
+        f"habits{stage}_{rule}": (lambda stage=stage, rule=rule: habits(stage, rule))
+        for stage in (2, 3)
+        for rule in ("published", "factored")
+    },
     **{f"zero{stage}": (lambda stage=stage: train_and_compare(stage)) for stage in (1, 2, 3)},
     "zero3_sub_groups": lambda: train_and_compare(3, sub_group_size=100),
     "zero1_fused": lambda: train_and_compare(1, options={"fused": True}),
@@ -235,6 +292,13 @@ CHECKS = {
     "zero3_normalize": lambda: train_and_compare(3, options={"normalize": True}),
     "zero2_clipped": lambda: train_and_compare(2, clip=0.05),
     "zero3_clipped": lambda: train_and_compare(3, clip=0.05),
+    **{
+        f"zero{stage}_{rule}": (lambda stage=stage, rule=rule: train_and_compare(stage, options={"update": rule}))
+        for stage in (1, 2, 3)
+        for rule in ("rows", "factored")
+    },
+    "zero3_sub_groups_factored": lambda: train_and_compare(3, options={"update": "factored"}, sub_group_size=100),
+    "zero2_factored_clipped": lambda: train_and_compare(2, options={"update": "factored"}, clip=0.05),
     "zero1_bf16": lambda: half(1, torch.bfloat16),
     "zero2_bf16": lambda: half(2, torch.bfloat16),
     "zero3_bf16": lambda: half(3, torch.bfloat16),
@@ -248,7 +312,19 @@ CHECKS = {
     **{f"accelerate{stage}": (lambda stage=stage: through_accelerate(stage)) for stage in (1, 3)},
     **{f"late{stage}": (lambda stage=stage: late(stage)) for stage in (1, 2, 3)},
     "whole_shapes": whole_shapes,
-    "low_bit_refused": low_bit_refused,
+    "rounding_refused": rounding_refused,
+    **{
+        f"zero{stage}_{kind}": (lambda stage=stage, kind=kind: low_bit(stage, kind))
+        for stage in (1, 2, 3)
+        for kind in ("8bit", "4bit")
+    },
+    "zero2_8bit_factored": lambda: low_bit(2, "8bit", update="factored"),
+    "zero3_8bit_factored": lambda: low_bit(3, "8bit", update="factored"),
+    "zero3_bf16_momentum": lambda: low_bit(3, torch.bfloat16),
+    **{
+        f"resume{stage}_8bit": (lambda stage=stage: resume(stage, momentum_dtype="8bit", update="factored"))
+        for stage in (1, 2, 3)
+    },
     "unknown_layout_refused": unknown_layout_refused,
 }
 

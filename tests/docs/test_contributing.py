@@ -33,6 +33,6 @@ def test_the_tests_mirror_the_floors():
 
 
 def test_every_file_says_its_one_job_on_its_first_line():
-    files = [*(ROOT / "hf_sai").rglob("*.py"), *(ROOT / "recipes").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    files = [*(ROOT / "hf_sai").rglob("*.py"), *(ROOT / "recipes").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     without = [str(file.relative_to(ROOT)) for file in files if not re.match(r'r?"""\S', file.read_text())]
     assert not without

@@ -15,7 +15,7 @@ MODULES = [
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     if module.name.rpartition(".")[2] not in ("run", "__main__")
 ]
-NEEDS = {"hf_sai.kernels.triton_plain": "triton"}
+NEEDS = {f"hf_sai.kernels.triton_{name}": "triton" for name in ("device", "step", "factored")}
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -4,17 +4,29 @@ import importlib.util
 import json
 from pathlib import Path
 
+import PIL.Image
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "results.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def results():
-    spec = importlib.util.spec_from_file_location("benchmark_results", SCRIPT)
+    return load("results")
+
+
+def load(name):
+    """A script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_picture_on_top_of_readme_is_drawn_from_the_records_that_are_there():
+    script = load("headline_picture")
+    with PIL.Image.open(script.PICTURE) as picture:
+        assert picture.text["Source"] == script.digest(), "run `make results`"
 
 
 def test_no_page_is_out_of_date(results):
@@ -28,8 +40,8 @@ def test_every_table_stands_on_a_page(results):
 
 
 def test_a_page_that_was_changed_by_hand_is_named_and_written_again(results, tmp_path, monkeypatch, capsys):
-    (tmp_path / "docs").mkdir()
-    for name in ("results.json", "step_speed.json"):
+    (tmp_path / "docs" / "research").mkdir(parents=True)
+    for name in ("results.json", "research/step_speed.json"):
         (tmp_path / "docs" / name).write_text((results.ROOT / "docs" / name).read_text())
     (tmp_path / "recipes").symlink_to(results.ROOT / "recipes")
     page = tmp_path / "README.md"

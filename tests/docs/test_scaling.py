@@ -62,6 +62,17 @@ def test_bytes_on_the_wire_are_16_per_tensor_beside_6_per_parameter():
         assert int(own.split()[0].replace(",", "")) == 32 * int(tensors.replace(",", ""))
 
 
+def test_the_orthogonal_rule_sends_each_hidden_element_to_one_rank_and_back_in_two_bytes():
+    embeddings = {"7B": 2 * 32_000 * 4096, "70B": 2 * 32_000 * 8192, "405B": 2 * 128_256 * 16_384}
+    for head, ranks, engine, orthogonal, adamw in table("model, hidden elements"):
+        model, ranks = head.split()[0], int(ranks.replace(",", ""))
+        hidden = PARAMETERS[model] - embeddings[model]
+        assert float(re.search(r"\(([\d.]+) B\)", head)[1]) == round(hidden / 1e9, 2)
+        assert float(orthogonal.split()[0]) == pytest.approx(4 * hidden * (ranks - 1) / ranks**2 / 1e9, abs=0.006)
+        assert engine.split()[0] in {row[2].split()[0] for row in ON_THE_WIRE}
+        assert adamw == "0"
+
+
 @pytest.mark.parametrize(
     "row", [pytest.param(row, marks=() if "70b" in row[0] else pytest.mark.slow, id=row[0]) for row in SIMULATED]
 )

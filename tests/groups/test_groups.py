@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from hf_sai import SGDSaI, create_sgd_sai_optimizer, param_groups
 from hf_sai.groups.param_groups import no_decay_names
+from hf_sai.groups.peft_roles import merged_adapters, peft_roles
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -331,3 +333,14 @@ def test_grouping_needs_torch_alone() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "['base/decay', 'base/no_decay']"
+
+
+@pytest.mark.parametrize("broken", [{}, {"tuners": None}, {"PeftModel": None}], ids=str)
+def test_a_peft_whose_import_failed_half_way_is_passed_over(broken, monkeypatch):
+    module = types.ModuleType("peft")
+    vars(module).update(broken)
+    monkeypatch.setitem(sys.modules, "peft", module)
+    [group] = param_groups(nn.Linear(4, 4, bias=False), lr=0.1, weight_decay=0.0)
+    assert group["role"] == "base"
+    assert peft_roles(nn.Linear(2, 2)) == {}
+    assert merged_adapters(nn.Linear(2, 2)) == set()

@@ -2,7 +2,6 @@
 
 import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,22 +15,18 @@ from hf_sai.optim.momentum import QuantizedMomentum
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.cuda.is_available(), reason="Triton's interpreter is not there"
+)
 
 
-def interpreted_triton_kernel(monkeypatch):
-    """A copy of the module whose kernel Triton's interpreter runs, on CPU tensors."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    path = Path(choice.__file__).with_name("triton_plain.py")
-    spec = importlib.util.spec_from_file_location("interpreted_triton_plain", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def use_triton_on_cpu(monkeypatch):
+    """Let Triton's interpreter update what lies on the CPU, before all others (see conftest.py)."""
+    from hf_sai.kernels import triton_step
 
-
-def use_on_cpu(module, monkeypatch):
-    """Let Triton's kernel update what lies on the CPU, before all others."""
-    kernel = update.Kernel("triton", lambda p, g, m, *_: module.can_update(p, g, m), module.update, unscales=True)
+    kernel = update.Kernel(
+        "triton", lambda p, g, m, *_: triton_step.can_update(p, g, m), triton_step.update, unscales=True
+    )
     monkeypatch.setattr(update, "KERNELS", [kernel])
 
 
@@ -41,8 +36,7 @@ def use_on_cpu(module, monkeypatch):
 def step(request, monkeypatch):
     """One way to make a step: called as sgd_sai is."""
     if request.param == "triton":
-        module = interpreted_triton_kernel(monkeypatch)
-        use_on_cpu(module, monkeypatch)
+        use_triton_on_cpu(monkeypatch)
     elif request.param == "fused, torch's kernel":
         monkeypatch.setattr(choice, "_imported", lambda name: None)
     asked = {"foreach": {"foreach": True}, "automatic": {}}.get(request.param, {"fused": True})
@@ -146,8 +140,7 @@ def test_the_number_of_threads_changes_no_bit(dtype, monkeypatch):
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_fused_paths_unscale_gradients_and_skip_on_inf(kind, found_inf, momentum, monkeypatch):
     if kind == "triton":
-        module = interpreted_triton_kernel(monkeypatch)
-        use_on_cpu(module, monkeypatch)
+        use_triton_on_cpu(monkeypatch)
     elif kind != "fused":
         monkeypatch.setattr(choice, "_imported", lambda name: None)
     p, g, m = (torch.randn(100) for _ in range(3))
@@ -172,14 +165,10 @@ def test_paths_that_cannot_unscale_say_so_and_change_nothing():
 # --- which path
 
 
-def path_of(p, g=None, m=None, factors=(), **asked):
-    taken = update._path(
-        p,
-        p if g is None else g,
-        p if m is None else m,
-        factors,
-        update.Choice(asked.get("foreach"), asked.get("fused"), asked.get("stochastic_rounding", False)),
-    )
+def path_of(p, g=None, m=None, factors=(), foreach=None, fused=None, stochastic_rounding=False):
+    asked = update.Choice(foreach, fused, stochastic_rounding)
+    kernels = update.KERNELS if asked.kernels else ()
+    taken = update._path(p, p if g is None else g, p if m is None else m, factors, asked, kernels)
     return taken.name
 
 
@@ -297,48 +286,6 @@ def test_shares_of_threads_cover_every_element_once(sizes, threads):
         assert (mine[-1][1] if mine else 0) == size
     fair = sum(sizes) / threads
     assert all(abs(sum(stop - start for _, start, stop in share) - fair) <= 64 * threads for share in shares)
-
-
-@needs_triton
-def test_blocks_cover_every_element_once_beyond_32_bits(monkeypatch):
-    module = interpreted_triton_kernel(monkeypatch)
-    sizes = [2**31 + 7, 5, 2**32]
-    tensor_of_block, first_blocks = module.block_table(sizes)
-    assert first_blocks.dtype == torch.int64
-    for index, size in enumerate(sizes):
-        blocks = (tensor_of_block == index).nonzero().flatten()
-        assert blocks[0] == first_blocks[index]
-        assert len(blocks) == blocks[-1] - blocks[0] + 1
-        assert size - module.BLOCK <= (blocks[-1] - blocks[0]) * module.BLOCK < size
-
-
-@needs_triton
-def test_the_triton_kernel_addresses_elements_beyond_32_bits(monkeypatch):
-    module = interpreted_triton_kernel(monkeypatch)
-    p, g, m = torch.ones(10), torch.ones(10), torch.zeros(10)
-    beyond = 2**31  # elements before those that exist: the tensors' addresses are moved down by as many
-    module._step[(1,)](
-        addresses=torch.tensor([t.data_ptr() - beyond * t.element_size() for t in (p, g, m)]),
-        scales=torch.ones(1),
-        sizes=torch.tensor([beyond + 10]),
-        first_blocks=torch.tensor([-beyond // module.BLOCK]),
-        tensor_of_block=torch.zeros(1, dtype=torch.int32),
-        tensors=1,
-        lr=1.0,
-        decay=1.0,
-        weight=0.5,
-        sign=1.0,
-        grad_scale=None,
-        found_inf=None,
-        P=module.tl.float32,
-        G=module.tl.float32,
-        M=module.tl.float32,
-        LR_ON_DEVICE=False,
-        ALIGNED=False,
-        BLOCK=module.BLOCK,
-    )
-    assert torch.equal(m, torch.full((10,), 0.5))
-    assert torch.equal(p, torch.full((10,), 0.5))
 
 
 # --- on a GPU

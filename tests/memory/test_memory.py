@@ -88,7 +88,7 @@ def adam_mini(model: nn.Module) -> Any:
     return optimizers.AdamMini(model, lr=1e-3, num_embeds=64, num_heads=4)
 
 
-def orthogonal(model: nn.Module, **options: Any) -> Any:
+def orthogonal(model: nn.Module, **options: Any) -> SGDSaI:
     return create_sgd_sai_optimizer(model, lr=1e-2, update="orthogonal", **options)
 
 
@@ -226,6 +226,24 @@ def test_fsdp_shards_are_those_of_the_first_device(name: str) -> None:
 
 
 @pytest.mark.usefixtures("first_of_two_processes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name in REAL if name.startswith("sgd_sai_")])
+def test_blocks_rows_and_columns_are_those_of_shards(name: str, dtype: torch.dtype) -> None:
+    """With bfloat16 weights and 8 bits 3 bytes an element: stochastic rounding keeps nothing."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(200, 90), nn.Linear(90, 130), nn.Linear(130, 64)).to(dtype)
+    estimate = row(model, name, devices=2, shardings=["fsdp"])
+    fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (2,)))
+    optimizer = REAL[name](model)
+    for group in optimizer.param_groups:
+        group["stochastic_rounding"] = dtype == torch.bfloat16
+    model(torch.randn(4, 200, dtype=dtype)).square().sum().backward()
+    optimizer.step()
+    assert estimate.states == held(optimizer.state)
+
+
+@pytest.mark.usefixtures("first_of_two_processes")
 @pytest.mark.parametrize("name", ["adamw_bnb_8bit", "adafactor"])
 def test_optimizers_without_fsdp_states_fail_there(name: str) -> None:
     from torch.distributed.fsdp import fully_shard
@@ -295,10 +313,9 @@ def test_zero_shards_more_with_every_stage() -> None:
 def test_optimizers_that_fail_on_shards_have_no_states_there() -> None:
     rows = {(r.sharding, r.optimizer): r for r in estimate_memory(nn.Linear(70, 70), devices=2)}
     unknown = {key for key, r in rows.items() if r.states is None}
-    quantised = {name for name in OPTIMIZERS if name.startswith("sgd_sai") and name.endswith("bit")}
-    nowhere = {*quantised, "sgd_sai_orthogonal", "adam_mini"}
-    assert unknown == {("fsdp", o) for o in (*nowhere, "adamw_bnb_8bit", "adafactor")} | {
-        (f"zero{stage}", o) for stage in (1, 2, 3) for o in ("sgd_sai_bf16", "sgd_sai_factored", *nowhere)
+    ours = [name for name in OPTIMIZERS if name.startswith("sgd_sai_")]
+    assert unknown == {("fsdp", o) for o in ("adamw_bnb_8bit", "adafactor", "adam_mini")} | {
+        (f"zero{stage}", o) for stage in (1, 2, 3) for o in (*ours, "adam_mini")
     }
     assert all(rows[key].total is None for key in unknown)
     # A flat tensor has no rows and columns.

@@ -46,3 +46,29 @@ def test_a_compiled_step_is_compiled_once_for_all_learning_rates(options):
     assert counts[2:] == [counts[2]] * 6
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_a_learning_rate_that_is_a_number_is_compiled_in_and_followed():
+    """The numbers are right for each; a scheduler wants ``lr=torch.tensor(...)``, which is compiled once (above)."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    plain = copy.deepcopy(model)
+    counter = CompileCounter()
+    pair = [SGDSaI(m.parameters(), lr=0.01) for m in (model, plain)]
+    compiled = torch.compile(lambda: pair[0].step(), backend=counter)
+    counts = []
+    for index, rate in enumerate([0.01, 0.01, 0.02, 0.03]):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(index))
+        for own, optimizer, step in (
+            (model, pair[0], compiled if index else pair[0].step),
+            (plain, pair[1], pair[1].step),
+        ):
+            optimizer.zero_grad()
+            own(x).square().mean().backward()
+            optimizer.param_groups[0]["lr"] = rate
+            step()
+        counts.append(counter.frame_count)
+    assert counts == [0, 1, 2, 2]  # once more when it first changes, then for all rates
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q)

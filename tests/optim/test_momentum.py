@@ -8,9 +8,13 @@ import pytest
 import torch
 from reference import ReferenceSGDSaI
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from hf_sai import SGDSaI
-from hf_sai.optim.momentum import load, momentum_of
+from hf_sai import SGDSaI, sgd_sai
+from hf_sai.optim import update
+from hf_sai.optim.layout import Part
+from hf_sai.optim.momentum import allocate, load, momentum_of
 from hf_sai.runs.meters import state_bytes
 
 SHAPES = [(96, 64), (4100,), (30, 7), (5,)]  # the last three are too small or too odd for some format
@@ -197,3 +201,74 @@ def test_missing_bitsandbytes_says_what_to_install(monkeypatch):
     monkeypatch.setattr("hf_sai.optim.momentum.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'hf-sai\[quant\]'"):
         SGDSaI(make_params(), momentum_dtype="8bit")
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_values_that_were_loaded_are_stored_as_the_same_again(kind, sign):
+    """In 8 bits no code is -1: stored plainly, a block whose largest element is negative would shrink by 0.7 %."""
+    pytest.importorskip("bitsandbytes")
+    generator = torch.Generator().manual_seed(0)
+    p = nn.Parameter(torch.randn(100, 77, generator=generator).exp() * sign)
+    p.data[3:7] *= 1e-6
+    p.data[20:30] = 0
+    part = Part(p, {"momentum_dtype": kind}, {})
+    allocate(part)
+    first = momentum_of(part)
+    first.store(p.detach())
+    again = Part(p, part.group, {})
+    allocate(again)
+    momentum_of(again).store_loaded(first.load())
+    assert torch.equal(momentum_of(again).load(), first.load())
+    momentum_of(again).store(first.load())
+    assert torch.equal(momentum_of(again).load(), first.load()) == (kind == "4bit" or sign == 1)
+
+
+# --- temporary memory
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.made = max(self.made, t.untyped_storage().nbytes())
+        return result
+
+
+def in_pieces(kind, rows, transposed):
+    """(parameter, momentum, bytes of the largest temporary tensor) after a step of a large tensor."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if kind == "4bit" else torch.bfloat16
+    p = nn.Parameter(torch.randn(rows, 96).to(dtype))
+    if transposed:
+        p = nn.Parameter(p.detach().t().contiguous().t())
+    momentum_dtype = None if kind == "rounding" else torch.float32 if kind == "float32" else kind
+    optimizer = SGDSaI([p], momentum_dtype=momentum_dtype, stochastic_rounding=kind == "rounding", foreach=False)
+    p.grad = torch.randn(p.shape).to(dtype)
+    optimizer.step()  # measures, and starts the momentum
+    m = momentum_of(optimizer.layout.part(p, optimizer.param_groups[0]))
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "stochastic_rounding": kind == "rounding"}
+    with Largest() as largest, torch.no_grad():
+        sgd_sai([p], [p.grad], [m], [1.0], **options, foreach=False)
+    return p.detach(), load(m), largest.made
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
+@pytest.mark.parametrize("kind", ["8bit", "4bit", "float32", "rounding"])
+def test_temporary_memory_does_not_grow_with_the_tensor(kind, transposed, monkeypatch):
+    whole, of_whole, most = in_pieces(kind, 1001, transposed)
+    assert most >= 4 * whole.numel()  # one piece, so that a copy of the tensor is seen
+    monkeypatch.setattr(update, "_PIECE", 1 << 12)
+    p, m, made = in_pieces(kind, 1001, transposed)
+    assert 0 < made <= 4 * (1 << 12)
+    assert torch.equal(m, of_whole)
+    if not (kind == "rounding" and transposed):  # the same numbers are drawn, and there for other elements
+        assert torch.equal(p, whole)

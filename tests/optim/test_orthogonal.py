@@ -45,6 +45,11 @@ def train(optimizer, p, steps, first=0, size=1.0):
         optimizer.step()
 
 
+def needs_quantizer(momentum_dtype):
+    if isinstance(momentum_dtype, str):
+        pytest.importorskip("bitsandbytes")
+
+
 class ReferenceStack(Orthogonal):
     """Every matrix of one tensor by itself; the g-SNR is the tensor's."""
 
@@ -93,6 +98,7 @@ def test_every_form_and_path_equals_the_reference(form, path, options):
     ids=str,
 )
 def test_other_dtypes_move_alike(dtype, momentum_dtype, rel):
+    needs_quantizer(momentum_dtype)
     start = gradient((64, 96), 7).to(dtype)
     p = nn.Parameter(start.clone())
     # Of a learning rate at which bfloat16 parameters can follow.
@@ -178,6 +184,7 @@ def test_a_gradient_without_a_finite_norm_is_left_out(bad, momentum):
 
 @pytest.mark.parametrize("momentum_dtype", [None, torch.bfloat16, "8bit", "4bit"], ids=str)
 def test_resuming_goes_on_exactly(momentum_dtype):
+    needs_quantizer(momentum_dtype)
     p = nn.Parameter(gradient((64, 96), 7).float())
     optimizer = optimizer_for("linear", p, momentum_dtype=momentum_dtype)
     train(optimizer, p, 3)

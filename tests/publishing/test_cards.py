@@ -21,7 +21,7 @@ from hf_sai.trainer.callbacks import RunRecordCallback
 
 DATA = [
     {"name": "counting", "id": "me/counting", "role": "train", "license": "cc0-1.0"},
-    {"name": "held-out counting", "role": "validation", "license": "cc0-1.0"},
+    {"name": "held-out counting", "id": "me/held-out", "role": "validation", "license": "cc0-1.0"},
 ]
 CARD = {"license": "apache-2.0", "language": "en", "description": "Counts.", "limits": "Counts to nine."}
 
@@ -93,11 +93,23 @@ def test_metadata_holds_what_was_measured(run):
     data = ModelCard.load(run / CARD_FILE).data
     assert (data.license, data.language, data.library_name) == ("apache-2.0", "en", "transformers")
     assert data.pipeline_tag == "text-generation"
-    assert data.datasets == ["me/counting"]
+    assert data.datasets == ["me/counting", "me/held-out"]
     assert {"hf-sai", "sgd-sai"} <= set(data.tags)
     result = next(result for result in data.eval_results if result.metric_type == "loss")
     assert result.metric_value == RunRecord.load(run).curve("eval_loss")[-1][1]
-    assert (result.dataset_name, result.dataset_split) == ("held-out counting", "validation")
+    assert (result.dataset_type, result.dataset_name) == ("me/held-out", "held-out counting")
+    assert result.dataset_split == "validation"
+
+
+def test_a_data_set_that_is_not_on_the_hub_gives_no_entry_of_the_model_index(tmp_path):
+    record = make_record("mine")
+    record.history[-1]["eval_loss"] = 1.2345
+    record.data = [{"name": "counting", "id": "/home/me/counting", "role": "validation"}]
+    record.save(tmp_path)
+    write_card(tmp_path)
+    card = ModelCard.load(tmp_path / CARD_FILE)
+    assert (card.data.eval_results, card.data.datasets) == (None, None)
+    assert "1.234" in card.text
 
 
 def test_the_code_in_a_full_models_card_runs(run, capsys):
@@ -169,7 +181,7 @@ def test_a_users_words_and_metadata_survive_and_numbers_are_renewed(tmp_path):
     card.save(path)
     record = make_record("mine", state_bytes=7_654_321)
     record.history[-1]["eval_loss"] = 1.2345
-    record.data = [{"name": "d"}]
+    record.data = [{"name": "d", "id": "me/d"}]
     record.save(tmp_path)
     write_card(tmp_path)
     again = ModelCard.load(path)
@@ -225,7 +237,7 @@ def test_diffusers_own_card_functions_keep_ours(tmp_path):
 
 def test_foreign_evaluation_results_are_kept(tmp_path):
     record = make_record("mine")
-    record.data = [{"name": "d"}]
+    record.data = [{"name": "d", "id": "me/d"}]
     record.save(tmp_path)
     other = {
         "task": {"type": "text-generation"},

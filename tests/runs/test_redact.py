@@ -133,6 +133,12 @@ def test_the_command_keeps_special_tokens_and_hides_secrets_with_blanks_and_quot
 def test_a_notebooks_kernel_is_no_command(monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "ipykernel_launcher", "-f", "/root/.local/kernel-1.json"])
     assert command_line() == "# in a notebook"
+    monkeypatch.setenv("JPY_SESSION_NAME", "/home/me/secret place/lora.ipynb")
+    assert command_line() == "# in the notebook lora.ipynb"
+    monkeypatch.setenv("JPY_SESSION_NAME", "3f2a-kernel-of-no-file")
+    assert command_line() == "# in a notebook"
+    monkeypatch.setattr(sys.modules["__main__"], "__vsc_ipynb_file__", "/home/me/in_vs_code.ipynb", raising=False)
+    assert command_line() == "# in the notebook in_vs_code.ipynb"
 
 
 def test_no_field_of_a_record_holds_a_secret(tmp_path):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_sai.optim.layout import Part, local
-from hf_sai.optim.rules.rows import Rows, mean_squares, sum_of_squares
+from hf_sai.optim.rules.rows import Rows, applied_to_boxes, mean_squares, sum_of_squares, sums_of_squares
 
 __all__ = ["FASTER", "KEPT", "MEAN_SQUARES", "Factored"]
 
@@ -58,7 +58,7 @@ class Factored(Rows):
         infinities stay where they are, and do not spread over the tensor or stay for later steps.
         """
         for part in parts:
-            if "averaged_steps" not in part.state:  # measured before the rule was switched on
+            if part.grad is not None and "averaged_steps" not in part.state:  # measured before the rule was switched on
                 self.allocate(part)
         found: dict[int, Sequence[Tensor]] = {}
         for faster in FASTER:
@@ -70,8 +70,10 @@ class Factored(Rows):
 
     def _plain_factors(self, parts: Sequence[Part]) -> list[Sequence[Tensor]]:
         kept = [tuple(self.kept(part).values()) for part in parts]
-        sums = [_sums(part.grad, dims) for part, dims in zip(parts, kept, strict=True)]
-        means = _running_means(parts, mean_squares(parts, kept, sums))
+        sums = [_sums(part, dims) for part, dims in zip(parts, kept, strict=True)]
+        of_all = mean_squares(parts, kept, sums)
+        here = [index for index, part in enumerate(parts) if part.grad is not None]
+        means = _running_means([parts[index] for index in here], [of_all[index] for index in here])
         flat = list(itertools.chain(*means))
         torch._foreach_clamp_min_(flat, torch.finfo(torch.float32).tiny)
         torch._foreach_sqrt_(flat)
@@ -79,13 +81,15 @@ class Factored(Rows):
             if len(roots) > 1:
                 roots[1].div_(roots.pop(0))
         torch._foreach_reciprocal_(list(itertools.chain(*means)))
-        return [tuple(roots) for roots in means]
+        found = dict(zip(here, means, strict=True))
+        return [applied_to_boxes(part, tuple(found.get(index, ()))) for index, part in enumerate(parts)]
 
 
-def _sums(gradient: Tensor, kept: Sequence[tuple[int, ...]]) -> list[Tensor]:
+def _sums(part: Part, kept: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """For each set of kept dimensions the sum of squares over the others."""
-    if len(kept) == 1:
-        return [sum_of_squares(gradient, kept[0])]
+    gradient = part.grad
+    if len(kept) == 1 or gradient is None or part.boxes(gradient) is not None:
+        return sums_of_squares(part, kept)
     rows, columns = _rows_and_columns(gradient, *kept[1:])
     return [rows.sum(tuple(range(gradient.ndim)), keepdim=True), rows, columns]
 

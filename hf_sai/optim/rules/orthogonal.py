@@ -18,12 +18,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_sai.optim.layout import Part, local
+from hf_sai.optim.layout import Part, Sharing, local, sum_over_holders
 from hf_sai.optim.momentum import load, momentum_of, store
 from hf_sai.optim.rules.published import Portion, Published
 
@@ -87,23 +87,29 @@ class Orthogonal(Published):
 
     def portions(self, parts: Sequence[Part]) -> Iterator[Portion]:
         """Matrices of one size in batches: what each moves along, its momentum being advanced already."""
-        alike: dict[Any, list[Part]] = defaultdict(list)
         for part in parts:
             self.allocate(part)
-            matrices = _as_matrices(part.param, part.group["matrices"])
-            alike[tuple(sorted(matrices.shape[1:])), part.param.device].append(part)
-        for (size, _), of_size in alike.items():
-            room = max(1, _BATCH // math.prod(size))
-            batch: list[Part] = []
-            count = 0
-            for part in of_size:
-                number = part.param.numel() // math.prod(size)
-                if batch and count + number > room:
-                    yield _portion(batch)
-                    batch, count = [], 0
-                batch.append(part)
-                count += number
-            yield _portion(batch)
+        usable = _usable(parts)
+        # Of a stack of experts that is sharded by expert every process has whole matrices.
+        cut: list[Part] = []
+        rest: list[Part] = []
+        for part in parts:
+            in_pieces = part.holders((0,) if part.group["matrices"].startswith("experts") else ())
+            (cut if in_pieces else rest).append(part)
+        for batch in _batches([(part.param, part.group["matrices"]) for part in rest]):
+            own = [rest[index] for index in batch]
+            matrices = [Matrices(_advanced(part, usable), *_running(part)) for part in own]
+            yield _portion(own, _orthogonal(matrices))
+        for own, sharing in type(cut[0]).sharing(cut) if cut else ():
+            yield _portion(own, _shared(own, sharing, [_advanced(part, usable) for part in own]))
+
+
+class Matrices(NamedTuple):
+    """A tensor of whole matrices, the running mean squares of their rows, and their form."""
+
+    tensor: Tensor
+    running: Tensor
+    form: str
 
 
 def newton_schulz(matrices: Tensor) -> Tensor:
@@ -122,53 +128,123 @@ def newton_schulz(matrices: Tensor) -> Tensor:
     return x
 
 
-def _portion(parts: Sequence[Part]) -> Portion:
-    device = parts[0].param.device
-    # Of accelerators bfloat16 is the fast dtype; on CPU it is the slow one.
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    stacks = [_as_matrices(_advanced(part), part.group["matrices"]) for part in parts]
-    flips = [stack.shape[1] > stack.shape[2] for stack in stacks]
-    batch = torch.cat([(s.mT if flip else s).to(dtype) for s, flip in zip(stacks, flips, strict=True)])
-    directions = []
-    orthogonal = newton_schulz(batch).split([len(stack) for stack in stacks])
-    for part, own, flip in zip(parts, orthogonal, flips, strict=True):
-        direction = torch.empty(part.param.shape, dtype=torch.float32, device=device)
-        _as_matrices(direction, part.group["matrices"]).copy_(_sized(own.mT if flip else own, part))
-        directions.append(direction)
+def _portion(parts: Sequence[Part], found: Sequence[tuple[Tensor, Tensor]]) -> Portion:
+    # With maximize the momentum has the other sign already, and the update changes it once more.
+    directions = [
+        matrices * (-factors if part.group["maximize"] else factors)
+        for part, (matrices, factors) in zip(parts, found, strict=True)
+    ]
     return Portion(parts, directions, [None] * len(parts), 0.0)
 
 
-def _advanced(part: Part) -> Tensor:
+def _running(part: Part) -> tuple[Tensor, str]:
+    return local(part.state[ROW_MEAN_SQUARE]), part.group["matrices"]
+
+
+def _batches(tensors: Sequence[tuple[Tensor, str]]) -> Iterator[list[int]]:
+    """Numbers of tensors whose matrices are of one size, lying or standing, and together not too large."""
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for index, (tensor, form) in enumerate(tensors):
+        alike[tuple(sorted(_as_matrices(tensor, form).shape[1:])), tensor.device].append(index)
+    for (size, _), indices in alike.items():
+        room = max(1, _BATCH // max(1, math.prod(size)))
+        batch: list[int] = []
+        count = 0
+        for index in indices:
+            number = tensors[index][0].numel() // max(1, math.prod(size))
+            if batch and count + number > room:
+                yield batch
+                batch, count = [], 0
+            batch.append(index)
+            count += number
+        yield batch
+
+
+def _orthogonal(own: Sequence[Matrices]) -> list[tuple[Tensor, Tensor]]:
+    """Matrices of one size, orthogonal, and a factor for each of their rows. Brings the running means up to date."""
+    dtype = _dtype(own[0].tensor.device)
+    stacks = [_as_matrices(of.tensor, of.form) for of in own]
+    flips = [stack.shape[1] > stack.shape[2] for stack in stacks]
+    batch = torch.cat([(s.mT if flip else s).to(dtype) for s, flip in zip(stacks, flips, strict=True)])
+    results = []
+    for of, flip, result in zip(own, flips, newton_schulz(batch).split([len(stack) for stack in stacks]), strict=True):
+        result = result.mT if flip else result
+        matrices = torch.empty(of.tensor.shape, dtype=dtype, device=of.tensor.device)
+        _as_matrices(matrices, of.form).copy_(result)
+        factors = torch.empty_like(of.running)
+        _as_matrices(factors, of.form).copy_(_row_factors(result, _as_matrices(of.running, of.form)))
+        results.append((matrices, factors))
+    return results
+
+
+def _shared(parts: Sequence[Part], sharing: Sharing, advanced: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The same of matrices in pieces: each is made whole and orthogonal on one process, and handed out again."""
+    places = range(len(parts))
+    dtype = _dtype(advanced[0].device)
+    every = [tuple(range(len(part.shape))) for part in parts]
+    rows = [FORMS[part.group["matrices"]] for part in parts]
+    running = [_running(part)[0] for part in parts]
+    wholes = sharing.collect(
+        [(i, advanced[i].to(dtype), every[i]) for i in places] + [(i, running[i], rows[i]) for i in places]
+    )
+    mine: dict[int, Matrices] = {}
+    for i in places:
+        tensor, means = wholes[i], wholes[i + len(parts)]
+        if tensor is not None and means is not None:
+            mine[i] = Matrices(tensor, means, parts[i].group["matrices"])
+    numbers, found = list(mine), dict[int, tuple[Tensor, Tensor]]()
+    for batch in _batches([(mine[i].tensor, mine[i].form) for i in numbers]):
+        own = [numbers[index] for index in batch]
+        found |= zip(own, _orthogonal([mine[i] for i in own]), strict=True)
+    handed = sharing.hand_out(
+        [(i, found[i][0] if i in found else None, every[i], dtype) for i in places]
+        + [(i, found[i][1] if i in found else None, rows[i], torch.float32) for i in places]
+        + [(i, mine[i].running if i in mine else None, rows[i], torch.float32) for i in places]
+    )
+    for i in places:
+        running[i].copy_(handed[i + 2 * len(parts)])
+    return [(handed[i], handed[i + len(parts)]) for i in places]
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    # Of accelerators bfloat16 is the fast dtype; on CPU it is the slow one.
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def _row_factors(orthogonal: Tensor, running: Tensor) -> Tensor:
+    """What gives all rows about the same size, and the elements a root-mean-square of ``STEP_SIZE``."""
+    squares = orthogonal.float().square().mean(2, keepdim=True)
+    running.lerp_(squares, 1 - KEPT)
+    tiny = torch.finfo(torch.float32).tiny
+    roots = running.clamp(min=tiny).rsqrt()
+    sizes = (squares * roots.square()).mean(1, keepdim=True)
+    before = squares.mean(1, keepdim=True)
+    return roots * (before / sizes.clamp(min=tiny)).sqrt() * STEP_SIZE * math.sqrt(max(orthogonal.shape[1:]))
+
+
+def _usable(parts: Sequence[Part]) -> dict[int, Tensor]:
+    """For each part whether its whole gradient is finite, by its number; one all_reduce a process group."""
+    lost = {part.number: (~torch.linalg.vector_norm(part.grad).isfinite()).float().reshape(1) for part in parts}
+    sum_over_holders((lost[part.number], part.holders(), part.table_device) for part in parts)
+    return {number: count == 0 for number, count in lost.items()}
+
+
+def _advanced(part: Part, usable: dict[int, Tensor]) -> Tensor:
     """Advance the momentum; returns what is to be made orthogonal, float32 or better.
 
-    A gradient whose norm is not finite leaves the momentum as it is: within a matrix it would not stay where it is.
+    A gradient that is not finite leaves the momentum as it is: within a matrix it would not stay where it is.
     """
     g = -part.grad if part.group["maximize"] else part.grad
     g = g.to(torch.promote_types(g.dtype, torch.float32))
-    mu = part.group["momentum"]
+    mu, whole_is_finite = part.group["momentum"], usable[part.number]
     if mu == 0:
-        return torch.where(torch.linalg.vector_norm(g).isfinite(), g, 0.0)
+        return torch.where(whole_is_finite, g, 0.0)
     kept = momentum_of(part)
     m = load(kept).to(g.dtype)
-    g = torch.where(torch.linalg.vector_norm(g).isfinite(), g, m)
+    g = torch.where(whole_is_finite, g, m)
     m = m.lerp(g, 1 - mu)
     store(kept, m)
     return m.lerp(g, 1 - mu)  # Nesterov
-
-
-def _sized(orthogonal: Tensor, part: Part) -> Tensor:
-    """Give all rows about the same size, and the elements a root-mean-square of ``STEP_SIZE``."""
-    squares = orthogonal.float().square().mean(2, keepdim=True)
-    running = _as_matrices(local(part.state[ROW_MEAN_SQUARE]), part.group["matrices"])
-    running.lerp_(squares, 1 - KEPT)
-    tiny = torch.finfo(torch.float32).tiny
-    even = orthogonal / running.clamp(min=tiny).sqrt()
-    sizes = even.square().mean((1, 2), keepdim=True)
-    before = squares.mean(1, keepdim=True)
-    factor = STEP_SIZE * math.sqrt(max(orthogonal.shape[1:]))
-    if part.group["maximize"]:  # the momentum has the other sign already, and the update changes it once more
-        factor = -factor
-    return even * (before / sizes.clamp(min=tiny)).sqrt() * factor
 
 
 def _as_matrices(tensor: Tensor, form: str) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from hf_sai.optim.layout import Part, sum_over_holders
 from hf_sai.optim.rules.published import Published
 
-__all__ = ["Rows", "mean_squares", "reciprocal_roots", "sum_of_squares"]
+__all__ = ["Rows", "applied_to_boxes", "mean_squares", "reciprocal_roots", "sum_of_squares", "sums_of_squares"]
 
 
 class Rows(Published):
@@ -32,9 +32,9 @@ class Rows(Published):
         if not parts:
             return []
         kept = [((0,) if len(part.shape) > 1 else (),) for part in parts]
-        sums = [[sum_of_squares(part.grad, *dims)] for part, dims in zip(parts, kept, strict=True)]
+        sums = [sums_of_squares(part, dims) for part, dims in zip(parts, kept, strict=True)]
         roots = reciprocal_roots(list(itertools.chain(*mean_squares(parts, kept, sums))))
-        return [(root,) for root in roots]
+        return [applied_to_boxes(part, (root,)) for part, root in zip(parts, roots, strict=True)]
 
     def scale(self, gsnr: float, numel: int) -> float:
         return gsnr / math.sqrt(numel)
@@ -48,6 +48,31 @@ def sum_of_squares(gradient: Tensor, kept: Sequence[int]) -> Tensor:
         return gradient.to(dtype).square()
     # torch's norm of a strided tensor adds in one running sum on CPU: 41 % off at 2^25 elements.
     return torch.linalg.vector_norm(gradient.contiguous(), dim=dims, keepdim=True, dtype=dtype).square()
+
+
+def sums_of_squares(part: Part, kept: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """For each set of kept dimensions a part's sums of squares over the others; zeros of a part without a gradient."""
+    if part.grad is not None and (part.boxes(part.grad) is None or len(part.shape) < 2):
+        return [sum_of_squares(part.grad, dims) for dims in kept]
+    dtype = torch.promote_types((part.param if part.grad is None else part.grad).dtype, torch.float32)
+    sums = [part.zeros(dtype, dims) for dims in kept]
+    for box, rows, columns in () if part.grad is None else part.boxes(part.grad):  # type: ignore[union-attr]
+        for total, dims in zip(sums, kept, strict=True):
+            # As a matrix: rows are the first dimension, columns all others.
+            here = total.view(total.shape[0], -1)[rows if 0 in dims else slice(1), columns if 1 in dims else slice(1)]
+            here += sum_of_squares(box, tuple(d for d in dims if d < 2))
+    return sums
+
+
+def applied_to_boxes(part: Part, factors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Factors as they are, where a gradient has its parameter's dimensions; else multiplies it, and returns none."""
+    if part.grad is None or len(part.shape) < 2 or part.boxes(part.grad) is None:
+        return factors
+    for box, rows, columns in part.boxes(part.grad) or ():
+        for factor in factors:
+            matrix = factor.view(factor.shape[0], -1)
+            box.mul_(matrix[rows if len(matrix) > 1 else slice(1), columns if matrix.shape[1] > 1 else slice(1)])
+    return ()
 
 
 def mean_squares(

@@ -1,0 +1,33 @@
+"""``hf-sai run``: an unmodified script, or a command such as ``trl sft``, in which ``--optim sgd_sai`` is known."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+from hf_sai.run import add_arguments, require_target, run_followed, show_error
+
+__all__ = ["add_parser"]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds ``run`` to the ``hf-sai`` command."""
+    parser = subparsers.add_parser(
+        "run",
+        help="run a script or a command in which --optim sgd_sai is known",
+        description="Run an unmodified script, module or installed command in which --optim sgd_sai is known; the "
+        "processes that it starts know it, too. Example: hf-sai run trl sft --optim sgd_sai --output_dir out ...",
+    )
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> NoReturn:
+    """Ends as the script does."""
+    require_target(args)
+    try:
+        run_followed(args)
+    except Exception as error:  # the script's own: not in one line, which would not say where
+        show_error(error)
+        raise SystemExit(1) from None
+    raise SystemExit(0)

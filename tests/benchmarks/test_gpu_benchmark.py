@@ -1,0 +1,228 @@
+"""The measurement on a GPU, rehearsed on the CPU in tiny sizes: every part leaves JSON, and a page is made of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import correctness, report, step_times
+from benchmarks.gpu.contenders import ADAMW, RIVALS
+from hf_sai.optim.rules import RULES
+
+pytestmark = pytest.mark.timeout(1800)  # whichever test comes first runs all parts
+
+ROOT = Path(__file__).parents[2]
+RUN = ROOT / "benchmarks" / "gpu" / "run.sh"
+
+FINE = """
+from benchmarks.gpu.part import Part
+with Part("fine", None) as part:
+    part.results["rows"] = [1]
+    with part.attempt("a row"):
+        raise OSError("no disk")
+"""
+BROKEN = FINE.replace('"fine"', '"broken"') + "    part.results['rows'].append(2); part.save(); 1 / 0\n"
+KILLED = FINE.replace('"fine"', '"killed"') + "    import os, signal; os.kill(os.getpid(), signal.SIGTERM)\n"
+ENDLESS = "import time; time.sleep(600)"
+
+
+def run(*arguments):
+    environment = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run([RUN, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """(the run, its folder) of one rehearsal of all parts."""
+    folder = tmp_path_factory.mktemp("rehearsal")
+    return run("--rehearse", folder), folder
+
+
+def part(rehearsal, name):
+    return json.loads((rehearsal[1] / f"{name}.json").read_text())
+
+
+@pytest.mark.longer
+@pytest.mark.parametrize("name", report.PARTS)
+def test_every_part_comes_to_its_end_and_leaves_nothing_out(rehearsal, name):
+    ran, folder = rehearsal
+    assert ran.returncode == 0, ran.stdout[-3000:]
+    found = part(rehearsal, name)
+    assert (found["status"], found["not_measured"], found["rehearsal"]) == ("complete", {}, True)
+    assert f"== {name}: complete" in (folder / "log.txt").read_text()
+
+
+@pytest.mark.longer
+def test_the_rehearsal_finds_every_rule_and_path_right(rehearsal):
+    cases = {case["case"]: case for case in part(rehearsal, "correctness")["results"]["cases"]}
+    assert [case for case in cases.values() if case["outcome"] != "passed"] == []
+    for rule in RULES:
+        assert {f"{rule}, {path}, bfloat16" for path in correctness.PATHS} <= set(cases)
+        assert {f"{rule}, default, {what}" for what in ("no step waits", "two streams", "graph capture")} <= set(cases)
+    assert "published, torch.compile of the step" in cases
+
+
+@pytest.mark.longer
+def test_the_rehearsal_measures_every_contender(rehearsal):
+    for model, (name, dtype) in zip(part(rehearsal, "step_times")["results"]["models"], step_times.MODELS, strict=True):
+        assert model["model"] == name
+        assert [row["optimizer"] for row in model["rows"]] == [one.name for one in step_times.contenders(dtype)]
+        assert all(row["ratio"]["median"] > 0 and row["limit_seconds"] > 0 for row in model["rows"])
+    memory = part(rehearsal, "peak_memory")["results"]["rows"]
+    released = [row for row in memory if "gradient release" in row["optimizer"]]
+    assert released
+    assert all((row["gradient_bytes"] == 0) == (row in released) for row in memory)
+    quality = part(rehearsal, "quality")["results"]
+    for one in quality["runs"]:
+        losses = [one["learning_rate"] for one in one["search"]]
+        assert one["learning_rate"] in losses
+        assert one["long"]["points"][-1]["eval_loss"] < one["long"]["points"][0]["eval_loss"]
+    assert {row["optimizer"] for row in quality["whole_steps"]["rows"]} == {one["optimizer"] for one in quality["runs"]}
+    engines = part(rehearsal, "engines")["results"]["rows"]
+    alone = {row["optimizer"]: row["losses"] for row in engines if row["engine"] == "none"}
+    assert all(row["losses"] == pytest.approx(alone[row["optimizer"]], abs=1e-4) for row in engines)
+
+
+@pytest.mark.longer
+def test_the_page_of_a_rehearsal_has_every_section_and_says_what_it_is(rehearsal, tmp_path):
+    report.main([str(rehearsal[1]), "--output", str(tmp_path)])
+    text = (tmp_path / "gpu.md").read_text()
+    assert "no number here means anything" in text
+    for section in ("Bars", "Correctness", "Time of a step", "Peak memory", "Quality", "The first step", "FSDP2"):
+        assert f"\n## {section}" in text
+    assert "## Not measured" not in text
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("gpu_step_times.png", "gpu_quality.png"))
+    report.main(["--output", str(tmp_path)])
+    assert (tmp_path / "gpu.md").read_text() == text
+    with pytest.raises(SystemExit, match="holds a rehearsal, whose numbers mean nothing"):
+        report.main([str(rehearsal[1])])
+
+
+@pytest.mark.longer
+def test_parts_that_fail_or_are_cut_off_leave_what_they_have_and_stop_nothing(tmp_path):
+    for name, text in (("endless", ENDLESS), ("broken", BROKEN), ("killed", KILLED), ("fine", FINE)):
+        (tmp_path / f"{name}.py").write_text(text)
+    ran = run("--rehearse", tmp_path / "out", *(f"{tmp_path}/{name}.py:9" for name in ("broken", "killed", "fine")))
+    assert ran.returncode == 1
+    found = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("broken", "killed", "fine")}
+    assert found["broken"]["status"] == "failed: ZeroDivisionError: division by zero"
+    assert found["broken"]["results"] == {"rows": [1, 2]}
+    assert found["killed"]["status"] == "cut off"
+    assert found["fine"]["status"] == "complete"
+    assert all(one["not_measured"] == {"a row": "OSError: no disk"} for one in found.values())
+    assert "3 parts, 2 failed or cut off" in ran.stdout
+
+    ran = run(tmp_path / "out", f"{tmp_path}/endless.py:1", f"{tmp_path}/endless.py:0")
+    assert ran.returncode == 1
+    assert ran.stdout.count("cut off after") == 2
+
+
+@pytest.mark.longer
+def test_options_that_mean_nothing_are_refused(tmp_path):
+    for arguments, said in (
+        (["--rehears"], "--rehears is no option"),
+        ([tmp_path, "quality"], "quality is no PART:SECONDS"),
+        ([tmp_path, "speed:5"], "there is no part speed"),
+    ):
+        ran = run(*arguments)
+        assert ran.returncode == 2
+        assert said in ran.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# --- the page
+
+
+def test_the_page_in_the_docs_is_what_the_report_makes():
+    kept = ROOT / "docs" / "gpu.json"
+    results = json.loads(kept.read_text()) if kept.is_file() else {}
+    assert (ROOT / "docs" / "gpu.md").read_text() == report.page(results)
+
+
+def test_without_results_the_page_says_so_in_one_line(tmp_path):
+    report.main(["--output", str(tmp_path)])
+    assert report.NOTHING in (tmp_path / "gpu.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.md"]
+    with pytest.raises(SystemExit, match="holds none of"):
+        report.main([str(tmp_path), "--output", str(tmp_path)])
+
+
+def ratios(**of):
+    rows = [
+        {"optimizer": name, "ratio": {"median": ratio}}
+        for name, ratio in ((f"SGD-SaI {key}".replace("_", ", "), value) for key, value in of.items())
+    ]
+    rows.append({"optimizer": step_times.SGD, "ratio": {"median": 0.5}})
+    return {"step_times": {"results": {"models": [{"model": "gpt2-xl", "rows": rows}]}}}
+
+
+def bars(results):
+    return [line.split(" | ") for line in report._bars(results).splitlines() if "/" in line]
+
+
+def test_the_bars_judge_what_users_get_and_name_a_path_that_would_pass():
+    found = bars(ratios(published=0.9, published_fused=0.54, factored=1.0, factored_fused=1.2))
+    assert [row[2:] for row in found] == [
+        ["0.90", "0.54 (fused)", "only with fused |"],
+        ["1.80", "1.08 (fused)", "only with fused |"],
+        ["1.00", "1.00 (default)", "yes |"],
+        ["not measured", "", "not measured |"],
+    ]
+    assert bars(ratios(published=0.75))[0][2:] == ["0.75", "0.75 (default)", "yes |"]
+    assert bars(ratios(published=0.76))[0][2:] == ["0.76", "0.76 (default)", "no |"]
+    whole = {"rows": [{"optimizer": "SGD-SaI orthogonal", "ratio": ratio} for ratio in (1.06,)]}
+    assert bars({"quality": {"results": {"whole_steps": whole}}})[3][2:] == ["1.060", "", "no |"]
+
+
+def test_a_file_of_a_part_that_was_cut_off_at_once_makes_a_page():
+    names = ("card", "date", "python", "torch", "cuda", "triton", "transformers", "numba", "bitsandbytes")
+    machine = dict.fromkeys(names, "x")
+    results = {
+        name: {"status": "cut off", "seconds": 1.0, "rehearsal": False, "environment": machine, "results": {},
+               "not_measured": {"a row": "OutOfMemoryError: x"}, "warnings": []}
+        for name in report.PARTS
+    }  # fmt: skip
+    text = report.page(results)
+    assert "- a row: OutOfMemoryError: x" in text
+    assert "- quality: cut off" in text
+
+
+# --- the cases of correctness
+
+
+def test_a_case_fails_if_a_step_is_a_little_wrong(monkeypatch):
+    from benchmarks.gpu.device import Device
+    from hf_sai.optim.rules import RULES
+
+    device = Device(rehearse=True)
+    work = lambda: correctness.trained(device, "published", correctness.torch.float32)  # noqa: E731
+    assert correctness.judged(work)["outcome"] == "passed"
+    right = RULES["published"].scale
+    monkeypatch.setattr(RULES["published"], "scale", lambda *args: 1.001 * right(*args))
+    wrong = correctness.judged(work)
+    assert wrong["outcome"] == "failed"
+    assert wrong["off"] > 1
+
+
+def test_what_is_not_installed_is_no_failure():
+    def missing():
+        raise ImportError("needs bitsandbytes")
+
+    assert correctness.judged(missing) == {"outcome": "not run", "reason": "needs bitsandbytes"}
+
+
+def test_without_a_gpu_there_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(correctness.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="There is no CUDA device here"):
+        correctness.Part("correctness", None, ["--output", str(tmp_path)])
+
+
+def test_rivals_are_torchs_own():
+    model = correctness.Tensors(correctness.torch.device("cpu"), shapes=[(4, 3), (5,)])
+    for contender in RIVALS.values():
+        optimizer = contender.build(model, 1e-3, 0.1)
+        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(map(id, model.parameters()))
+    assert RIVALS[ADAMW].build(model, 1e-3, 0.1).param_groups[0]["fused"]

@@ -1,0 +1,109 @@
+"""hf_sai.timm: our names in timm's registry; with timm from PyPI (`make test-timm`)."""
+
+import contextlib
+import importlib.util
+from copy import deepcopy
+
+import pytest
+import torch
+
+import hf_sai
+
+if importlib.util.find_spec("timm") is None:
+    pytest.skip("timm is not installed here; `make test-timm` makes an environment with it", allow_module_level=True)
+
+if not torch.cuda.is_available():
+    # torchvision from PyPI is built for CUDA and cannot load its operators beside torch for CPUs; timm needs none.
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    with contextlib.suppress(RuntimeError):  # they are there
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold, float scale, int zero_point) -> Tensor")
+
+import timm
+from timm.optim import create_optimizer_v2, list_optimizers
+
+from hf_sai.trainer.building import OPTIMIZER_NAMES
+
+
+@pytest.fixture
+def vit():
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=4
+    )
+
+
+def test_every_name_is_listed():
+    assert {name.replace("_", "") for name in OPTIMIZER_NAMES} <= set(list_optimizers())
+
+
+def losses_of(vit, optimizer):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(64) % 4
+    images = torch.randn(64, 3, 16, 16, generator=generator) * 0.3 + labels.view(-1, 1, 1, 1) / 2
+    losses = []
+    for _ in range(30):
+        loss = torch.nn.functional.cross_entropy(vit(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", ["sgd_sai", "sgd_sai_factored", "sgd_sai_orthogonal"])
+def test_a_small_vit_trains_as_with_our_own_function(vit, name):
+    copy = deepcopy(vit)
+    losses = losses_of(vit, create_optimizer_v2(vit, opt=name, lr=2e-3))
+    assert losses[-1] < 0.7 * losses[0]
+    own = hf_sai.create_sgd_sai_optimizer(copy, lr=2e-3, **OPTIMIZER_NAMES[name])
+    assert losses == pytest.approx(losses_of(copy, own), rel=1e-4)
+
+
+def test_a_name_stands_for_its_options_and_parameters_have_names(vit):
+    optimizer = create_optimizer_v2(vit, opt="sgd_sai_factored", lr=1e-3, weight_decay=0.05)
+    assert isinstance(optimizer, hf_sai.SGDSaI)
+    assert {(group["update"], group["momentum"]) for group in optimizer.param_groups} == {("factored", 0.8)}
+    assert {name for group in optimizer.param_groups for name in group["param_names"]} == dict(
+        vit.named_parameters()
+    ).keys()
+
+
+def test_what_timm_exempts_from_decay_stays_exempt(vit):
+    ours = create_optimizer_v2(vit, opt="sgd_sai", lr=1e-3, weight_decay=0.05)
+    theirs = create_optimizer_v2(vit, opt="adamw", lr=1e-3, weight_decay=0.05)
+    decays = [
+        {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in (ours, theirs)
+    ]
+    assert decays[0] == decays[1]
+
+
+def test_layer_decay_keeps_its_scales(vit):
+    optimizer = create_optimizer_v2(vit, opt="sgd_sai", lr=1e-3, weight_decay=0.05, layer_decay=0.5)
+    assert len({group["lr_scale"] for group in optimizer.param_groups}) > 2
+
+
+def test_hidden_matrices_are_found(vit):
+    optimizer = create_optimizer_v2(vit, opt="sgd_sai_orthogonal", lr=1e-3, weight_decay=0.05)
+    rules = {name: group["update"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert rules["blocks.0.mlp.fc1.weight"] == "orthogonal"
+    assert rules["pos_embed"] == "factored"
+
+
+def test_a_momentum_that_a_name_would_ignore_is_refused(vit):
+    with pytest.raises(ValueError, match=r"momentum is 0\.95, but sgd_sai_factored stands for 0\.8"):
+        create_optimizer_v2(vit, opt="sgd_sai_factored", lr=1e-3, momentum=0.95)
+    assert create_optimizer_v2(vit, opt="sgd_sai", lr=1e-3, momentum=0.95).param_groups[0]["momentum"] == 0.95
+
+
+def test_other_optimizers_are_as_they_were(vit):
+    assert type(create_optimizer_v2(vit, opt="adamw", lr=1e-3)) is torch.optim.AdamW
+    with pytest.raises(ValueError, match="not found"):
+        create_optimizer_v2(vit, opt="no_such_sai", lr=1e-3)
+
+
+def test_lookahead_wraps_it(vit):
+    from timm.optim import Lookahead
+
+    assert isinstance(create_optimizer_v2(vit, opt="lookahead_sgd_sai", lr=1e-3), Lookahead)
