@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes.common lies in the repository's root
 
+from benchmarks.quality.tables import tables as quality_tables
 from hf_sai.cli.main import SUBCOMMANDS
 from hf_sai.optim.options import OPTIONS
 from hf_sai.runs.files import atomic_write
@@ -465,6 +466,20 @@ def options(results: dict) -> str:
     return table.replace("--:", ":--")
 
 
+def rivals(task: str) -> Callable[[dict], str]:
+    """What benchmarks/quality measured on a task: every optimizer that was repeated with the seeds that report."""
+
+    def table(_: dict) -> str:
+        files = sorted((ROOT / "benchmarks" / "quality" / "results" / task).glob("*.json"))
+        stores = {file.stem: Results(file, {}) for file in files}
+        lengths = [(run["steps"], run["batch_size"]) for store in stores.values() for run in store.runs]
+        steps, rows = max(set(lengths), key=lengths.count)  # the task's own: other lengths are tried less
+        lines = quality_tables(stores, steps=steps, batch_size=rows).split("\n\n")[0].splitlines()
+        return "\n".join(line for line in lines if "not yet" not in line)
+
+    return table
+
+
 TABLES: dict[str, Callable[[dict], str]] = {
     "headline": headline,
     "which-update": which_update,
@@ -480,6 +495,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "step-speed": step_speed,
     "options": options,
     **{task.replace("_", "-"): search_table(task) for task in TASKS},
+    **{f"rivals-{task.replace('_', '-')}": rivals(task) for task in ("gpt2", "vit", "vit_full")},
 }
 
 
