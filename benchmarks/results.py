@@ -301,7 +301,7 @@ def command_section(parser: argparse.ArgumentParser) -> str:
 def demo(results: dict) -> str:
     """README's table of `make demo`."""
     runs = results["stated"]["demo"]
-    adamw, ours = runs["adamw_torch_fused"], runs["sgd_sai_factored"]
+    adamw, ours = runs["adamw_torch_fused"], runs["sgd_sai_orthogonal"]
     rows = [
         ["learning rate", adamw["learning_rate"], ours["learning_rate"]],
         ["eval loss", *bold_best([f"{run['eval_loss']:.3f}" for run in (adamw, ours)])],
@@ -309,7 +309,7 @@ def demo(results: dict) -> str:
         ["optimizer state (bytes)", f"{adamw['state_bytes']:,}", f"**{ours['state_bytes']:,}**"],
         ["time of the optimizer's step, against AdamW's", "**1**", ", ".join(map(str, ours["step_ratios"]))],
     ]
-    return markdown_table(["", "AdamW (fused)", "SGD-SaI, factored, momentum 0.8"], rows)
+    return markdown_table(["", "AdamW (fused), beta1 0.8", "`sgd_sai_orthogonal`"], rows)
 
 
 def published(results: dict) -> str:
