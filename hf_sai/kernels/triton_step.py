@@ -280,7 +280,7 @@ def _update_block(
     # --- decoupled weight decay and scaled step
     p = pointer(entry(table, tensors, 1, tensor), p_dtype, aligned) + start
     value = tl.load(p + offsets, mask=inside).to(tl.float32)
-    value -= decay * value + step * direction
+    value = (1.0 - decay) * value - step * direction
     if seed is not None:
         tl.store(p + offsets, rounded_at_random(value, tl.load(seed), tensor, block, offsets), mask=inside)
     else:
