@@ -7,13 +7,13 @@ __all__ = ["entry", "pointer", "read_4bit", "read_8bit", "rounded_at_random", "w
 
 
 @triton.jit
-def entry(table, tensors, row: tl.constexpr, tensor):  # type: ignore[no-untyped-def]
+def entry(table, tensors, row: tl.constexpr, tensor):
     """One number of a table, which is int64[rows, tensors]."""
     return tl.load(table + row * tensors + tensor)
 
 
 @triton.jit
-def pointer(address, dtype: tl.constexpr, aligned: tl.constexpr):  # type: ignore[no-untyped-def]
+def pointer(address, dtype: tl.constexpr, aligned: tl.constexpr):
     """An address as a pointer; aligned ones are multiples of 16 bytes, so that accesses may be as wide."""
     p = address.to(tl.pointer_type(dtype), bitcast=True)
     return tl.multiple_of(p, 16) if aligned else p
@@ -29,7 +29,7 @@ def read_8bit(codes, values, offsets, inside):
 
 
 @triton.jit
-def read_4bit(codes, values, offsets, inside, blocks: tl.constexpr, per_scale: tl.constexpr):  # type: ignore[no-untyped-def]
+def read_4bit(codes, values, offsets, inside, blocks: tl.constexpr, per_scale: tl.constexpr):
     """The same, two to a byte, the first in the upper half; offsets and inside are those of bytes."""
     pair = tl.load(codes + offsets, mask=inside).to(tl.int32)
     both = tl.join(tl.load(values + (pair >> 4)), tl.load(values + (pair & 15)))
@@ -61,7 +61,7 @@ def write_8bit(codes, nearest, midpoints, m, offsets, inside):
 
 
 @triton.jit
-def write_4bit(codes, nearest, midpoints, m, offsets, inside, blocks: tl.constexpr, per_scale: tl.constexpr):  # type: ignore[no-untyped-def]
+def write_4bit(codes, nearest, midpoints, m, offsets, inside, blocks: tl.constexpr, per_scale: tl.constexpr):
     """The same, two to a byte."""
     unit, largest = divided_by_largest(m)
     pairs = tl.reshape(nearest_codes(unit, nearest, midpoints), [blocks, per_scale // 2, 2])
