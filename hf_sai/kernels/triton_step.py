@@ -155,8 +155,7 @@ def _rows(params: Any, grads: Any, kept: Any, factors: Any) -> list[list[int]]:
     """A table's first rows: p, g, m, the momentum's scales, factors of rows and of columns, columns."""
     quantized = isinstance(kept[0], QuantizedMomentum)
     buffers = [m.codes if quantized else m for m in kept]
-    # can_update has refused factors of other sizes.
-    of_factors = [(len(f) and factor_addresses(g, f)) or (0, 0) for g, f in zip(grads, factors, strict=True)]
+    of_factors: list[Any] = [factor_addresses(g, f) if len(f) else (0, 0) for g, f in zip(grads, factors, strict=True)]
     return [
         [p.data_ptr() for p in params],
         [g.data_ptr() for g in grads],
