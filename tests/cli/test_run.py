@@ -192,7 +192,8 @@ def test_workers_of_every_kind_know_the_name(trains):
     assert done.returncode == 0, done.stderr
     words = [line for line in done.stdout.splitlines() if line.endswith("SGDSaI")]
     assert words == ["here SGDSaI", "spawn SGDSaI", "forkserver SGDSaI"]
-    assert "hf_sai.run:" not in done.stderr
+    said = {line for line in done.stderr.splitlines() if line.startswith("hf_sai.run:")}
+    assert said == {"hf_sai.run: 1 process trains with SGD-SaI."}
 
 
 def test_a_program_that_a_script_starts_knows_the_name_and_its_own_sitecustomize_runs(trains):

@@ -55,6 +55,7 @@ def two(tmp_path_factory):
         *FORMS,
         *BF16,
         *FP16,
+        *HABITS,
         *RESUME,
         *LATE,
         *others,
