@@ -297,6 +297,6 @@ def _factors(table, tensors, tensor, start, left, offsets):
     row = places // width
     of_rows = pointer(rows, tl.float32, False) + first_row
     of_columns = pointer(columns, tl.float32, False)
-    return tl.load(of_rows + row, mask=(offsets < left) & (rows != 0), other=1.0) * tl.load(
-        of_columns + (places - row * width), mask=(offsets < left) & (columns != 0), other=1.0
+    return tl.load(of_rows + row, mask=offsets < tl.where(rows == 0, 0, left), other=1.0) * tl.load(
+        of_columns + (places - row * width), mask=offsets < tl.where(columns == 0, 0, left), other=1.0
     )
