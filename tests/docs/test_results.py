@@ -58,7 +58,7 @@ def test_a_page_that_was_changed_by_hand_is_named_and_written_again(results, tmp
     assert text.startswith("Before.\n<!-- results: demo -->\n")
     assert text.endswith("<!-- /results -->\nAfter.\n")
     demo = json.loads(results.FILE.read_text())["stated"]["demo"]
-    assert f"{demo['sgd_sai_factored']['eval_loss']:.3f}" in text
+    assert f"{demo['sgd_sai_orthogonal']['eval_loss']:.3f}" in text
     results.main(["--check"])
 
 
