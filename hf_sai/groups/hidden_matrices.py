@@ -41,16 +41,16 @@ def hidden_matrices(model: nn.Module, chosen: Mapping[str, bool] | None = None) 
         >>> hidden_matrices(model) == {id(model[1].weight): "linear"}
         True
     """
-    outside = {id(p) for module in model.modules() if _is_embedding(module) for p in module.parameters()}
+    adapters = set(peft_roles(model))
+    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag))
+    outside = adapters | {id(p) for module in embeddings for p in module.parameters()}
     outside |= {id(p) for module in model.modules() for p in _output_embeddings(module)}
     candidates = list(_candidates(model))
     listed = [entry for entry in candidates if _within(model, entry[0], nn.ModuleList)]
     if not listed:
         listed = [entry for entry in candidates[1:-1] if _within(model, entry[0], nn.Sequential)]
     hidden = {id(p): form for path, p, form in listed if id(p) not in outside and not _NOT_BETWEEN.search(path.lower())}
-    roles = peft_roles(model)
-    hidden = {key: form for key, form in hidden.items() if key not in roles}
-    return _corrected(model, hidden, {id(p): form for _, p, form in candidates}, chosen or {}, set(roles))
+    return _corrected(model, hidden, {id(p): form for _, p, form in candidates}, chosen or {}, adapters)
 
 
 def _corrected(
@@ -103,10 +103,6 @@ def _form(module: nn.Module, path: str, name: str, dims: int) -> str | None:
     if dims == 3 and "expert" in f"{path}.{kind}".lower():
         return "experts_transposed" if getattr(module, "is_transposed", False) else "experts"
     return None
-
-
-def _is_embedding(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
 def _output_embeddings(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -339,7 +339,7 @@ class SGDSaI(Optimizer):
         # --- m = mu m + (1 - mu) g, theta = (1 - lr wd) theta - lr G m
         largest = self._largest_gsnr()
         for of in by_group.values():
-            self._update(of, [factors[part.number] for part in of], largest, of_scaler)
+            self._update(of, factors, largest, of_scaler)
 
     def _allocate(self, part: Part) -> None:
         """Give a parameter's state its keys, measured or not.
@@ -356,17 +356,16 @@ class SGDSaI(Optimizer):
     def _update(
         self,
         parts: Sequence[Part],
-        factors: Sequence[Sequence[Tensor]],
+        factors: dict[int, Sequence[Tensor]],
         largest: dict[Any, float],
         of_scaler: dict[str, Tensor | None],
     ) -> None:
-        """Update parts of one group."""
+        """Update parts of one group, with the factors of their gradients by the parts' numbers."""
         group = parts[0].group
         rule = RULES[group["update"]]
         unit = largest[group.get("normalize_over")] if group["normalize"] else 1.0
         names = ("lr", "weight_decay", "maximize", "stochastic_rounding", "foreach", "fused")
         options: dict[str, Any] = {**{name: group[name] for name in names}, **of_scaler}
-        factors_of = dict(zip((part.number for part in parts), factors, strict=True))
         alike = group["stochastic_rounding"] and in_many_processes()
         if alike:
             group["rounding_step"] = group.get("rounding_step", 0) + 1
@@ -376,7 +375,7 @@ class SGDSaI(Optimizer):
                 portion.gradients,
                 portion.momenta,
                 [rule.scale(part.gsnr, part.shape.numel()) / unit for part in portion.parts],
-                [factors_of[part.number] for part in portion.parts],
+                [factors[part.number] for part in portion.parts],
             )
             if not alike:
                 sgd_sai(*lists[:4], grad_factors=lists[4], momentum=portion.momentum, **options)
