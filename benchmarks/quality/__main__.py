@@ -3,6 +3,7 @@
     python benchmarks/quality gpt2                                   # every optimizer; resumes where it was
     python benchmarks/quality gpt2 --optimizers adamw muon orthogonal
     python benchmarks/quality gpt2 --optimizers lion --axes rate     # tunes the learning rate alone
+    python benchmarks/quality gpt2 --optimizers orthogonal_8bit --axes none   # at the settings that a search starts with
     python benchmarks/quality gpt2 --optimizers adamw --steps 4      # four times as long; starts from what was best
     python benchmarks/quality gpt2 --optimizers adamw --batch_size 2
     python benchmarks/quality gpt2 --table                           # runs nothing
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks and r
 
 import torch
 
-from benchmarks.quality.optimizers import RIVALS
+from benchmarks.quality.optimizers import RIVALS, VARIANTS
 from benchmarks.quality.search import best_settings, choosers, chooses, coordinate_search
 from benchmarks.quality.tables import tables
 from benchmarks.quality.task import Task
@@ -50,12 +51,13 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if min(args.steps, args.batch_size or 1) <= 0 or args.seeds < 0:
         raise InputError("--steps and --batch_size must be above 0, and --seeds at least 0.")
-    names = choose(args.optimizers, RIVALS)
+    optimizers = RIVALS | VARIANTS
+    names = choose(args.optimizers or list(RIVALS), optimizers)
     torch.set_num_threads(1)
     module = importlib.import_module(f"benchmarks.quality.tasks.{args.task}")
     own = {"steps": module.STEPS, "batch_size": module.BATCH_SIZE}
     where = {"steps": round(args.steps * own["steps"]), "batch_size": args.batch_size or own["batch_size"]}
-    files = {name: args.results / args.task / f"{name}.json" for name in RIVALS}
+    files = {name: args.results / args.task / f"{name}.json" for name in optimizers}
     if not args.table:
         task = module.make()
         for name in names:
@@ -66,8 +68,8 @@ def main(argv: list[str] | None = None) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks/quality", description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--optimizers", nargs="+", help=f"default: {', '.join(RIVALS)}")
-    parser.add_argument("--axes", choices=("all", "rate"), default="all", help="what is tuned")
+    parser.add_argument("--optimizers", nargs="+", help=f"default: {', '.join(RIVALS)}; also {', '.join(VARIANTS)}")
+    parser.add_argument("--axes", choices=("all", "rate", "none"), default="all", help="what is tuned")
     parser.add_argument("--seeds", type=int, default=5, help="how many report (default 5)")
     parser.add_argument("--steps", type=float, default=1, help="length, in units of the task's own")
     parser.add_argument("--batch_size", type=int, help="rows of a step (default: the task's own)")
@@ -87,7 +89,7 @@ def tune(
     args: argparse.Namespace,
 ) -> None:
     """Search with the seeds that choose, as many as count; repeat the best with those that report."""
-    rival = RIVALS[name]
+    rival = (RIVALS | VARIANTS)[name]
     start = rival.first(task.learning_rate)
     if where != own:
         start = best_settings(results, name, **own) or start
@@ -108,8 +110,13 @@ def tune(
         loss: Any = known[0]["eval_loss"]
         return float("nan") if loss is None else loss
 
-    axes = rival.all_axes() if args.axes == "all" else {}
-    coordinate_search(lambda settings: fmean(run(settings, seed) for seed in choosers(count)), start, axes)
+    def loss_of(settings: dict[str, float]) -> float:
+        return fmean(run(settings, seed) for seed in choosers(count))
+
+    if args.axes == "none":
+        loss_of(start)
+    else:
+        coordinate_search(loss_of, start, rival.all_axes() if args.axes == "all" else {})
     best = best_settings(results, name, **where)
     if best is None:
         print(f"{name}: diverged with every setting that was tried")
