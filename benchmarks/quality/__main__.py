@@ -3,7 +3,7 @@
     python benchmarks/quality gpt2                                   # every optimizer; resumes where it was
     python benchmarks/quality gpt2 --optimizers adamw muon orthogonal
     python benchmarks/quality gpt2 --optimizers lion --axes rate     # tunes the learning rate alone
-    python benchmarks/quality gpt2 --optimizers orthogonal_8bit --axes none   # at the settings that a search starts with
+    python benchmarks/quality gpt2 --optimizers orthogonal_8bit --axes none   # tunes nothing
     python benchmarks/quality gpt2 --optimizers adamw --steps 4      # four times as long; starts from what was best
     python benchmarks/quality gpt2 --optimizers adamw --batch_size 2
     python benchmarks/quality gpt2 --table                           # runs nothing
