@@ -209,7 +209,8 @@ def refused_in_a_graph(device: Any, rule: str, **options: Any) -> dict[str, Any]
         try:
             captured(device, rule, **options)
         except ValueError as refusal:
-            assert "counts its steps on the host" in str(refusal)
+            if "counts its steps on the host" not in str(refusal):
+                raise
         else:
             raise AssertionError("a captured graph would replay the first count of steps")
     return {"off": 0.0}
