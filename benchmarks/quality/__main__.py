@@ -8,11 +8,11 @@
     python benchmarks/quality gpt2 --optimizers adamw --batch_size 2
     python benchmarks/quality gpt2 --table                           # runs nothing
 
-Tasks, each with its minutes a run on one core (the program uses one): gpt2 (2), vit (0.1), llama_code (2), seq2seq
-(2), smollm2_full (3), vit_full (0.1). Settings are chosen by the validation loss of seed 0, or of three seeds where
-they differ much (both vit): first the learning rate (by factors of 2 until both neighbours are worse), then weight
-decay, betas, momentum one after the other, then the rate again. The best is repeated with the seeds 1 to 5, which chose
-nothing, and only these are looked at on the test rows.
+Tasks, each with its minutes a run on one core (the program uses one): gpt2 (2), vit (0.1), llama_code (2), seq2seq (2),
+bert_class (1), smollm2_full (3), vit_full (0.1). Settings are chosen by the validation loss of seed 0, or of three
+seeds where they differ much (both vit): first the learning rate (by factors of 2 until both neighbours are worse), then
+weight decay, betas, momentum one after the other, then the rate again. The best is repeated with the seeds 1 to 5,
+which chose nothing, and only these are looked at on the test rows.
 
 Every run is stored at once in `results/TASK/OPTIMIZER.json`, so that several of these processes may run side by side,
 each with optimizers of its own. Rivals come from torch, pytorch-optimizer, schedulefree, adam-mini and sgd-sai (extras
@@ -43,7 +43,7 @@ from recipes.common.candidates import choose
 from recipes.common.lr_search import Results
 from recipes.common.recipe_input import InputError
 
-TASKS = ("gpt2", "vit", "llama_code", "seq2seq", "smollm2_full", "vit_full")
+TASKS = ("gpt2", "vit", "llama_code", "seq2seq", "bert_class", "smollm2_full", "vit_full")
 RESULTS = Path(__file__).with_name("results")
 
 
