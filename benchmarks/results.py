@@ -4,7 +4,7 @@
     python benchmarks/results.py --check    # changes nothing; names the pages that are out of date
 
 A table stands between `<!-- results: NAME -->` and `<!-- /results -->`; everything outside is written by hand. In
-docs/results.json "collected" is made anew from each recipe's `results/` and from docs/research/step_speed.json;
+docs/results.json "collected" is made anew from each recipe's `results/`; times come from docs/research/*_speed.json;
 "stated" holds the few numbers whose runs are not kept, with the command, the date and the machine, and is edited by
 hand.
 """
@@ -205,9 +205,12 @@ def linked(task: str, *, folder: str = "../recipes") -> str:
 
 
 def speed_rows(model: str) -> dict[str, dict]:
-    report = json.loads((ROOT / "docs" / "research" / "step_speed.json").read_text())
-    (found,) = (entry for entry in report["models"] if entry["model"] == model)
-    return {row["optimizer"]: row for row in found["rows"]}
+    rows = {}
+    for name in ("orthogonal_speed", "step_speed"):  # the baseline is the latter's
+        report = json.loads((ROOT / "docs" / "research" / f"{name}.json").read_text())
+        found = next((entry["rows"] for entry in report["models"] if entry["model"] == model), [])
+        rows |= {row["optimizer"]: row for row in found}
+    return rows
 
 
 def headline(results: dict) -> str:
@@ -226,11 +229,12 @@ def headline(results: dict) -> str:
         else:
             rows.append([title, *bold_best([loss(results, task, name) for name in names])])
     gpt2 = speed_rows("gpt2")
-    timed = [gpt2[name] for name in ("torch AdamW, fused", "SGD-SaI, factored gradient", "SGD-SaI")]
-    bytes_each = [f"{row['state_bytes_per_parameter']:.2f}" for row in timed]
-    bytes_each[1:1] = [bytes_each[0], ""]
+    adamw, *ours = (
+        gpt2[name] for name in ("torch AdamW, fused", "SGD-SaI, orthogonal", "SGD-SaI, factored gradient", "SGD-SaI")
+    )
+    bytes_each = [f"{row['state_bytes_per_parameter']:.2f}" for row in (adamw, adamw, *ours)]
     rows.append(["optimizer state, bytes per parameter", *bytes_each])
-    ratios = ["1", "1", "", *(f"{row['ratio']['median']:.2f}" for row in timed[1:])]
+    ratios = ["1", "1", *(f"{row['ratio']['median']:.{0 if row['ratio']['median'] > 10 else 2}f}" for row in ours)]
     rows.append(["time of the step on a CPU, GPT-2 small", *ratios])
     settings = {setting(best_adamw(results, task)) for task in titles}
     ours = ("`sgd_sai_orthogonal`", "`sgd_sai_factored`", "`sgd_sai`, published")
