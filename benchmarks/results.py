@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes.common lies in the repository's root
 
-from benchmarks.quality.optimizers import RIVALS
+from benchmarks.quality.optimizers import RIVALS, VARIANTS
 from benchmarks.quality.tables import tables as quality_tables
 from hf_sai.cli.main import SUBCOMMANDS
 from hf_sai.optim.options import OPTIONS
@@ -39,6 +39,7 @@ ADAMW, SHORT, PUBLISHED = "adamw", "adamw, beta1 0.8", "sgd_sai"
 FACTORED, PRESET = "sgd_sai, factored gradient", "sgd_sai, factored gradient, momentum 0.8"
 PRESET_8BIT = PRESET + ", 8 bits"
 ORTHOGONAL = "sgd_sai, orthogonal"
+RULES_AND_ADAMW = {"adamw", "published", "factored", "orthogonal"}
 #: What the settings of a GPT-2 sweep are called elsewhere; the runs were made when `update` was `normalize_gradient`.
 GPT2_SWEEP = {
     "demo_adamw": {"": ADAMW, "--adam_beta1 0.8": SHORT},
@@ -501,6 +502,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "step-speed": step_speed,
     "options": options,
     **{task.replace("_", "-"): search_table(task) for task in TASKS},
+    **{f"variants-{task}": rivals(task, RULES_AND_ADAMW | VARIANTS.keys()) for task in ("gpt2", "vit")},
     **{f"rivals-{task.replace('_', '-')}": rivals(task, RIVALS) for task in ("gpt2", "vit", "vit_full")},
 }
 
