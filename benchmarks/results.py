@@ -503,7 +503,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "options": options,
     **{task.replace("_", "-"): search_table(task) for task in TASKS},
     **{f"variants-{task}": rivals(task, RULES_AND_ADAMW | VARIANTS.keys()) for task in ("gpt2", "vit")},
-    **{f"rivals-{task.replace('_', '-')}": rivals(task, RIVALS) for task in ("gpt2", "vit", "vit_full")},
+    **{f"rivals-{task.replace('_', '-')}": rivals(task, RIVALS) for task in ("gpt2", "vit", "vit_full", "bert_class")},
 }
 
 
