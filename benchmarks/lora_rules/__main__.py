@@ -6,10 +6,10 @@
     python benchmarks/lora_rules bytes --steps 300
     python benchmarks/lora_rules smollm2 --table                               # runs nothing
 
-`smollm2` is the task of recipes/llama_lora/benchmark.py, `bytes` a model of 100,000 weights. The learning rate is chosen
-by the validation loss of seed 0, in steps of a factor of 2 until both neighbours are worse. It is repeated with the
-seeds 1, 2 and so on, and only these are looked at on test rows. Every run is stored at once in `results/`, in a file
-for each task, rank and number of steps, and is not repeated.
+`smollm2` is the task of recipes/llama_lora/benchmark.py, `bytes` a model of 100,000 weights. The learning rate is
+chosen by the validation loss of seed 0, in steps of a factor of 2 until both neighbours are worse. It is repeated with
+the seeds 1, 2 and so on, and only these are looked at on test rows. Every run is stored at once in `results/`, in a
+file for each task, rank and number of steps, and is not repeated.
 """
 
 from __future__ import annotations

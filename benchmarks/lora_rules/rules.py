@@ -18,7 +18,7 @@ __all__ = ["CANDIDATES", "SIZES", "Candidate", "PairOptimizer", "Rule", "pairs_o
 
 @dataclass(frozen=True)
 class Rule:
-    """How a factor moves. Both are seen as n by r, A lying on its side; "the other" is its partner's r by r Gram matrix.
+    """How a factor moves. A lies on its side, so that both are n by r; "the other" is its partner's r by r Gram matrix.
 
     Attributes:
         size: What gives the step its size, a key of `SIZES`, before the momentum; or "orthogonal": singular values of
@@ -132,7 +132,7 @@ def _factored(gradient: Tensor, state: dict[str, Any], kept: float) -> Tensor:
 
 
 def _gram(gradient: Tensor, state: dict[str, Any], kept: float) -> Tensor:
-    """Over the root of a running r by r second moment: a one-sided Shampoo, or LoRA-RITE without its change of basis."""
+    """Over the root of a running r by r second moment: Shampoo on one side, LoRA-RITE without its change of basis."""
     gram = _running(state, "gram", gradient.mT @ gradient / len(gradient), kept)
     return gradient @ power(gram + 1e-3 * _mean(gram) * torch.eye(len(gram), dtype=gram.dtype), -0.5)
 

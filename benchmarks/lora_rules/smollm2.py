@@ -10,8 +10,7 @@ from typing import Any
 
 from trl import ModelConfig, SFTConfig
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "llama_lora"
-sys.path.append(str(RECIPE))  # its own imports
+sys.path.append(str(Path(__file__).resolve().parents[2] / "recipes" / "llama_lora"))  # its own imports
 
 from hf_sai.runs.meters import state_bytes
 from recipes.common.candidates import Build
@@ -21,6 +20,7 @@ from recipes.llama_lora.benchmark import BenchmarkArguments, CompletionTrainer, 
 __all__ = ["LEARNING_RATE", "RANK", "STEPS", "SmolLM2"]
 
 LEARNING_RATE, RANK, STEPS = 5e-3, 8, 60
+CONFIG = Path(__file__).resolve().parents[2] / "recipes" / "llama_lora" / "benchmark.yaml"
 CHOOSING_ROWS = 64  # of validation, as many as the recipe has; the other rows only report
 
 
@@ -28,7 +28,7 @@ class SmolLM2(Task):
     """The recipe's own model, rows, order, schedule and trainer."""
 
     def __init__(self) -> None:
-        flags = [str(RECIPE / "benchmark.yaml"), "--results", "", "--max_eval_samples", "1000000"]
+        flags = [str(CONFIG), "--results", "", "--max_eval_samples", "1000000"]
         types = (BenchmarkArguments, ModelConfig, SFTConfig)
         args, model_args, training_args = parse_config_and_flags(types, [*flags, "--disable_tqdm", "true"], usage="")
         super().__init__(args, model_args, training_args)
