@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from transformers import PrinterCallback
 from trl import ModelConfig, SFTConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "recipes" / "llama_lora"))  # its own imports
@@ -61,6 +62,7 @@ class SmolLM2(Task):
             processing_class=self.tokenizer,
             optimizers=(optimizer, None),
         )
+        trainer.remove_callback(PrinterCallback)
         begin = time.process_time()
         trainer.train()
         seconds = time.process_time() - begin
