@@ -104,6 +104,11 @@ class Part:
         self.fresh = False
 
     @classmethod
+    def at_rest(cls, p: Tensor, group: dict[str, Any], state: Any) -> Part:
+        """A part whose state is looked at, not its gradient, which need not be brought into the parameter's form."""
+        return cls(p.detach(), group, state)
+
+    @classmethod
     def of_gradient(cls, gradient: Tensor, group: dict[str, Any]) -> Part:
         """A part that is only measured: of a gradient whose parameter is not known."""
         part = cls(gradient, group, {})
@@ -124,6 +129,11 @@ class Part:
     @gsnr.setter
     def gsnr(self, value: float) -> None:
         self.state["gsnr"] = value
+
+    @property
+    def place(self) -> int:
+        """What tells this part from other processes' parts of the same parameter that are rounded by themselves."""
+        return 0
 
     def holders(self, kept: Sequence[int] = ()) -> tuple[ProcessGroup, ...]:
         """The process groups over which sums over this part add up to sums over the whole parameter.
@@ -161,6 +171,10 @@ class Part:
     def shape_of(self, kept: Sequence[int]) -> tuple[int, ...]:
         """The shape that :meth:`zeros` gives in this process a tensor with these dimensions in full."""
         return tuple(length if d in kept else 1 for d, length in enumerate(self.param.shape))
+
+    def fits(self, shape: Sequence[int], kept: Sequence[int]) -> bool:
+        """Whether a saved tensor of this shape is one with these dimensions in full."""
+        return tuple(shape) == self.shape_of(kept)
 
     def boxes(self, tensor: Tensor) -> Iterator[tuple[Tensor, slice, slice]] | None:
         """For a part that has not its parameter's dimensions: how it lies in the whole as a matrix. None for others."""

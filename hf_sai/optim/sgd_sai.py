@@ -219,8 +219,7 @@ class SGDSaI(Optimizer):
             for index, p in zip(saved["params"], group["params"], strict=True):
                 kind = kind_of(p)
                 if index in state and kind.parted:
-                    # Detached, for the gradient need not be brought into the parameter's form.
-                    state[index] = momenta.saved(kind(p.detach(), group, state[index]))
+                    state[index] = momenta.saved(kind.at_rest(p, group, state[index]))
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -297,6 +296,9 @@ class SGDSaI(Optimizer):
         self._steps += 1
         if self._releases is not None:
             self._releases.clear()
+        for group in self.param_groups if in_many_processes() else ():
+            if group["stochastic_rounding"]:  # counted alike by ranks that hold nothing of the group
+                group["rounding_step"] = group.get("rounding_step", 0) + 1
         parts = self.layout.parts()
         new = self.layout.unmeasured(parts)
         of_scaler = {key: getattr(self, key) for key in ("grad_scale", "found_inf") if hasattr(self, key)}
@@ -367,8 +369,6 @@ class SGDSaI(Optimizer):
         names = ("lr", "weight_decay", "maximize", "stochastic_rounding", "foreach", "fused")
         options: dict[str, Any] = {**{name: group[name] for name in names}, **of_scaler}
         alike = group["stochastic_rounding"] and in_many_processes()
-        if alike:
-            group["rounding_step"] = group.get("rounding_step", 0) + 1
         for portion in rule.portions(parts):
             lists = (
                 [part.param for part in portion.parts],
@@ -382,7 +382,7 @@ class SGDSaI(Optimizer):
                 continue
             # One by one: of a sharded parameter ranks may draw fewer numbers, and replicas must be rounded alike.
             for part, *one, own in zip(portion.parts, *lists, strict=True):
-                with draw_alike(part.param.device, part.gsnr, part.number, group["rounding_step"]):
+                with draw_alike(part.param.device, part.gsnr, part.number, group["rounding_step"], part.place):
                     sgd_sai(*([value] for value in one), grad_factors=[own], momentum=portion.momentum, **options)
 
     def _unscale(self, parts: Sequence[Part], grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:

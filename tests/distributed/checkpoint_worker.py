@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 sys.modules["transformers"] = None  # not needed here, and most of a worker's time would be importing it
 from common import (
@@ -23,6 +22,7 @@ from common import (
     DEVICE,
     OPTIONS,
     STEPS,
+    Saver,
     build,
     counting,
     groups_of,
@@ -33,7 +33,6 @@ from common import (
     train,
     write_result,
 )
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -49,7 +48,7 @@ class TorchRun:
     def __init__(self, engine):
         self.model = build()
         self.data = (RANK, WORLD)
-        if engine == "fsdp1":
+        if engine.startswith("fsdp1"):
             self.model = FullyShardedDataParallel(self.model, use_orig_params=True, device_id=torch.device(DEVICE))
         elif engine == "hsdp":
             shard(self.model, init_device_mesh(DEVICE, (2, WORLD // 2), mesh_dim_names=("dp", "shard")))
@@ -61,37 +60,17 @@ class TorchRun:
             shard(self.model)
         how = "factored" if engine.endswith("factored") else "published"
         self.optimizer = self.sgd_sai = SGDSaI(groups_of(self.model), **OPTIONS, update=how)
-        # FSDP1 gives nested optimizer states whose groups only some ranks have, which dcp.load cannot match; and with
-        # cpu_offload its full state crashes on the CPU (SIGSEGV in torch 2.13, with AdamW too).
-        self.sharded = StateDictOptions(flatten_optimizer_state_dict=engine == "fsdp1")
-        self.full = StateDictOptions(full_state_dict=True, cpu_offload=engine != "fsdp1")
+        self.saver = Saver(self.model, self.optimizer)
+        self.load, self.load_full = self.saver.load, self.saver.load_full
 
     def save(self, folder, **metadata):
         """Beside the final name first: a folder that has the final name is whole."""
-        weights, states = get_state_dict(self.model, self.optimizer, options=self.sharded)
         partial = folder.with_suffix(".partial")
-        dcp.save({"model": weights, "optimizer": states}, checkpoint_id=str(partial))
+        self.saver.save(partial)
         if RANK == 0:
             (partial / "metadata.json").write_text(json.dumps(metadata))
             partial.rename(folder)
         dist.barrier()
-
-    def load(self, folder):
-        weights, states = get_state_dict(self.model, self.optimizer, options=self.sharded)
-        dcp.load({"model": weights, "optimizer": states}, checkpoint_id=str(folder))
-        options = {"model_state_dict": weights, "optim_state_dict": states, "options": self.sharded}
-        set_state_dict(self.model, self.optimizer, **options)
-
-    def save_full(self, file):
-        weights, states = get_state_dict(self.model, self.optimizer, options=self.full)
-        if RANK == 0:
-            torch.save({"model": weights, "optimizer": states}, file)
-        dist.barrier()
-
-    def load_full(self, file):
-        whole = torch.load(file, weights_only=True)
-        options = {"model_state_dict": whole["model"], "optim_state_dict": whole["optimizer"]}
-        set_state_dict(self.model, self.optimizer, **options, options=StateDictOptions(full_state_dict=True))
 
 
 class AccelerateRun:
@@ -146,7 +125,7 @@ def save(engine, place):
     train(run.model, run.optimizer, range(STEPS // 2), *run.data)
     run.save(place / f"{engine}_sharded")
     if isinstance(run, TorchRun) and engine != "fsdp2_tp":  # torch 2.13 fails to distribute its full state again
-        run.save_full(place / f"{engine}_full.pt")
+        run.saver.save_full(place / f"{engine}_full.pt")
     return goes_on(run)
 
 
