@@ -74,6 +74,7 @@ class Slice(Stretch):
     kind = "the slices of parameters that FSDP1 hands the optimizer"
     refused: ClassVar = {"update": NOT_WHOLE}
     parted = True
+    always_saved = True  # loaded is what the state dict before loading has, and by accelerate that of a new optimizer
 
     @classmethod
     def recognises(cls, p: Tensor) -> bool:

@@ -75,6 +75,9 @@ class Part:
     #: Whether a later run may part the parameter in other ways, so that what is saved must not depend on this one.
     parted = False
 
+    #: Whether what is saved must have a state of each parameter that is trained, though its training may not have begun.
+    always_saved = False
+
     @classmethod
     def recognises(cls, p: Tensor) -> bool:
         """Whether an optimizer's parameter has parts of this kind."""

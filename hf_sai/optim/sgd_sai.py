@@ -218,8 +218,12 @@ class SGDSaI(Optimizer):
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for index, p in zip(saved["params"], group["params"], strict=True):
                 kind = kind_of(p)
-                if index in state and kind.parted:
-                    state[index] = momenta.saved(kind.at_rest(p, group, state[index]))
+                begins = kind.always_saved and index not in state and p.requires_grad and p.numel() > 0
+                if kind.parted and (index in state or begins):
+                    part = kind.at_rest(p, group, state.get(index, {}))
+                    if begins:
+                        _allocate(part)
+                    state[index] = momenta.saved(part)
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -316,7 +320,8 @@ class SGDSaI(Optimizer):
         # --- g-SNR, once: G = ||g|| / sigma(g)
         gsnr.measure(new)
         for part in new:
-            self._allocate(part)
+            if part.grad is not None:
+                _allocate(part)
         by_group: dict[int, list[Part]] = defaultdict(list)
         for part in parts:
             if part.gsnr != UNMEASURED:
@@ -342,18 +347,6 @@ class SGDSaI(Optimizer):
         largest = self._largest_gsnr()
         for of in by_group.values():
             self._update(of, factors, largest, of_scaler)
-
-    def _allocate(self, part: Part) -> None:
-        """Give a parameter's state its keys, measured or not.
-
-        torch.distributed.checkpoint builds its loading template from a step on zero gradients.
-        """
-        if part.grad is None:
-            return
-        part.state.setdefault("gsnr", part.gsnr)
-        RULES[part.group["update"]].allocate(part)
-        if part.group["momentum"] != 0:
-            momenta.allocate(part)
 
     def _update(
         self,
@@ -441,6 +434,17 @@ class SGDSaI(Optimizer):
             len(still),
             ", ".join(still[:10]) + (", ..." if len(still) > 10 else ""),
         )
+
+
+def _allocate(part: Part) -> None:
+    """Give a parameter's state its keys, measured or not.
+
+    torch.distributed.checkpoint builds its loading template from a step on zero gradients.
+    """
+    part.state.setdefault("gsnr", part.gsnr)
+    RULES[part.group["update"]].allocate(part)
+    if part.group["momentum"] != 0:
+        momenta.allocate(part)
 
 
 def _choice(group: dict[str, Any]) -> Choice:

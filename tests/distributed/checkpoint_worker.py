@@ -7,6 +7,7 @@ torch.distributed.checkpoint, sharded and full; ``accelerate_*`` with accelerate
 """
 
 # ruff: noqa: E402
+import copy
 import json
 import os
 import sys
@@ -34,7 +35,7 @@ from common import (
     write_result,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullOptimStateDictConfig, FullyShardedDataParallel
 
 from hf_sai import SGDSaI
 
@@ -83,12 +84,14 @@ class AccelerateRun:
 
         AcceleratorState._reset_state(True)
         os.environ.pop("ACCELERATE_USE_FSDP", None)  # an earlier Accelerator has set it
+        version = 1 if "fsdp1" in engine else 2
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
+            fsdp_version=version,
+            use_orig_params=True if version == 1 else None,
             auto_wrap_policy="TRANSFORMER_BASED_WRAP",
             transformer_cls_names_to_wrap=["Block"],
             cpu_ram_efficient_loading=False,
-            state_dict_type="FULL_STATE_DICT" if engine.endswith("full") else "SHARDED_STATE_DICT",
+            state_dict_type="FULL_STATE_DICT" if engine.endswith("fsdp2_full") else "SHARDED_STATE_DICT",
         )
         self.accelerator = Accelerator(cpu=DEVICE == "cpu", fsdp_plugin=None if engine.endswith("ddp") else plugin)
         expected = DDP_TYPE if engine.endswith("ddp") else "FSDP"
@@ -96,14 +99,38 @@ class AccelerateRun:
         assert self.accelerator.num_processes == WORLD
         model = build()
         self.data = (RANK, WORLD)
-        self.model, self.optimizer = self.accelerator.prepare(model, SGDSaI(groups_of(model), **OPTIONS))
-        self.sgd_sai = self.optimizer.optimizer
+        if version == 1:  # which wants the wrapped model's parameters
+            for p in (model.odd.row, model.odd.gate):  # of tensors with fewer rows than ranks torch fails to load states
+                p.requires_grad_(False)
+            model = self.accelerator.prepare(model)
+        self.sgd_sai = SGDSaI(groups_of(model), **OPTIONS, update="factored" if "factored" in engine else "published")
+        self.model, self.optimizer = self.accelerator.prepare(model, self.sgd_sai)
+
+        # FSDP1's whole weights crash on the CPU (SIGSEGV in torch 2.13), so that its whole state is saved by itself.
+        self.whole = engine.endswith("fsdp1_full") or engine.endswith("fsdp1_factored_full")
 
     def save(self, folder):
         self.accelerator.save_state(str(folder))
+        if self.whole:
+            from accelerate.utils.fsdp_utils import save_fsdp_optimizer
+
+            save_fsdp_optimizer(self.whole_plugin(), self.accelerator, self.sgd_sai, self.model, str(folder / "whole"))
 
     def load(self, folder):
         self.accelerator.load_state(str(folder))
+        if self.whole:
+            from accelerate.utils.fsdp_utils import load_fsdp_optimizer
+
+            self.sgd_sai.state.clear()
+            load_fsdp_optimizer(self.whole_plugin(), self.accelerator, self.sgd_sai, self.model, str(folder / "whole"))
+
+    def whole_plugin(self):
+        """As accelerate saves whole states by default, but that what lies on the CPU is not moved there."""
+        plugin = copy.copy(self.accelerator.state.fsdp_plugin)
+        plugin.state_dict_config = None
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        plugin.optim_state_dict_config = FullOptimStateDictConfig(offload_to_cpu=DEVICE != "cpu", rank0_only=True)
+        return plugin
 
 
 def make(engine):

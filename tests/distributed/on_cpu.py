@@ -8,6 +8,7 @@ import os
 import runpy
 import sys
 
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
@@ -19,6 +20,7 @@ def _with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
     if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         self.fsdp_plugin = fsdp_plugin
+        self.device = torch.device("cpu")  # FSDP1 takes cpu:0 for another device
         if self._mixed_precision != "no":
             fsdp_plugin.set_mixed_precision(self._mixed_precision)
 

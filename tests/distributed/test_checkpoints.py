@@ -5,11 +5,12 @@ import time
 import pytest
 from launch import LIMIT, finish, kill, run_ranks, start_ranks
 
-DCP = ["fsdp2", "fsdp2_factored", "fsdp1"]
+DCP = ["fsdp2", "fsdp2_factored", "fsdp1", "fsdp1_factored"]
 ACCELERATE = ["accelerate_ddp", "accelerate_fsdp2_sharded", "accelerate_fsdp2_full"]
-ENGINES = [*DCP, *ACCELERATE]
-#: FSDP1's states resume on as many ranks only.
-ELASTIC = ["fsdp2", "fsdp2_factored", *ACCELERATE]
+#: Resumed on as many ranks only; see docs/distributed.md.
+FSDP1 = ["accelerate_fsdp1_sharded", "accelerate_fsdp1_full", "accelerate_fsdp1_factored_full"]
+ENGINES = [*DCP, *ACCELERATE, *FSDP1]
+ELASTIC = [*DCP, *ACCELERATE]
 #: Meshes of 2 x 2.
 MESHES = ["hsdp", "fsdp2_tp"]
 #: Saved whole, too, by torch.distributed.checkpoint.
@@ -62,9 +63,9 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(runs, engine, before, af
         assert results.keys() == ({"sharded", "full.pt"} if engine in FULL else {"sharded"})
         for resumed in results.values():
             assert resumed["after"] == uninterrupted["after"]  # never measured again
-            if engine != "fsdp2_factored":  # which averages over columns in every step
+            if "factored" not in engine:  # which averages over rows and columns in every step
                 assert resumed["collectives"] == 0
-            if before == after:
+            if before == after and engine != "fsdp1_factored":  # whose running means are saved to rounding
                 assert resumed["losses"] == uninterrupted["losses"]
             assert resumed["losses"] == pytest.approx(uninterrupted["losses"], rel=1e-5)
 

@@ -24,7 +24,7 @@ EXACT = {
     ],
     4: ["hsdp", "hsdp_fused", "fsdp2_tp", "fsdp2", "fsdp1", "fsdp1_hybrid"],
 }
-ROUNDING = {2: ["rounding_ddp", "rounding_tp"], 4: ["rounding_hsdp"]}
+ROUNDING = {2: ["rounding_ddp", "rounding_tp"], 4: ["rounding_hsdp", "rounding_fsdp1_hybrid"]}
 #: Rules that average over rows and columns in every step.
 AVERAGING = {
     2: ["fsdp1_factored", "fsdp1_leaves_factored", "fsdp1_rows"],
@@ -50,6 +50,7 @@ TWO = [
     "shapes_fsdp1",
     "shapes_fsdp2",
     "fsdp1_refused",
+    "slices_are_rounded_apart",
     "flat_parameters_refused",
     "scaler_ddp",
     "scaler_fsdp2",
@@ -227,6 +228,13 @@ def test_stochastic_rounding_keeps_replicas_equal_and_leaves_the_random_state_al
         assert result[mode]["drawn"] == torch.rand(1).item()
 
 
+def test_the_slices_of_a_parameter_are_rounded_by_random_numbers_of_their_own(runs):
+    for result in runs[2]:
+        rounded = result["slices_are_rounded_apart"]
+        assert all(0.4 < share < 0.6 for share in rounded["moved"])
+        assert 0.4 < rounded["alike"] < 0.6
+
+
 def test_a_gradient_that_is_non_zero_or_nan_on_one_rank_is_judged_alike_on_all(runs):
     histories = [result["late_and_broken"]["history"] for result in runs[2]]
     assert histories[0] == histories[1]
@@ -259,9 +267,7 @@ def test_grouping_goes_by_the_whole_parameters_shapes(runs, world_size, mode):
 
 def test_what_slices_cannot_is_refused_with_the_cure(runs):
     for result in runs[2]:
-        rounding, saving = result["fsdp1_refused"]["messages"]
-        assert "use FSDP2" in rounding
-        assert "use FSDP2" in saving
+        assert "use FSDP2" in result["fsdp1_refused"]["message"]
 
 
 def test_flat_parameters_are_refused_before_the_first_update_with_the_cure(runs):
