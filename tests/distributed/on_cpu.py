@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-_original = AcceleratorState.__init__
+_original, _original_partial = AcceleratorState.__init__, PartialState.__init__
 
 
 def _with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
@@ -25,6 +25,10 @@ def _with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
             fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
 
+def _with_gloo(self, cpu=False, **kwargs):
+    _original_partial(self, cpu, **{**kwargs, "backend": kwargs.get("backend") or "gloo"})
+
+
 def use_no_deepspeed_kernels():
     """Let DeepSpeed communicate through gloo alone. Call it before DeepSpeed joins a process group."""
     import deepspeed.ops
@@ -35,6 +39,7 @@ def use_no_deepspeed_kernels():
 AcceleratorState.__init__ = _with_fsdp
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # set by ``accelerate launch``
     use_no_deepspeed_kernels()
+    PartialState.__init__ = _with_gloo  # accelerate finds no backend by itself, and counts one process
 
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]
