@@ -16,12 +16,13 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes.common lies in the repository's root
 
+from benchmarks.quality.optimizers import RIVALS
 from benchmarks.quality.tables import tables as quality_tables
 from hf_sai.cli.main import SUBCOMMANDS
 from hf_sai.optim.options import OPTIONS
@@ -466,11 +467,12 @@ def options(results: dict) -> str:
     return table.replace("--:", ":--")
 
 
-def rivals(task: str) -> Callable[[dict], str]:
+def rivals(task: str, names: Iterable[str]) -> Callable[[dict], str]:
     """What benchmarks/quality measured on a task: every optimizer that was repeated with the seeds that report."""
 
     def table(_: dict) -> str:
-        files = sorted((ROOT / "benchmarks" / "quality" / "results" / task).glob("*.json"))
+        folder = ROOT / "benchmarks" / "quality" / "results" / task
+        files = [file for name in sorted(names) if (file := folder / f"{name}.json").is_file()]
         stores = {file.stem: Results(file, {}) for file in files}
         lengths = [(run["steps"], run["batch_size"]) for store in stores.values() for run in store.runs]
         steps, rows = max(set(lengths), key=lengths.count)  # the task's own: other lengths are tried less
@@ -495,7 +497,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "step-speed": step_speed,
     "options": options,
     **{task.replace("_", "-"): search_table(task) for task in TASKS},
-    **{f"rivals-{task.replace('_', '-')}": rivals(task) for task in ("gpt2", "vit", "vit_full")},
+    **{f"rivals-{task.replace('_', '-')}": rivals(task, RIVALS) for task in ("gpt2", "vit", "vit_full")},
 }
 
 

@@ -336,10 +336,9 @@ def find_layout(optimizer: SGDSaI) -> Layout:
 
 def kind_of(p: Tensor) -> type[Part]:
     """The kind of part that a parameter has."""
-    for kind in _KINDS:
-        if kind.recognises(p):
-            return kind
-    return Part
+    if type(p) in _ORDINARY and not p.__dict__:  # engines mark what is theirs, by its type or by attributes
+        return Part
+    return next((kind for kind in _KINDS if kind.recognises(p)), Part)
 
 
 def admit(p: Tensor) -> None:
