@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "UNMEASURED",
+    "Copies",
     "Layout",
     "Part",
     "Sharing",
@@ -75,7 +76,7 @@ class Part:
     #: Whether a later run may part the parameter in other ways, so that what is saved must not depend on this one.
     parted = False
 
-    #: Whether what is saved must have a state of each parameter that is trained, though its training may not have begun.
+    #: Whether what is saved must have a state of each parameter that is trained, also before its training begins.
     always_saved = False
 
     @classmethod
@@ -151,6 +152,11 @@ class Part:
         """What brings the tensors of these parts, which other processes hold, too, to one process each and back."""
         raise NotImplementedError
 
+    @classmethod
+    def copied(cls, parts: Sequence[Part]) -> Sequence[tuple[list[Part], Copies | None]]:
+        """Parts of which other processes hold the same, and what lets them share the work; None where nobody does."""
+        return [(list(parts), None)]
+
     @property
     def table_device(self) -> torch.device:
         """Where a table of this part's sums must lie: where its holders communicate, and where float64 exists."""
@@ -200,6 +206,19 @@ class Sharing(Protocol):
 
     def hand_out(self, wholes: Sequence[tuple[int, Tensor | None, Sequence[int], torch.dtype]]) -> list[Tensor]:
         """What lies here of tensors that are whole on one process, None on the others."""
+
+
+class Copies(Protocol):
+    """Shares work on parts of which several processes hold the same: each is one process's to work on.
+
+    All processes that hold them must call its methods alike.
+    """
+
+    def mine(self, index: int) -> bool:
+        """Whether a part is this process's."""
+
+    def spread(self, tensors: Sequence[Sequence[Tensor]]) -> None:
+        """Overwrite each part's tensors by those of the process whose part it is."""
 
 
 class Layout:

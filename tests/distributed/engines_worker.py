@@ -1,6 +1,7 @@
 """Trains the tiny model under torch's engines and compares with one process: ``engines_worker.py MODE [MODE ...]``."""
 
 # ruff: noqa: E402
+import logging
 import sys
 import warnings
 
@@ -48,8 +49,10 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 from hf_sai import SGDSaI
+from hf_sai.distributed import copies
 from hf_sai.groups.param_groups import no_decay_names
 from hf_sai.optim.layout import whole_shapes as full_shapes
+from hf_sai.optim.rules import orthogonal
 
 warnings.filterwarnings("ignore")
 RANK, WORLD = join()
@@ -104,6 +107,59 @@ def train_and_compare(mode, **options):
         "sharded": sum(isinstance(p, DTensor) for p in params_of(optimizer)),
         "empty": sum((p.to_local() if isinstance(p, DTensor) else p).numel() == 0 for p in params_of(optimizer)),
     }
+
+
+def shared_orthogonal(mode):
+    """The same, but that also these small matrices are worth sharing; whether replicas are equal bit for bit."""
+    worth, copies.WORTH = copies.WORTH, 1
+    try:
+        model, rank, size = make(mode)
+        optimizer = SGDSaI(groups_of(model, "orthogonal"), **OPTIONS, update="orthogonal")
+        per_step = []
+        with counting(optimizer, per_step):
+            losses = train(model, optimizer, range(STEPS), rank, size)
+        got = {"gsnr": gsnr_of(optimizer), "losses": losses}
+        tensors = [
+            *params_of(optimizer),
+            *(t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)),
+        ]
+        wholes = [t.full_tensor() if isinstance(t, DTensor) else t.detach() for t in tensors]
+        result = {**largest_difference(got, reference(update="orthogonal")), "collectives": per_step}
+        return {**result, "same": all(map(same_on_all_ranks, wholes)), "worked_on": worked_on(optimizer)}
+    finally:
+        copies.WORTH = worth
+
+
+def disagree():
+    """Each rank optimizes another matrix of a DDP model: nobody waits for anybody."""
+    heard = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logging.getLogger("hf_sai").addHandler(handler)
+    worth, copies.WORTH = copies.WORTH, 1
+    try:
+        model, rank, size = make("ddp")
+        own = model.module.blocks[RANK].up.weight
+        optimizer = SGDSaI([{"params": [own], "update": "orthogonal", "matrices": "linear"}], **OPTIONS)
+        before = own.detach().clone()
+        train(model, optimizer, range(2), rank, size)
+        return {"heard": heard, "moved": not own.equal(before)}
+    finally:
+        copies.WORTH = worth
+        logging.getLogger("hf_sai").removeHandler(handler)
+
+
+def worked_on(optimizer):
+    """How many hidden matrices this rank makes orthogonal in one more step."""
+    counted, made = [], orthogonal.newton_schulz
+    orthogonal.newton_schulz = lambda matrices: counted.append(len(matrices)) or made(matrices)
+    try:
+        for p in params_of(optimizer):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    finally:
+        orthogonal.newton_schulz = made
+    return sum(counted)
 
 
 def bf16(mode, dtype=torch.bfloat16, **options):
@@ -331,6 +387,8 @@ CHECKS = {
         f"{mode}_orthogonal": (lambda mode=mode: train_and_compare(mode, update="orthogonal"))
         for mode in ("ddp", "fsdp2", "tp", "hsdp", "fsdp2_tp")
     },
+    **{f"{mode}_shared": (lambda mode=mode: shared_orthogonal(mode)) for mode in ("ddp", "hsdp")},
+    "disagree": disagree,
     "fsdp1_factored": lambda: train_and_compare("fsdp1", update="factored"),
     "fsdp1_rows": lambda: train_and_compare("fsdp1", update="rows"),
     "fsdp1_leaves_factored": lambda: train_and_compare("fsdp1", leaves=True, update="factored"),

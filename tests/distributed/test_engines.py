@@ -35,13 +35,23 @@ ORTHOGONAL = {
     2: {"ddp_orthogonal": 0, "fsdp2_orthogonal": 2, "tp_orthogonal": 2},
     4: {"hsdp_orthogonal": 2, "fsdp2_orthogonal": 2, "fsdp2_tp_orthogonal": 6},
 }
+#: Modes whose ranks have copies of the hidden matrices -> collectives in a step: to share the work on these out.
+SHARED = {
+    2: {"ddp_shared": {"_allgather_base_": 1}},
+    4: {
+        "ddp_shared": {"_allgather_base_": 1},
+        "hsdp_shared": {"allreduce_": 2, "alltoall_base_": 2, "_allgather_base_": 1},
+    },
+}
 TWO = [
     *EXACT[2],
+    *SHARED[2],
     *ORTHOGONAL[2],
     *AVERAGING[2],
     *BF16[2],
     *BF16_MOMENTUM[2],
     *ROUNDING[2],
+    "disagree",
     "late_and_broken",
     "broken_orthogonal",
     "late_ddp",
@@ -58,6 +68,7 @@ TWO = [
 ]
 FOUR = [
     *EXACT[4],
+    *SHARED[4],
     *ORTHOGONAL[4],
     *AVERAGING[4],
     *BF16[4],
@@ -144,6 +155,25 @@ def test_whole_matrices_are_put_together_on_one_rank_each_and_train_as_in_one_pr
             assert all(elements <= 0.6 * HIDDEN for elements in sent)
             groups = GROUPS.get(mode.removesuffix("_orthogonal"), 1)
             assert len(counts.get("allreduce_", [])) <= 2 * groups  # whether all is finite; the factored rule's sums
+
+
+@pytest.mark.parametrize(("world_size", "mode"), by_size(SHARED))
+def test_copies_of_matrices_are_worked_on_once_and_train_as_in_one_process(runs, world_size, mode):
+    for result in runs[world_size]:
+        assert result[mode]["gsnr"] <= 1e-6
+        assert result[mode]["loss"] <= 1e-5
+        assert result[mode]["same"]  # weights, momenta and running means, bit for bit
+        for counts in result[mode]["collectives"][2:]:  # before, the A matrices are still to be measured
+            assert {name: len(sizes) for name, sizes in counts.items()} == SHARED[world_size][mode]
+            (received,) = counts["_allgather_base_"]
+            assert received <= 1.6 * 4 * HIDDEN  # bytes: all matrices in float32, their rows' factors, and padding
+    assert sum(result[mode]["worked_on"] for result in runs[world_size]) == 8
+
+
+def test_ranks_that_optimize_different_parts_of_a_ddp_model_each_work_on_their_own(runs):
+    for result in runs[2]:
+        assert result["disagree"]["moved"]
+        assert any("do not optimize the same parameters" in line for line in result["disagree"]["heard"])
 
 
 @pytest.mark.parametrize(("world_size", "mode"), by_size(EXACT))

@@ -95,7 +95,8 @@ def train(engine, what, checkpoint=None, **options):
     run.train(resume_from_checkpoint=checkpoint)
     assert run.accelerator.distributed_type.name == TYPES.get(engine, "DEEPSPEED"), run.accelerator.distributed_type
     assert dist.get_world_size() == run.accelerator.num_processes == WORLD
-    rows = [(row.name.replace("module.", ""), row) for row in sgd_sai_of(run).gsnr_report()]
+    rows = [(row.name, row) for row in sgd_sai_of(run).gsnr_report()]
+    rows = [(name.replace("_fsdp_wrapped_module.", "").replace("module.", ""), row) for name, row in rows]
     return {
         "losses": [row["loss"] for row in run.state.log_history if "loss" in row],
         "gsnr": {name: row.gsnr for name, row in rows},

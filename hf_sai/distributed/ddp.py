@@ -1,0 +1,52 @@
+"""DDP (``DistributedDataParallel``): whole parameters, the same on all processes of a group.
+
+Nothing needs to be known of it but where work can be shared out instead of repeated. The modules are noted when they
+are made, from the moment that hf_sai is imported, or when :func:`hf_sai.param_groups` is given them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from hf_sai.distributed.copies import agree, shared_out
+from hf_sai.distributed.instances import instances_of
+from hf_sai.optim.layout import Copies, Part, register_part
+
+__all__ = ["Replica"]
+
+#: Parameter -> the process group on which it is the same.
+_GROUPS = WeakIdKeyDictionary()
+
+
+def _note(module: Any) -> None:
+    for name, p in module.module.named_parameters():
+        if p.ndim > 1 and p.requires_grad and name not in module.parameters_to_ignore:
+            _GROUPS[p] = module.process_group
+            p._hf_sai_replica = True  # kind_of passes over tensors without any mark
+
+
+_MODULES = instances_of("torch.nn.parallel.distributed", "DistributedDataParallel", _note)
+
+
+@register_part
+class Replica(Part):
+    """A whole parameter that other processes have, too."""
+
+    __slots__ = ()
+
+    @classmethod
+    def recognises(cls, p: Tensor) -> bool:
+        return bool(_GROUPS) and p in _GROUPS
+
+    @classmethod
+    def look_at(cls, model: nn.Module) -> None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            _note(model)
+
+    @classmethod
+    def copied(cls, parts: Sequence[Part]) -> Sequence[tuple[list[Part], Copies | None]]:
+        return shared_out(parts, lambda part: _GROUPS[part.param], agree)
