@@ -300,8 +300,8 @@ class SGDSaI(Optimizer):
         self._steps += 1
         if self._releases is not None:
             self._releases.clear()
-        for group in self.param_groups if in_many_processes() else ():
-            if group["stochastic_rounding"]:  # counted alike by ranks that hold nothing of the group
+        for group in self.param_groups:
+            if group["stochastic_rounding"]:  # of all processes alike, however many and whatever they hold of the group
                 group["rounding_step"] = group.get("rounding_step", 0) + 1
         parts = self.layout.parts()
         new = self.layout.unmeasured(parts)

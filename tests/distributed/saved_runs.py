@@ -17,7 +17,8 @@ class TorchRun:
     """Model and optimizer under FSDP1 or FSDP2, saved by torch.distributed.checkpoint."""
 
     def __init__(self, engine):
-        self.model = build()
+        rounds = engine.endswith("rounded")
+        self.model = build(torch.bfloat16 if rounds else torch.float32)
         self.data = (dist.get_rank(), dist.get_world_size())
         if engine.startswith("fsdp1"):
             self.model = FullyShardedDataParallel(self.model, use_orig_params=True, device_id=torch.device(DEVICE))
@@ -30,7 +31,8 @@ class TorchRun:
         elif dist.get_world_size() > 1:
             shard(self.model)
         how = "factored" if engine.endswith("factored") else "published"
-        self.optimizer = self.sgd_sai = SGDSaI(groups_of(self.model), **OPTIONS, update=how)
+        options = {**OPTIONS, "update": how, "stochastic_rounding": rounds}
+        self.optimizer = self.sgd_sai = SGDSaI(groups_of(self.model), **options)
         self.saver = Saver(self.model, self.optimizer)
         self.save, self.load = self.saver.save, self.saver.load
         self.save_full, self.load_full = self.saver.save_full, self.saver.load_full

@@ -7,12 +7,14 @@ DCP = ["fsdp2", "fsdp2_factored", "fsdp1", "fsdp1_factored"]
 ACCELERATE = ["accelerate_ddp", "accelerate_fsdp2_sharded", "accelerate_fsdp2_full"]
 #: Resumed on as many ranks only; see docs/distributed.md.
 FSDP1 = ["accelerate_fsdp1_sharded", "accelerate_fsdp1_full", "accelerate_fsdp1_factored_full"]
-ENGINES = [*DCP, *ACCELERATE, *FSDP1]
+#: bfloat16 gradients are not the same on another number of ranks.
+ROUNDED = ["fsdp2_rounded", "fsdp1_rounded"]
+ENGINES = [*DCP, *ACCELERATE, *FSDP1, *ROUNDED]
 ELASTIC = [*DCP, *ACCELERATE]
 #: Meshes of 2 x 2.
 MESHES = ["hsdp", "fsdp2_tp"]
 #: Saved whole, too, by torch.distributed.checkpoint.
-FULL = [*DCP, "hsdp"]
+FULL = [*DCP, *ROUNDED, "hsdp"]
 
 
 def tasks(action, engines, place):
