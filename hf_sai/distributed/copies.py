@@ -122,16 +122,20 @@ def _rounds(parts: Sequence[Part], group: dist.ProcessGroup) -> Iterator[tuple[l
         yield together, Gathered(together, group)
 
 
-def agree(parts: Sequence[Part], group: dist.ProcessGroup) -> bool:
-    """Whether all members of a group have the same parts to work on; asked once, with one all_reduce.
+def agree(work: Sequence[Any], group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether all members of a group have the same to do; asked once, with one all_reduce.
 
     Optimizers that give each process some of the parameters have not.
+
+    Args:
+        work: What all members call alike.
+        group: The processes.
+        device: Where they communicate.
     """
-    named: list[Any] = [(part.number, tuple(part.shape), part.group.get("matrices")) for part in parts]
-    key = hashlib.blake2b(repr(named).encode(), digest_size=7).digest()
+    key = hashlib.blake2b(repr(list(work)).encode(), digest_size=7).digest()
     if (group.group_name, key) not in _AGREED:
         number = int.from_bytes(key, "little")
-        both = torch.tensor([number, -number], device=parts[0].table_device)
+        both = torch.tensor([number, -number], device=device)
         dist.all_reduce(both, dist.ReduceOp.MIN, group=group)
         same = _AGREED[group.group_name, key] = both[0].item() == -both[1].item()
         if not same:

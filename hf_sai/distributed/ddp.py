@@ -7,7 +7,7 @@ are made, from the moment that hf_sai is imported, or when :func:`hf_sai.param_g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
@@ -16,16 +16,19 @@ from hf_sai.distributed.copies import agree, shared_out
 from hf_sai.distributed.instances import instances_of
 from hf_sai.optim.layout import Copies, Part, register_part
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 __all__ = ["Replica"]
 
-#: Parameter -> the process group on which it is the same.
-_GROUPS = WeakIdKeyDictionary()
+#: Parameter -> the process group on which it is the same, and its name in the module.
+_HOMES = WeakIdKeyDictionary()
 
 
 def _note(module: Any) -> None:
     for name, p in module.module.named_parameters():
         if p.ndim > 1 and p.requires_grad and name not in module.parameters_to_ignore:
-            _GROUPS[p] = module.process_group
+            _HOMES[p] = module.process_group, name
             p._hf_sai_replica = True  # kind_of passes over tensors without any mark
 
 
@@ -40,7 +43,7 @@ class Replica(Part):
 
     @classmethod
     def recognises(cls, p: Tensor) -> bool:
-        return bool(_GROUPS) and p in _GROUPS
+        return bool(_HOMES) and p in _HOMES
 
     @classmethod
     def look_at(cls, model: nn.Module) -> None:
@@ -49,4 +52,8 @@ class Replica(Part):
 
     @classmethod
     def copied(cls, parts: Sequence[Part]) -> Sequence[tuple[list[Part], Copies | None]]:
-        return shared_out(parts, lambda part: _GROUPS[part.param], agree)
+        return shared_out(parts, lambda part: _HOMES[part.param][0], _all_have)
+
+
+def _all_have(parts: Sequence[Part], group: ProcessGroup) -> bool:
+    return agree([(_HOMES[part.param][1], part.group["matrices"]) for part in parts], group, parts[0].table_device)
