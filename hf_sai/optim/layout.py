@@ -355,9 +355,10 @@ def find_layout(optimizer: SGDSaI) -> Layout:
 
 def kind_of(p: Tensor) -> type[Part]:
     """The kind of part that a parameter has."""
-    if type(p) in _ORDINARY and not p.__dict__:  # engines mark what is theirs, by its type or by attributes
-        return Part
-    return next((kind for kind in _KINDS if kind.recognises(p)), Part)
+    for kind in _KINDS:
+        if kind.recognises(p):
+            return kind
+    return Part
 
 
 def admit(p: Tensor) -> None:
