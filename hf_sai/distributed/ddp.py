@@ -6,6 +6,7 @@ are made, from the moment that hf_sai is imported, or when :func:`hf_sai.param_g
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Replica"]
 
-#: Parameter -> the process group on which it is the same, and its name in the module.
+#: Parameter -> its module, by a weak reference, and its name in there.
 _HOMES = WeakIdKeyDictionary()
 
 
 def _note(module: Any) -> None:
     for name, p in module.module.named_parameters():
         if p.ndim > 1 and p.requires_grad and name not in module.parameters_to_ignore:
-            _HOMES[p] = module.process_group, name
+            _HOMES[p] = weakref.ref(module), name
             p._hf_sai_replica = True  # kind_of passes over tensors without any mark
 
 
@@ -52,7 +53,16 @@ class Replica(Part):
 
     @classmethod
     def copied(cls, parts: Sequence[Part]) -> Sequence[tuple[list[Part], Copies | None]]:
-        return shared_out(parts, lambda part: _HOMES[part.param][0], _all_have)
+        return shared_out(parts, _group_of, _all_have)
+
+
+def _group_of(part: Part) -> ProcessGroup | None:
+    """The processes with the same gradient, None where each has its own: in ``no_sync``, and under post-local SGD."""
+    module = _HOMES[part.param][0]()
+    if module is None or not module.require_backward_grad_sync:
+        return None
+    hooks = [getattr(hook, "__name__", "") for hook, _ in getattr(module, "_comm_hooks", ())]
+    return None if "post_localSGD_hook" in hooks else module.process_group
 
 
 def _all_have(parts: Sequence[Part], group: ProcessGroup) -> bool:

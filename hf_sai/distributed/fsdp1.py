@@ -7,6 +7,7 @@ noted when FSDP1 makes them, from the moment that hf_sai is imported; those made
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from hf_sai.optim.sgd_sai import SGDSaI
 
 __all__ = ["Slice", "Slices"]
+
+logger = logging.getLogger(__name__)
 
 
 class Home(NamedTuple):
@@ -202,6 +205,14 @@ class Slices(Layout):
         self.home = {p: homes[id(p)] for p in slices}
         self.agreed: dict[Tensor, float] = {}
         self._may_be_loaded = True  # the state, since the last step
+
+    def check(self) -> None:
+        super().check()
+        if len({(group["update"] == "factored", group["momentum"] == 0) for group in self.optimizer.param_groups}) > 1:
+            logger.warning(
+                "FSDP1 cannot save a flat parameter whose tensors have different states. Give all groups update="
+                "'factored' or none of them, and all a momentum or none; or use FSDP2 (fsdp_version: 2)."
+            )
 
     def parts(self) -> list[Part]:
         if self._may_be_loaded:

@@ -1,6 +1,7 @@
 """Trains the tiny model under torch's engines and compares with one process: ``engines_worker.py MODE [MODE ...]``."""
 
 # ruff: noqa: E402
+import contextlib
 import logging
 import sys
 import warnings
@@ -130,23 +131,46 @@ def shared_orthogonal(mode):
         copies.WORTH = worth
 
 
-def disagree():
-    """Each rank optimizes another matrix of a DDP model: nobody waits for anybody."""
+@contextlib.contextmanager
+def listening():
+    """What hf_sai warns of."""
     heard = []
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())
     logging.getLogger("hf_sai").addHandler(handler)
+    yield heard
+    logging.getLogger("hf_sai").removeHandler(handler)
+
+
+def disagree():
+    """Each rank optimizes another matrix of a DDP model, or has gradients of its own: nobody waits for anybody."""
     worth, copies.WORTH = copies.WORTH, 1
+    per_step = []
     try:
-        model, rank, size = make("ddp")
-        own = model.module.blocks[RANK].up.weight
-        optimizer = SGDSaI([{"params": [own], "update": "orthogonal", "matrices": "linear"}], **OPTIONS)
-        before = own.detach().clone()
-        train(model, optimizer, range(2), rank, size)
-        return {"heard": heard, "moved": not own.equal(before)}
+        with listening() as heard:
+            model, rank, size = make("ddp")
+            own = model.module.blocks[RANK].up.weight
+            optimizer = SGDSaI([{"params": [own], "update": "orthogonal", "matrices": "linear"}], **OPTIONS)
+            before = own.detach().clone()
+            train(model, optimizer, range(2), rank, size)
+        local, *_ = make("ddp")
+        with local.no_sync():
+            optimizer = SGDSaI(groups_of(local, "orthogonal"), **OPTIONS)
+            with counting(optimizer, per_step):
+                train(local, optimizer, range(2), rank, size)
+        return {"heard": heard, "moved": not own.equal(before), "without_sync": per_step}
     finally:
         copies.WORTH = worth
-        logging.getLogger("hf_sai").removeHandler(handler)
+
+
+def different_states():
+    """FSDP1, of which one group has running means and the other none."""
+    model, rank, size = make("fsdp1")
+    groups = groups_of(model)
+    groups[0]["update"] = "factored"
+    with listening() as heard:
+        train(model, SGDSaI(groups, **OPTIONS), range(1), rank, size)
+    return {"heard": heard}
 
 
 def worked_on(optimizer):
@@ -199,7 +223,7 @@ def bf16_momentum(mode):
     optimizer = SGDSaI(groups_of(model), **OPTIONS, momentum_dtype=torch.bfloat16)
     losses = train(model, optimizer, range(STEPS), rank, size)
     got = {"gsnr": gsnr_of(optimizer), "losses": losses}
-    buffers = [optimizer.state[p]["momentum_buffer"] for p in params_of(optimizer)]
+    buffers = [state["momentum_buffer"] for state in optimizer.state.values()]
     return {
         **largest_difference(got, reference(momentum_dtype=torch.bfloat16)),
         "same_placements": same_placements(optimizer),
@@ -359,7 +383,7 @@ def scaler(mode):
 
 CHECKS = {
     **{f"bf16_{mode}": (lambda mode=mode: bf16(mode)) for mode in ("ddp", "fsdp2", "tp", "fsdp1", "hsdp", "fsdp2_tp")},
-    **{f"bf16_momentum_{mode}": (lambda mode=mode: bf16_momentum(mode)) for mode in ("fsdp2", "tp", "hsdp")},
+    **{f"bf16_momentum_{mode}": (lambda mode=mode: bf16_momentum(mode)) for mode in ("fsdp2", "tp", "hsdp", "fsdp1")},
     **{f"rounding_{mode}": (lambda mode=mode: rounding(mode)) for mode in ("ddp", "tp", "hsdp", "fsdp1_hybrid")},
     "slices_are_rounded_apart": slices_are_rounded_apart,
     "bf16_mixed": lambda: bf16("fsdp2", dtype=torch.float32, mp_policy=MIXED),
@@ -389,6 +413,7 @@ CHECKS = {
     },
     **{f"{mode}_shared": (lambda mode=mode: shared_orthogonal(mode)) for mode in ("ddp", "hsdp")},
     "disagree": disagree,
+    "different_states": different_states,
     "fsdp1_factored": lambda: train_and_compare("fsdp1", update="factored"),
     "fsdp1_rows": lambda: train_and_compare("fsdp1", update="rows"),
     "fsdp1_leaves_factored": lambda: train_and_compare("fsdp1", leaves=True, update="factored"),

@@ -5,7 +5,7 @@ import torch
 from launch import run_ranks
 
 BF16 = {2: ["bf16_ddp", "bf16_fsdp2", "bf16_mixed", "bf16_tp", "bf16_fsdp1"], 4: ["bf16_hsdp", "bf16_fsdp2_tp"]}
-BF16_MOMENTUM = {2: ["bf16_momentum_fsdp2", "bf16_momentum_tp"], 4: ["bf16_momentum_hsdp"]}
+BF16_MOMENTUM = {2: ["bf16_momentum_fsdp2", "bf16_momentum_tp", "bf16_momentum_fsdp1"], 4: ["bf16_momentum_hsdp"]}
 #: Compared with one process in float32.
 EXACT = {
     2: [
@@ -52,6 +52,7 @@ TWO = [
     *BF16_MOMENTUM[2],
     *ROUNDING[2],
     "disagree",
+    "different_states",
     "late_and_broken",
     "broken_orthogonal",
     "late_ddp",
@@ -174,6 +175,13 @@ def test_ranks_that_optimize_different_parts_of_a_ddp_model_each_work_on_their_o
     for result in runs[2]:
         assert result["disagree"]["moved"]
         assert any("do not optimize the same parameters" in line for line in result["disagree"]["heard"])
+        assert result["disagree"]["without_sync"] == [{}, {}]
+
+
+def test_states_that_torch_will_not_save_are_warned_of_in_the_first_step(runs):
+    for result in runs[2]:
+        (line,) = result["different_states"]["heard"]
+        assert "different states" in line
 
 
 @pytest.mark.parametrize(("world_size", "mode"), by_size(EXACT))
