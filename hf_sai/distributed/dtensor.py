@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_sai.distributed.copies import shared_out
 from hf_sai.distributed.exchange import exchanges
-from hf_sai.optim.layout import Part, Sharing, register_part
+from hf_sai.optim.layout import Copies, Part, Sharing, register_part
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -79,6 +80,17 @@ class Shard(Part):
     @classmethod
     def sharing(cls, parts: Sequence[Part]) -> Sequence[tuple[list[Part], Sharing]]:
         return exchanges(parts)
+
+    @classmethod
+    def copied(cls, parts: Sequence[Part]) -> Sequence[tuple[list[Part], Copies | None]]:
+        """Replicas share the work where one mesh dimension counts them, as that of HSDP does."""
+
+        def group_of(part: Any) -> ProcessGroup | None:
+            mesh, placements = part._dtensor.device_mesh, part._dtensor.placements
+            dims = [dim for dim, of in enumerate(placements) if of.is_replicate() and mesh.size(dim) > 1]
+            return mesh.get_group(dims[0]) if len(dims) == 1 else None
+
+        return shared_out(parts, group_of)
 
     @property
     def table_device(self) -> torch.device:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_sai.distributed.instances import instances_of
 from hf_sai.distributed.stretch import NOT_WHOLE, Stretch
 from hf_sai.optim.layout import UNMEASURED, Layout, Part, register_layout, register_part
+from hf_sai.optim.rules import factored
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -25,10 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Slice", "Slices"]
 
-
 logger = logging.getLogger(__name__)
-
-_UNSAVED = "FSDP1 cannot save the optimizer state of update='factored'."
 
 
 class Home(NamedTuple):
@@ -46,6 +44,9 @@ class Home(NamedTuple):
     groups: tuple[ProcessGroup, ...]
     device: torch.device
 
+
+#: In a state dict numbers are tensors without dimensions: torch moves all of it between devices.
+_OF_NUMBERS = {float: torch.float64, int: torch.int64}
 
 #: The handles of all flat parameters that are alive.
 _HANDLES = instances_of("torch.distributed.fsdp._flat_param", "FlatParamHandle")
@@ -74,11 +75,9 @@ class Slice(Stretch):
     __slots__ = ("_layout", "_parameter")
 
     kind = "the slices of parameters that FSDP1 hands the optimizer"
-    refused: ClassVar = {
-        "stochastic_rounding": ((True,), "Leave it out, or use FSDP2 (fsdp_version: 2)."),
-        "update": NOT_WHOLE,
-    }
+    refused: ClassVar = {"update": NOT_WHOLE}
     parted = True
+    always_saved = True  # loaded is what the state dict before loading has, and by accelerate that of a new optimizer
 
     @classmethod
     def recognises(cls, p: Tensor) -> bool:
@@ -110,6 +109,12 @@ class Slice(Stretch):
         self._parameter = p
         self._layout: Any = None
 
+    @classmethod
+    def at_rest(cls, p: Tensor, group: dict[str, Any], state: Any) -> Slice:
+        part = cls(p, group, state)
+        part.shape, part.start = _homes()[id(p)][:2]
+        return part
+
     def within(self, layout: Slices) -> Slice:
         """The slice as a layout knows it: with the shape of the whole, and with what all ranks know of its g-SNR."""
         self._layout = layout
@@ -134,11 +139,43 @@ class Slice(Stretch):
     def boxes(self, tensor: Tensor) -> Iterator[tuple[Tensor, slice, slice]] | None:
         return super().boxes(tensor) if tensor.ndim == 1 else None  # of NO_SHARD
 
+    @property
+    def place(self) -> int:
+        return self.start
+
+    def fits(self, shape: Sequence[int], kept: Sequence[int]) -> bool:
+        """Also a mean square of each element: the layout makes rows and columns of it in the next step."""
+        return super().fits(shape, kept) or (not kept and tuple(shape) == tuple(self.param.shape))
+
     def as_saved(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Refuses running means: torch takes every tensor for a slice, and wants each of all parameters."""
-        if "averaged_steps" in state:
-            raise ValueError(f"{_UNSAVED} Save the weights alone, or use FSDP2 (fsdp_version: 2), which saves both.")
-        return state
+        """As torch can gather and share out states: tensors alone, without dimensions or with one value an element.
+
+        Those with a value an element must have one dtype, and all parameters must have the same of them. So the mean
+        squares of rows and columns are saved as those of each element, as AdamW has them.
+        """
+        saved = {
+            key: value if isinstance(value, Tensor) else torch.tensor(value, dtype=_OF_NUMBERS[type(value)])
+            for key, value in state.items()
+        }
+        if "column_mean_square" in saved:
+            rows, columns = saved.pop("row_mean_square"), saved.pop("column_mean_square")
+            means = {"mean_square": saved["mean_square"], "row_mean_square": rows, "column_mean_square": columns}
+            saved["mean_square"] = self._each_element(means)
+        if "mean_square" in saved and "momentum_buffer" in saved:
+            saved["momentum_buffer"] = saved["momentum_buffer"].to(torch.float32)
+        return saved
+
+    def _each_element(self, means: dict[str, Tensor]) -> Tensor:
+        values = torch.empty(self.param.shape, device=self.param.device)
+        boxes = self.boxes(values)
+        if boxes is None:
+            return factored.product(means)
+        as_matrices = {key: value.view(value.shape[0], -1) for key, value in means.items()}
+        for box, rows, columns in boxes:
+            here = {"row_mean_square": as_matrices["row_mean_square"][rows]}
+            here["column_mean_square"] = as_matrices["column_mean_square"][:, columns]
+            box.copy_(factored.product({**as_matrices, **here}))
+        return values
 
     @property
     def table_device(self) -> torch.device:
@@ -167,11 +204,28 @@ class Slices(Layout):
             )
         self.home = {p: homes[id(p)] for p in slices}
         self.agreed: dict[Tensor, float] = {}
+        self._may_be_loaded = True  # the state, since the last step
 
     def check(self) -> None:
         super().check()
-        if any(group["update"] == "factored" for group in self.optimizer.param_groups):
-            logger.warning("%s Saving it will fail; FSDP2 (fsdp_version: 2) saves it.", _UNSAVED)
+        if len({(group["update"] == "factored", group["momentum"] == 0) for group in self.optimizer.param_groups}) > 1:
+            logger.warning(
+                "FSDP1 cannot save a flat parameter whose tensors have different states. Give all groups update="
+                "'factored' or none of them, and all a momentum or none; or use FSDP2 (fsdp_version: 2)."
+            )
+
+    def parts(self) -> list[Part]:
+        if self._may_be_loaded:
+            factored.factor(
+                [
+                    self.part(p, group)
+                    for group in self.optimizer.param_groups
+                    for p in group["params"]
+                    if group["update"] == "factored" and p in self.home and len(self.home[p].shape) > 1
+                ]
+            )
+            self._may_be_loaded = False
+        return super().parts()
 
     def part(self, p: Tensor, group: dict[str, Any], number: int = 0) -> Part:
         if p not in self.home:

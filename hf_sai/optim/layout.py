@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "UNMEASURED",
+    "Copies",
     "Layout",
     "Part",
     "Sharing",
@@ -75,6 +76,9 @@ class Part:
     #: Whether a later run may part the parameter in other ways, so that what is saved must not depend on this one.
     parted = False
 
+    #: Whether what is saved must have a state of each parameter that is trained, also before its training begins.
+    always_saved = False
+
     @classmethod
     def recognises(cls, p: Tensor) -> bool:
         """Whether an optimizer's parameter has parts of this kind."""
@@ -104,6 +108,11 @@ class Part:
         self.fresh = False
 
     @classmethod
+    def at_rest(cls, p: Tensor, group: dict[str, Any], state: Any) -> Part:
+        """A part whose state is looked at, not its gradient, which need not be brought into the parameter's form."""
+        return cls(p.detach(), group, state)
+
+    @classmethod
     def of_gradient(cls, gradient: Tensor, group: dict[str, Any]) -> Part:
         """A part that is only measured: of a gradient whose parameter is not known."""
         part = cls(gradient, group, {})
@@ -125,6 +134,11 @@ class Part:
     def gsnr(self, value: float) -> None:
         self.state["gsnr"] = value
 
+    @property
+    def place(self) -> int:
+        """What tells this part from other processes' parts of the same parameter that are rounded by themselves."""
+        return 0
+
     def holders(self, kept: Sequence[int] = ()) -> tuple[ProcessGroup, ...]:
         """The process groups over which sums over this part add up to sums over the whole parameter.
 
@@ -137,6 +151,11 @@ class Part:
     def sharing(cls, parts: Sequence[Part]) -> Sequence[tuple[list[Part], Sharing]]:
         """What brings the tensors of these parts, which other processes hold, too, to one process each and back."""
         raise NotImplementedError
+
+    @classmethod
+    def copied(cls, parts: Sequence[Part]) -> Sequence[tuple[list[Part], Copies | None]]:
+        """Parts of which other processes hold the same, and what lets them share the work; None where nobody does."""
+        return [(list(parts), None)]
 
     @property
     def table_device(self) -> torch.device:
@@ -162,6 +181,10 @@ class Part:
         """The shape that :meth:`zeros` gives in this process a tensor with these dimensions in full."""
         return tuple(length if d in kept else 1 for d, length in enumerate(self.param.shape))
 
+    def fits(self, shape: Sequence[int], kept: Sequence[int]) -> bool:
+        """Whether a saved tensor of this shape is one with these dimensions in full."""
+        return tuple(shape) == self.shape_of(kept)
+
     def boxes(self, tensor: Tensor) -> Iterator[tuple[Tensor, slice, slice]] | None:
         """For a part that has not its parameter's dimensions: how it lies in the whole as a matrix. None for others."""
         return None
@@ -183,6 +206,19 @@ class Sharing(Protocol):
 
     def hand_out(self, wholes: Sequence[tuple[int, Tensor | None, Sequence[int], torch.dtype]]) -> list[Tensor]:
         """What lies here of tensors that are whole on one process, None on the others."""
+
+
+class Copies(Protocol):
+    """Shares work on parts of which several processes hold the same: each is one process's to work on.
+
+    All processes that hold them must call its methods alike.
+    """
+
+    def mine(self, index: int) -> bool:
+        """Whether a part is this process's."""
+
+    def spread(self, tensors: Sequence[Sequence[Tensor]]) -> None:
+        """Overwrite each part's tensors by those of the process whose part it is."""
 
 
 class Layout:

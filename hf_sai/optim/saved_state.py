@@ -92,11 +92,12 @@ def _each(
 
 
 def _with_float_gsnr(state: Any) -> Any:
-    """A parameter's saved state with its g-SNR as a float; of a flat tensor under DeepSpeed ZeRO it is a list."""
+    """A parameter's saved state with numbers that FSDP1 saves as tensors; a flat tensor's g-SNR is ZeRO's list."""
     if not isinstance(state, dict) or "gsnr" not in state or isinstance(state["gsnr"], list):
         return state
     gsnr = float(state["gsnr"])
-    return {**state, "gsnr": gsnr if math.isfinite(gsnr) else UNMEASURED}
+    steps = {key: int(state[key]) for key in ("averaged_steps",) if isinstance(state.get(key), Tensor)}
+    return {**state, "gsnr": gsnr if math.isfinite(gsnr) else UNMEASURED, **steps}
 
 
 def _require_ours(name: str, state: dict[str, Any]) -> None:
@@ -159,9 +160,10 @@ def _in_form(name: str, p: Tensor, group: dict[str, Any], tensors: dict[str, Ten
     momentum = {key: tensors[key] for key in MOMENTUM_KEYS if key in tensors}
     # Copied: no two optimizers may share running means. Of a momentum that fits torch keeps the tensor it was given.
     formed = {key: value.to(p.device, copy=True) for key, value in tensors.items() if key not in momentum}
+    formed = RULES[group["update"]].taken_up(part, formed)
     for key, dims in RULES[group["update"]].kept(part).items():
         if key in formed:
-            if tuple(local(formed[key]).shape) != part.shape_of(dims):
+            if not part.fits(local(formed[key]).shape, dims):
                 raise _does_not_fit(name, key, formed[key], part)
             formed[key] = formed[key].to(torch.float32)
     if "momentum_buffer" in momentum:

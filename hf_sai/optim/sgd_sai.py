@@ -218,9 +218,12 @@ class SGDSaI(Optimizer):
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for index, p in zip(saved["params"], group["params"], strict=True):
                 kind = kind_of(p)
-                if index in state and kind.parted:
-                    # Detached, for the gradient need not be brought into the parameter's form.
-                    state[index] = momenta.saved(kind(p.detach(), group, state[index]))
+                begins = kind.always_saved and index not in state and p.requires_grad and p.numel() > 0
+                if kind.parted and (index in state or begins):
+                    part = kind.at_rest(p, group, state.get(index, {}))
+                    if begins:
+                        _allocate(part)
+                    state[index] = momenta.saved(part)
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -297,6 +300,9 @@ class SGDSaI(Optimizer):
         self._steps += 1
         if self._releases is not None:
             self._releases.clear()
+        for group in self.param_groups:
+            if group["stochastic_rounding"]:  # of all processes alike, however many and whatever they hold of the group
+                group["rounding_step"] = group.get("rounding_step", 0) + 1
         parts = self.layout.parts()
         new = self.layout.unmeasured(parts)
         of_scaler = {key: getattr(self, key) for key in ("grad_scale", "found_inf") if hasattr(self, key)}
@@ -314,7 +320,8 @@ class SGDSaI(Optimizer):
         # --- g-SNR, once: G = ||g|| / sigma(g)
         gsnr.measure(new)
         for part in new:
-            self._allocate(part)
+            if part.grad is not None:
+                _allocate(part)
         by_group: dict[int, list[Part]] = defaultdict(list)
         for part in parts:
             if part.gsnr != UNMEASURED:
@@ -341,18 +348,6 @@ class SGDSaI(Optimizer):
         for of in by_group.values():
             self._update(of, factors, largest, of_scaler)
 
-    def _allocate(self, part: Part) -> None:
-        """Give a parameter's state its keys, measured or not.
-
-        torch.distributed.checkpoint builds its loading template from a step on zero gradients.
-        """
-        if part.grad is None:
-            return
-        part.state.setdefault("gsnr", part.gsnr)
-        RULES[part.group["update"]].allocate(part)
-        if part.group["momentum"] != 0:
-            momenta.allocate(part)
-
     def _update(
         self,
         parts: Sequence[Part],
@@ -367,8 +362,6 @@ class SGDSaI(Optimizer):
         names = ("lr", "weight_decay", "maximize", "stochastic_rounding", "foreach", "fused")
         options: dict[str, Any] = {**{name: group[name] for name in names}, **of_scaler}
         alike = group["stochastic_rounding"] and in_many_processes()
-        if alike:
-            group["rounding_step"] = group.get("rounding_step", 0) + 1
         for portion in rule.portions(parts):
             lists = (
                 [part.param for part in portion.parts],
@@ -382,7 +375,7 @@ class SGDSaI(Optimizer):
                 continue
             # One by one: of a sharded parameter ranks may draw fewer numbers, and replicas must be rounded alike.
             for part, *one, own in zip(portion.parts, *lists, strict=True):
-                with draw_alike(part.param.device, part.gsnr, part.number, group["rounding_step"]):
+                with draw_alike(part.param.device, part.gsnr, part.number, group["rounding_step"], part.place):
                     sgd_sai(*([value] for value in one), grad_factors=[own], momentum=portion.momentum, **options)
 
     def _unscale(self, parts: Sequence[Part], grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
@@ -441,6 +434,17 @@ class SGDSaI(Optimizer):
             len(still),
             ", ".join(still[:10]) + (", ..." if len(still) > 10 else ""),
         )
+
+
+def _allocate(part: Part) -> None:
+    """Give a parameter's state its keys, measured or not.
+
+    torch.distributed.checkpoint builds its loading template from a step on zero gradients.
+    """
+    part.state.setdefault("gsnr", part.gsnr)
+    RULES[part.group["update"]].allocate(part)
+    if part.group["momentum"] != 0:
+        momenta.allocate(part)
 
 
 def _choice(group: dict[str, Any]) -> Choice:

@@ -27,7 +27,7 @@ def in_many_processes() -> bool:
 
 
 @contextlib.contextmanager
-def draw_alike(device: torch.device, gsnr: float, number: int, step: int) -> Iterator[None]:
+def draw_alike(device: torch.device, gsnr: float, number: int, step: int, place: int = 0) -> Iterator[None]:
     """The same random numbers on all ranks, whatever their own random states, which are left as they were.
 
     Args:
@@ -35,8 +35,10 @@ def draw_alike(device: torch.device, gsnr: float, number: int, step: int) -> Ite
         gsnr: The parameter's, which every rank knows and which follows from the run's own seed.
         number: The parameter's place among all of the optimizer's.
         step: The steps that were rounded so far, as resume goes on with them.
+        place: Where in the parameter the part begins that is rounded; others draw other numbers.
     """
-    seed = int.from_bytes(hashlib.blake2b(struct.pack("<dqq", gsnr, number, step), digest_size=7).digest(), "little")
+    key = struct.pack("<dqq", gsnr, number, step) + (struct.pack("<q", place) if place else b"")
+    seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little")
     on_cpu = device.type == "cpu"
     with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
         if on_cpu:

@@ -40,10 +40,15 @@ class Denoiser(nn.Module):
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel | None = None) -> None:
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
+        # Of these modules FSDP2 shards each by itself.
+        kinds = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = [n for part in self.children() for n in part._no_split_modules or () if n in kinds]
 
     def forward(self, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         """Return the prediction for noisy latents; `text`: tokens, or the states of a frozen text encoder."""
         states = text if self.text_encoder is None else self.text_encoder(text)[0]
+        if not torch.is_autocast_enabled(noisy.device.type):  # DeepSpeed's half precision
+            noisy, states = noisy.to(self.unet.dtype), states.to(self.unet.dtype)
         return self.unet(noisy, timesteps, states).sample
 
 

@@ -38,13 +38,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes.common l
 import numpy
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from arguments import Arguments, describe_data, describe_model, hub_settings, parse_arguments, plain, public
 from diffusers.training_utils import EMAModel, cast_training_params, compute_snr
 from evaluation import denoising_loss, denoising_target, save_grid
 from image_data import Encoded, encode, load_splits, text_states, tokenize
 from optimizers import build_optimizer, read_settings
 from sd_parts import Denoiser, Parts, add_lora, load_parts, make_pipeline, sample, save_lora
+from sharded import Whole, in_pieces, pieces_like, prepare_engine, sharded_again, whole_tensors
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
@@ -60,8 +61,9 @@ from recipes.common.recipe_input import InputError, delete_checkpoints, find_che
 from recipes.common.result_files import write_json
 
 STATE_FILE = "training_state.pt"
+#: Beside it, what Accelerate saves of weights and optimizer under FSDP2 and DeepSpeed.
+ENGINE_FOLDER = "engine"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 @dataclass
@@ -78,6 +80,7 @@ class Run:
     schedule: Any
     recorder: RunRecorder
     publisher: PublishCallback | None = None
+    whole: Whole | None = None  # for drawing and saving
     ema: EMAModel | None = None
     pictures: dict[str, list] = field(default_factory=dict)
 
@@ -106,8 +109,9 @@ def main(argv: list[str] | None = None) -> dict:
     recorder = RunRecorder(
         args.output_dir, data=[describe_data(args)], card=describe_model(args), main_process=accelerator.is_main_process
     )
+    whole = Whole(parts, args.train_text_encoder, accelerator)
     model, optimizer = accelerator.prepare(model, optimizer)
-    run = Run(args, accelerator, parts, data, empty, model, optimizer, schedule, recorder, publisher)
+    run = Run(args, accelerator, parts, data, empty, model, optimizer, schedule, recorder, publisher, whole)
     if args.use_ema:
         run.ema = EMAModel(run.trained, decay=args.ema_decay)
     accelerator.init_trackers("text_to_image", plain(args))
@@ -118,8 +122,9 @@ def main(argv: list[str] | None = None) -> dict:
     train(run, first)
     after = evaluate(run, args.max_steps, "after", keep_average=True)
     results = {"before": {"eval_loss": before}, "after": {"eval_loss": after}}
-    if accelerator.is_main_process:
-        save_results(run, results)
+    weights = whole.gather(run.model)
+    if weights is not None:
+        save_results(run, weights, results)
     accelerator.end_training()
     if publisher:
         publisher.finish()
@@ -132,7 +137,7 @@ def make_accelerator(args: Arguments) -> Accelerator:
         accelerator = Accelerator(
             cpu=args.use_cpu,
             mixed_precision=args.mixed_precision,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
             log_with=wanted,
             project_dir=args.output_dir,
         )
@@ -140,11 +145,7 @@ def make_accelerator(args: Arguments) -> Accelerator:
         raise InputError(f"cannot set up Accelerate: {first_line(error)}") from error
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("mixed_precision is fp16, which needs a GPU; on a CPU give bf16, or no.")
-    if accelerator.distributed_type not in SUPPORTED:
-        raise InputError(
-            f"this recipe keeps the whole model on every device and does not run under "
-            f"{accelerator.distributed_type.value}; use accelerate_configs/one_gpu.yaml or ddp.yaml."
-        )
+    prepare_engine(accelerator, args)
     if wanted and not accelerator.log_with:
         raise InputError(f"report_to is {wanted}, which is not installed; install it, or give --report_to none.")
     return accelerator
@@ -155,12 +156,12 @@ def make_trainable(parts: Parts, args: Arguments, accelerator: Accelerator) -> D
     half = DTYPES.get(accelerator.mixed_precision, torch.float32)
     for module in (parts.vae, parts.text_encoder, parts.unet):
         module.to(accelerator.device)
-    if half != torch.float32:
+    if half != torch.float32 and not (in_pieces(accelerator) and args.train_text_encoder):
         parts.text_encoder.to(half)  # not the autoencoder, which runs once and overflows in float16 in some checkpoints
     if args.train == "full":
         parts.unet.requires_grad_(True)
     else:
-        if half != torch.float32:
+        if half != torch.float32 and not in_pieces(accelerator):  # FSDP2 shards tensors of one dtype together
             parts.unet.to(half)
         add_lora(parts, args)
         cast_training_params([parts.unet, parts.text_encoder], dtype=torch.float32)
@@ -229,6 +230,7 @@ def take_step(run: Run, step: int, measure: bool) -> tuple[torch.Tensor, Any]:
             losses.append(loss.detach())
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(run.trained, run.args.max_grad_norm or float("inf"))
+                (norm,) = whole_tensors([norm])
                 run.recorder.update_begins(measure=measure)
             run.optimizer.step()  # Accelerate skips it while it accumulates
             run.optimizer.zero_grad()
@@ -280,6 +282,7 @@ def evaluate(run: Run, step: int, name: str, keep_average: bool = False) -> floa
     run.model.eval()
     run.optimizer.eval()
     if run.ema is not None:
+        sharded_again(run.model)
         run.ema.store(run.trained)
         run.ema.copy_to(run.trained)
     loss = denoising_loss(
@@ -287,15 +290,18 @@ def evaluate(run: Run, step: int, name: str, keep_average: bool = False) -> floa
     )
     run.recorder.append(step, {"eval_loss": loss})
     accelerator.log({"eval_loss": loss}, step=step)
-    if args.validation_prompts and accelerator.is_main_process:
-        with accelerator.autocast():
-            run.pictures[name] = drawn = sample(make_pipeline(run.parts), args.validation_prompts, args)
+    parts = run.whole.gather(run.model) if args.validation_prompts else None
+    if parts is not None:
+        half = DTYPES.get(accelerator.mixed_precision)
+        with run.whole.on_device(parts), torch.autocast(accelerator.device.type, half, enabled=half is not None):
+            run.pictures[name] = drawn = sample(make_pipeline(parts), args.validation_prompts, args)
         save_grid({name: drawn}, args.validation_prompts, Path(args.output_dir, "images", f"{name}.png"))
         for tracker in accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 images = numpy.stack([numpy.asarray(picture) for picture in drawn])
                 tracker.log_images({"validation": images}, step, **shape)
+    sharded_again(run.model)
     if run.ema is not None and not keep_average:
         run.ema.restore(run.trained)
     run.optimizer.train()
@@ -305,25 +311,37 @@ def evaluate(run: Run, step: int, name: str, keep_average: bool = False) -> floa
 
 def save_checkpoint(run: Run, step: int) -> None:
     """Save what training goes on from, all or nothing: trained weights, optimizer, schedule, moving average."""
-    if not run.accelerator.is_main_process:
-        return
-    model = run.accelerator.unwrap_model(run.model)
-    state = {
-        "step": step,
-        "weights": {name: value for name, value in model.named_parameters() if value.requires_grad},
-        "optimizer": run.optimizer.state_dict(),
-        "schedule": run.schedule.state_dict(),
-        "ema": run.ema and run.ema.state_dict(),
-        "scaler": run.accelerator.scaler and run.accelerator.scaler.state_dict(),
-    }
+    accelerator, main = run.accelerator, run.accelerator.is_main_process
+    pieces = in_pieces(accelerator)
     folder = Path(run.args.output_dir, f"checkpoint-{step}")
     unfinished = folder.with_name(f"unfinished-{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    torch.save(state, unfinished / STATE_FILE)
+    if main:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    if pieces:
+        accelerator.save_state(str(unfinished / ENGINE_FOLDER))
+        accelerator.wait_for_everyone()
+    ema = run.ema and run.ema.state_dict()
+    if ema:
+        ema = {**ema, "shadow_params": whole_tensors(ema["shadow_params"])}
     publish = run.publisher is not None and run.args.hub_strategy != "end"
-    if publish:
-        save_weights(run, unfinished)
+    parts = run.whole.gather(run.model) if publish else None
+    if not main:
+        return
+    model = accelerator.unwrap_model(run.model)
+    trained = {name: None if pieces else value for name, value in model.named_parameters() if value.requires_grad}
+    state = {
+        "step": step,
+        "weights": trained,
+        "optimizer": None if pieces else run.optimizer.state_dict(),
+        "schedule": run.schedule.state_dict(),
+        "ema": ema,
+        "scaler": accelerator.scaler and accelerator.scaler.state_dict(),
+    }
+    torch.save(state, unfinished / STATE_FILE)
+    if parts is not None:
+        save_weights(run, parts, unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
     run.recorder.save(folder)
@@ -335,12 +353,12 @@ def save_checkpoint(run: Run, step: int) -> None:
         shutil.rmtree(old)
 
 
-def save_weights(run: Run, folder: Path) -> None:
+def save_weights(run: Run, parts: Parts, folder: Path) -> None:
     """Save what others load: the whole pipeline after full training, else the adapters."""
     if run.args.train == "full":
-        make_pipeline(run.parts).save_pretrained(folder)
+        make_pipeline(parts).save_pretrained(folder)
     else:
-        save_lora(run.parts, folder)
+        save_lora(parts, folder)
 
 
 def load_checkpoint(run: Run, folder: str) -> int:
@@ -353,22 +371,32 @@ def load_checkpoint(run: Run, folder: str) -> int:
     names = {name for name, value in run.accelerator.unwrap_model(run.model).named_parameters() if value.requires_grad}
     if names != set(state["weights"]) or (state["ema"] is None) != (run.ema is None):
         raise InputError(f"{folder} is from a run with other trained weights; give the options of that run.")
-    run.accelerator.unwrap_model(run.model).load_state_dict(state["weights"], strict=False)
-    run.optimizer.load_state_dict(state["optimizer"])
+    pieces = in_pieces(run.accelerator)
+    if pieces != Path(folder, ENGINE_FOLDER).is_dir():
+        saved, here = ("whole", "pieces of it") if pieces else ("pieces of it", "whole")
+        raise InputError(
+            f"{folder} holds the model {saved}, and this run has {here} on a device; give that run's configuration."
+        )
+    if pieces:
+        run.accelerator.load_state(str(Path(folder, ENGINE_FOLDER)))
+    else:
+        run.accelerator.unwrap_model(run.model).load_state_dict(state["weights"], strict=False)
+        run.optimizer.load_state_dict(state["optimizer"])
     run.schedule.load_state_dict(state["schedule"])
     if run.ema is not None:
         run.ema.load_state_dict(state["ema"])
         run.ema.to(run.accelerator.device)
+        run.ema.shadow_params = pieces_like(run.ema.shadow_params, run.trained)
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     return state["step"]
 
 
-def save_results(run: Run, results: dict) -> None:
+def save_results(run: Run, weights: Parts, results: dict) -> None:
     """Save the weights, results.json, the group report, pictures and the model card; say where they are."""
     args, folder = run.args, Path(run.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    save_weights(run, folder)
+    save_weights(run, weights, folder)
     last = folder / f"checkpoint-{args.max_steps}"
     saved = {**results, "settings": public(args), "checkpoint": last.name if last.is_dir() else None}
     write_json(folder / "results.json", saved)

@@ -70,6 +70,7 @@ END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_DOCUMENTS = 100_000
 SHUFFLE_BUFFER = 10_000
 FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+DTYPES = ("float32", "bfloat16")
 MODEL_SIZES = {  # layers, width, heads; all but tiny are OpenAI's
     "tiny": (4, 128, 4),
     "gpt2": (12, 768, 12),
@@ -99,6 +100,9 @@ class ScriptArguments:
     vocab_size: int = option(2048, "Entries of a tokenizer trained on the text (byte-level BPE).")
     model_name_or_path: str | None = option(None, "Checkpoint to go on from.")
     model_size: str = option("tiny", f"Size of a new model: {', '.join(MODEL_SIZES)}.")
+    dtype: str = option(
+        DTYPES[0], f"Of the weights: {' or '.join(DTYPES)}, the latter with --optim_args stochastic_rounding=true."
+    )
     block_size: int = option(128, "Tokens of one training sequence; the context of a new model.")
     dropout: float = option(0.0, "Dropout of a new model.")
     sample_prompt: str = option("Return the", "Start of the text written at the end.")
@@ -118,7 +122,7 @@ def main(argv: list[str] | None = None) -> dict:
             train_dataset = train_dataset.shuffle(seed=training_args.seed, buffer_size=SHUFFLE_BUFFER)
         validation_dataset = to_blocks(documents["validation"], "validation", script_args, tokenizer)
     set_seed(training_args.seed)
-    model = load_model(script_args, tokenizer)
+    model = load_model(script_args, tokenizer).to(getattr(torch, script_args.dtype))
     check_optimizer(training_args, model)
 
     publisher = take_over_push_to_hub(training_args)
@@ -157,6 +161,8 @@ def parse_arguments(argv: list[str]) -> tuple[ScriptArguments, TrainingArguments
     script_args, training_args = parse_config_and_flags((ScriptArguments, TrainingArguments), argv, usage)
     if script_args.model_size not in MODEL_SIZES:
         raise InputError(f"model_size is {script_args.model_size!r}; choose one of {', '.join(MODEL_SIZES)}.")
+    if script_args.dtype not in DTYPES:
+        raise InputError(f"dtype is {script_args.dtype!r}; choose one of {', '.join(DTYPES)}.")
     if script_args.block_size < 2:
         raise InputError(f"block_size is {script_args.block_size}; it must be at least 2 tokens.")
     if script_args.streaming and training_args.max_steps <= 0:

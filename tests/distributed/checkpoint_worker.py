@@ -1,134 +1,24 @@
 """Saves and resumes: ``checkpoint_worker.py ACTION ENGINE FOLDER [ACTION ENGINE FOLDER ...]``.
 
-ACTION ``save`` trains half the steps, saves, trains on; ``resume`` loads and trains the other half; ``die`` saves every
-step and is killed from outside; ``survive`` resumes from the last whole checkpoint of that run. ENGINE ``fsdp2`` (with
-``_factored`` also the running means of that option), ``hsdp``, ``fsdp2_tp`` and ``fsdp1`` save with
-torch.distributed.checkpoint, sharded and full; ``accelerate_*`` with accelerate's ``save_state``.
+ACTION ``save`` trains half the steps, saves, trains on; ``resume`` loads and trains the rest. ENGINE ``fsdp2`` and
+``fsdp1`` (also with ``_factored``, under that rule, and ``_rounded``, of bfloat16 weights that are rounded at random),
+``hsdp`` and ``fsdp2_tp`` save with torch.distributed.checkpoint, sharded and full; ``accelerate_*`` with accelerate's
+``save_state``.
 """
 
 # ruff: noqa: E402
-import json
-import os
 import sys
 import warnings
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 sys.modules["transformers"] = None  # not needed here, and most of a worker's time would be importing it
-from common import (
-    DDP_TYPE,
-    DEVICE,
-    OPTIONS,
-    STEPS,
-    build,
-    counting,
-    groups_of,
-    gsnr_of,
-    join,
-    shard,
-    tensor_parallel,
-    train,
-    write_result,
-)
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
-
-from hf_sai import SGDSaI
+from common import STEPS, counting, gsnr_of, join, write_result
+from saved_runs import TorchRun, make
 
 warnings.filterwarnings("ignore")
-RANK, WORLD = join(alone="resume" in sys.argv)
-
-
-class TorchRun:
-    """Model and optimizer under FSDP1 or FSDP2, saved by torch.distributed.checkpoint."""
-
-    def __init__(self, engine):
-        self.model = build()
-        self.data = (RANK, WORLD)
-        if engine == "fsdp1":
-            self.model = FullyShardedDataParallel(self.model, use_orig_params=True, device_id=torch.device(DEVICE))
-        elif engine == "hsdp":
-            shard(self.model, init_device_mesh(DEVICE, (2, WORLD // 2), mesh_dim_names=("dp", "shard")))
-        elif engine == "fsdp2_tp":
-            mesh = init_device_mesh(DEVICE, (2, WORLD // 2), mesh_dim_names=("dp", "tp"))
-            shard(tensor_parallel(self.model, mesh["tp"]), mesh["dp"])
-            self.data = (mesh.get_local_rank("dp"), 2)
-        elif WORLD > 1:
-            shard(self.model)
-        how = "factored" if engine.endswith("factored") else "published"
-        self.optimizer = self.sgd_sai = SGDSaI(groups_of(self.model), **OPTIONS, update=how)
-        # FSDP1 gives nested optimizer states whose groups only some ranks have, which dcp.load cannot match; and with
-        # cpu_offload its full state crashes on the CPU (SIGSEGV in torch 2.13, with AdamW too).
-        self.sharded = StateDictOptions(flatten_optimizer_state_dict=engine == "fsdp1")
-        self.full = StateDictOptions(full_state_dict=True, cpu_offload=engine != "fsdp1")
-
-    def save(self, folder, **metadata):
-        """Beside the final name first: a folder that has the final name is whole."""
-        weights, states = get_state_dict(self.model, self.optimizer, options=self.sharded)
-        partial = folder.with_suffix(".partial")
-        dcp.save({"model": weights, "optimizer": states}, checkpoint_id=str(partial))
-        if RANK == 0:
-            (partial / "metadata.json").write_text(json.dumps(metadata))
-            partial.rename(folder)
-        dist.barrier()
-
-    def load(self, folder):
-        weights, states = get_state_dict(self.model, self.optimizer, options=self.sharded)
-        dcp.load({"model": weights, "optimizer": states}, checkpoint_id=str(folder))
-        options = {"model_state_dict": weights, "optim_state_dict": states, "options": self.sharded}
-        set_state_dict(self.model, self.optimizer, **options)
-
-    def save_full(self, file):
-        weights, states = get_state_dict(self.model, self.optimizer, options=self.full)
-        if RANK == 0:
-            torch.save({"model": weights, "optimizer": states}, file)
-        dist.barrier()
-
-    def load_full(self, file):
-        whole = torch.load(file, weights_only=True)
-        options = {"model_state_dict": whole["model"], "optim_state_dict": whole["optimizer"]}
-        set_state_dict(self.model, self.optimizer, **options, options=StateDictOptions(full_state_dict=True))
-
-
-class AccelerateRun:
-    """Model and optimizer under accelerate, saved by its ``save_state``."""
-
-    def __init__(self, engine):
-        import on_cpu  # noqa: F401
-        from accelerate import Accelerator, FullyShardedDataParallelPlugin
-        from accelerate.state import AcceleratorState
-
-        AcceleratorState._reset_state(True)
-        os.environ.pop("ACCELERATE_USE_FSDP", None)  # an earlier Accelerator has set it
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="TRANSFORMER_BASED_WRAP",
-            transformer_cls_names_to_wrap=["Block"],
-            cpu_ram_efficient_loading=False,
-            state_dict_type="FULL_STATE_DICT" if engine.endswith("full") else "SHARDED_STATE_DICT",
-        )
-        self.accelerator = Accelerator(cpu=DEVICE == "cpu", fsdp_plugin=None if engine.endswith("ddp") else plugin)
-        expected = DDP_TYPE if engine.endswith("ddp") else "FSDP"
-        assert self.accelerator.distributed_type.name == expected, self.accelerator.distributed_type
-        assert self.accelerator.num_processes == WORLD
-        model = build()
-        self.data = (RANK, WORLD)
-        self.model, self.optimizer = self.accelerator.prepare(model, SGDSaI(groups_of(model), **OPTIONS))
-        self.sgd_sai = self.optimizer.optimizer
-
-    def save(self, folder):
-        self.accelerator.save_state(str(folder))
-
-    def load(self, folder):
-        self.accelerator.load_state(str(folder))
-
-
-def make(engine):
-    return AccelerateRun(engine) if engine.startswith("accelerate") else TorchRun(engine)
+join(alone="resume" in sys.argv)
 
 
 def goes_on(run):
@@ -136,14 +26,14 @@ def goes_on(run):
     per_step = []
     before = gsnr_of(run.sgd_sai)
     with counting(run.sgd_sai, per_step):
-        losses = train(run.model, run.optimizer, range(STEPS // 2, STEPS), *run.data)
+        losses = run.train(range(STEPS // 2, STEPS))
     collectives = sum(map(len, per_step[1:]))
     return {"losses": losses, "before": before, "after": gsnr_of(run.sgd_sai), "collectives": collectives}
 
 
 def save(engine, place):
     run = make(engine)
-    train(run.model, run.optimizer, range(STEPS // 2), *run.data)
+    run.train(range(STEPS // 2))
     run.save(place / f"{engine}_sharded")
     if isinstance(run, TorchRun) and engine != "fsdp2_tp":  # torch 2.13 fails to distribute its full state again
         run.save_full(place / f"{engine}_full.pt")
@@ -161,25 +51,7 @@ def resume(engine, place):
     return results
 
 
-def die(engine, place):
-    run = make(engine)
-    for step in range(10**6):
-        train(run.model, run.optimizer, range(step, step + 1), RANK, WORLD)
-        run.save(place / f"step_{step + 1}", step=step + 1)
-
-
-def survive(engine, place):
-    run = make(engine)
-    last = max(place.glob("step_*[0-9]"), key=lambda folder: int(folder.name.split("_")[1]))
-    step = json.loads((last / "metadata.json").read_text())["step"]
-    run.load(last)
-    losses = train(run.model, run.optimizer, range(step, step + 2), RANK, WORLD)
-    run = make(engine)
-    expected = train(run.model, run.optimizer, range(step + 2), RANK, WORLD)
-    return {"step": step, "losses": losses, "expected": expected, "gsnr": gsnr_of(run.sgd_sai)}
-
-
-ACTIONS = {"save": save, "resume": resume, "die": die, "survive": survive}
+ACTIONS = {"save": save, "resume": resume}
 tasks = zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3], strict=True)
 results = {f"{action} {engine} {place}": ACTIONS[action](engine, Path(place)) for action, engine, place in tasks}
 write_result({"world_size": dist.get_world_size(), **results})

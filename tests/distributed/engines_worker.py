@@ -1,6 +1,8 @@
 """Trains the tiny model under torch's engines and compares with one process: ``engines_worker.py MODE [MODE ...]``."""
 
 # ruff: noqa: E402
+import contextlib
+import logging
 import sys
 import warnings
 
@@ -48,8 +50,10 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 from hf_sai import SGDSaI
+from hf_sai.distributed import copies
 from hf_sai.groups.param_groups import no_decay_names
 from hf_sai.optim.layout import whole_shapes as full_shapes
+from hf_sai.optim.rules import orthogonal
 
 warnings.filterwarnings("ignore")
 RANK, WORLD = join()
@@ -106,6 +110,82 @@ def train_and_compare(mode, **options):
     }
 
 
+def shared_orthogonal(mode):
+    """The same, but that also these small matrices are worth sharing; whether replicas are equal bit for bit."""
+    worth, copies.WORTH = copies.WORTH, 1
+    try:
+        model, rank, size = make(mode)
+        optimizer = SGDSaI(groups_of(model, "orthogonal"), **OPTIONS, update="orthogonal")
+        per_step = []
+        with counting(optimizer, per_step):
+            losses = train(model, optimizer, range(STEPS), rank, size)
+        got = {"gsnr": gsnr_of(optimizer), "losses": losses}
+        tensors = [
+            *params_of(optimizer),
+            *(t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)),
+        ]
+        wholes = [t.full_tensor() if isinstance(t, DTensor) else t.detach() for t in tensors]
+        result = {**largest_difference(got, reference(update="orthogonal")), "collectives": per_step}
+        return {**result, "same": all(map(same_on_all_ranks, wholes)), "worked_on": worked_on(optimizer)}
+    finally:
+        copies.WORTH = worth
+
+
+@contextlib.contextmanager
+def listening():
+    """What hf_sai warns of."""
+    heard = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logging.getLogger("hf_sai").addHandler(handler)
+    yield heard
+    logging.getLogger("hf_sai").removeHandler(handler)
+
+
+def disagree():
+    """Each rank optimizes another matrix of a DDP model, or has gradients of its own: nobody waits for anybody."""
+    worth, copies.WORTH = copies.WORTH, 1
+    per_step = []
+    try:
+        with listening() as heard:
+            model, rank, size = make("ddp")
+            own = model.module.blocks[RANK].up.weight
+            optimizer = SGDSaI([{"params": [own], "update": "orthogonal", "matrices": "linear"}], **OPTIONS)
+            before = own.detach().clone()
+            train(model, optimizer, range(2), rank, size)
+        local, *_ = make("ddp")
+        with local.no_sync():
+            optimizer = SGDSaI(groups_of(local, "orthogonal"), **OPTIONS)
+            with counting(optimizer, per_step):
+                train(local, optimizer, range(2), rank, size)
+        return {"heard": heard, "moved": not own.equal(before), "without_sync": per_step}
+    finally:
+        copies.WORTH = worth
+
+
+def different_states():
+    """FSDP1, of which one group has running means and the other none."""
+    model, rank, size = make("fsdp1")
+    groups = groups_of(model)
+    groups[0]["update"] = "factored"
+    with listening() as heard:
+        train(model, SGDSaI(groups, **OPTIONS), range(1), rank, size)
+    return {"heard": heard}
+
+
+def worked_on(optimizer):
+    """How many hidden matrices this rank makes orthogonal in one more step."""
+    counted, made = [], orthogonal.newton_schulz
+    orthogonal.newton_schulz = lambda matrices: counted.append(len(matrices)) or made(matrices)
+    try:
+        for p in params_of(optimizer):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    finally:
+        orthogonal.newton_schulz = made
+    return sum(counted)
+
+
 def bf16(mode, dtype=torch.bfloat16, **options):
     """In bf16 the g-SNR must be that of the bf16 gradient, measured exactly, on every rank alike."""
     model, rank, size = make(mode, dtype=dtype, **options)
@@ -143,7 +223,7 @@ def bf16_momentum(mode):
     optimizer = SGDSaI(groups_of(model), **OPTIONS, momentum_dtype=torch.bfloat16)
     losses = train(model, optimizer, range(STEPS), rank, size)
     got = {"gsnr": gsnr_of(optimizer), "losses": losses}
-    buffers = [optimizer.state[p]["momentum_buffer"] for p in params_of(optimizer)]
+    buffers = [state["momentum_buffer"] for state in optimizer.state.values()]
     return {
         **largest_difference(got, reference(momentum_dtype=torch.bfloat16)),
         "same_placements": same_placements(optimizer),
@@ -158,9 +238,29 @@ def rounding(mode):
     optimizer = SGDSaI(groups_of(model), **OPTIONS, stochastic_rounding=True)
     train(model, optimizer, range(3), rank, size)
     drawn, replicas = torch.rand(1).item(), []
-    for p in params_of(optimizer):
-        replicas.append(same_on_all_ranks(p.full_tensor() if isinstance(p, DTensor) else p.detach()))
+    if mode.startswith("fsdp1"):
+        with FullyShardedDataParallel.summon_full_params(model):
+            replicas = [same_on_all_ranks(p.detach()) for p in model.parameters()]
+    else:
+        for p in params_of(optimizer):
+            replicas.append(same_on_all_ranks(p.full_tensor() if isinstance(p, DTensor) else p.detach()))
     return {"same": all(replicas), "drawn": drawn}
+
+
+def slices_are_rounded_apart():
+    """Weights and gradients that are all the same: which are rounded up is by the random numbers alone."""
+    model = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16, device=DEVICE)
+    nn.init.constant_(model.weight, 0.75)
+    model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device(DEVICE))
+    gsnr, half_of_a_step = 10 * 64, 2**-9
+    optimizer = SGDSaI(model.named_parameters(), lr=half_of_a_step / gsnr, stochastic_rounding=True)
+    (p,) = model.parameters()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    moved = (p.detach() != 0.75).float()
+    pieces = [torch.empty_like(moved) for _ in range(WORLD)]
+    dist.all_gather(pieces, moved)
+    return {"moved": [piece.mean().item() for piece in pieces], "alike": (pieces[0] == pieces[1]).float().mean().item()}
 
 
 def late(mode):
@@ -190,23 +290,16 @@ def whole_shapes(mode):
 
 
 def fsdp1_refused():
-    """What is not done for slices: rounding, before anything is updated; running means, when they are to be saved."""
+    """What is not done for slices, before anything is updated."""
     model, rank, size = make("fsdp1")
-    optimizer = SGDSaI(model.parameters(), **OPTIONS, stochastic_rounding=True)
+    optimizer = SGDSaI(groups_of(model, "orthogonal"), **OPTIONS)
     before = [p.detach().clone() for p in params_of(optimizer)]
-    messages = []
     try:
         train(model, optimizer, range(1), rank, size)
     except ValueError as error:
-        messages.append(str(error))
+        message = str(error)
     assert all(torch.equal(*pair) for pair in zip(before, params_of(optimizer), strict=True))
-    optimizer = SGDSaI(model.parameters(), **OPTIONS, update="factored")
-    train(model, optimizer, range(1), rank, size)
-    try:
-        optimizer.state_dict()
-    except ValueError as error:
-        messages.append(str(error))
-    return {"messages": messages}
+    return {"message": message}
 
 
 def late_and_broken():
@@ -290,8 +383,9 @@ def scaler(mode):
 
 CHECKS = {
     **{f"bf16_{mode}": (lambda mode=mode: bf16(mode)) for mode in ("ddp", "fsdp2", "tp", "fsdp1", "hsdp", "fsdp2_tp")},
-    **{f"bf16_momentum_{mode}": (lambda mode=mode: bf16_momentum(mode)) for mode in ("fsdp2", "tp", "hsdp")},
-    **{f"rounding_{mode}": (lambda mode=mode: rounding(mode)) for mode in ("ddp", "tp", "hsdp")},
+    **{f"bf16_momentum_{mode}": (lambda mode=mode: bf16_momentum(mode)) for mode in ("fsdp2", "tp", "hsdp", "fsdp1")},
+    **{f"rounding_{mode}": (lambda mode=mode: rounding(mode)) for mode in ("ddp", "tp", "hsdp", "fsdp1_hybrid")},
+    "slices_are_rounded_apart": slices_are_rounded_apart,
     "bf16_mixed": lambda: bf16("fsdp2", dtype=torch.float32, mp_policy=MIXED),
     "late_and_broken": late_and_broken,
     "broken_orthogonal": broken_orthogonal,
@@ -317,6 +411,9 @@ CHECKS = {
         f"{mode}_orthogonal": (lambda mode=mode: train_and_compare(mode, update="orthogonal"))
         for mode in ("ddp", "fsdp2", "tp", "hsdp", "fsdp2_tp")
     },
+    **{f"{mode}_shared": (lambda mode=mode: shared_orthogonal(mode)) for mode in ("ddp", "hsdp")},
+    "disagree": disagree,
+    "different_states": different_states,
     "fsdp1_factored": lambda: train_and_compare("fsdp1", update="factored"),
     "fsdp1_rows": lambda: train_and_compare("fsdp1", update="rows"),
     "fsdp1_leaves_factored": lambda: train_and_compare("fsdp1", leaves=True, update="factored"),

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 sys.modules["transformers"] = None  # not needed here, and most of a worker's time would be importing it
-from common import DEVICE, OPTIONS, gsnr_of, join, params_of, same_on_all_ranks, train, write_result
+from common import DEVICE, OPTIONS, Saver, gsnr_of, join, params_of, same_on_all_ranks, train, write_result
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
@@ -70,8 +69,7 @@ class Run:
         if rule == "orthogonal":
             groups = param_groups(self.model, lr=3e-4, weight_decay=OPTIONS["weight_decay"], update=rule)
         self.optimizer = SGDSaI(groups, **self.options)
-        # FSDP1 gives nested states whose groups only some ranks have, which dcp.load cannot match.
-        self.sharded = StateDictOptions(flatten_optimizer_state_dict=engine == "fsdp1")
+        self.saver = Saver(self.model, self.optimizer)
         self.ways = ["full"] if engine == "alone" else ["sharded", "full"]
 
     def train(self, *steps):
@@ -95,26 +93,6 @@ class Run:
         for group in self.optimizer.param_groups:
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 yield name.removeprefix("module."), p, group
-
-    def save(self, folder):
-        weights, states = get_state_dict(self.model, self.optimizer, options=self.sharded)
-        dcp.save({"model": weights, "optimizer": states}, checkpoint_id=str(folder))
-        weights, states = get_state_dict(self.model, self.optimizer, options=StateDictOptions(full_state_dict=True))
-        whole = self.momenta()
-        if RANK == 0:
-            torch.save({"model": weights, "optimizer": states, "momenta": whole}, folder / "full.pt")
-        dist.barrier()
-
-    def load(self, folder):
-        weights, states = get_state_dict(self.model, self.optimizer, options=self.sharded)
-        dcp.load({"model": weights, "optimizer": states}, checkpoint_id=str(folder))
-        options = {"model_state_dict": weights, "optim_state_dict": states, "options": self.sharded}
-        set_state_dict(self.model, self.optimizer, **options)
-
-    def load_full(self, folder):
-        whole = torch.load(folder / "full.pt", weights_only=True)
-        options = {"model_state_dict": whole["model"], "optim_state_dict": whole["optimizer"]}
-        set_state_dict(self.model, self.optimizer, **options, options=StateDictOptions(full_state_dict=True))
 
 
 def compare(engine, kind, _):
@@ -149,7 +127,9 @@ def goes_on(run):
 def save(engine, kind, place):
     run = Run(engine, kind)
     run.train(STEPS)
-    run.save(place / f"{engine}_{kind}_{WORLD}")
+    folder = place / f"{engine}_{kind}_{WORLD}"
+    run.saver.save(folder)
+    run.saver.save_full(folder / "full.pt", momenta=run.momenta())
     return goes_on(run)
 
 
@@ -158,7 +138,7 @@ def resume(engine, kind, place):
     results = {}
     for way in Run(engine, kind).ways:
         run = Run(engine, kind)
-        (run.load_full if way == "full" else run.load)(place)
+        run.saver.load_full(place / "full.pt") if way == "full" else run.saver.load(place)
         before = torch.load(place / "full.pt", weights_only=True)["momenta"]
         after = run.momenta()
         lost = {

@@ -8,10 +8,11 @@ import os
 import runpy
 import sys
 
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-_original = AcceleratorState.__init__
+_original, _original_partial = AcceleratorState.__init__, PartialState.__init__
 
 
 def _with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
@@ -19,8 +20,13 @@ def _with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
     if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         self.fsdp_plugin = fsdp_plugin
+        self.device = torch.device("cpu")  # FSDP1 takes cpu:0 for another device
         if self._mixed_precision != "no":
             fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+
+def _with_gloo(self, cpu=False, **kwargs):
+    _original_partial(self, cpu, **{**kwargs, "backend": kwargs.get("backend") or "gloo"})
 
 
 def use_no_deepspeed_kernels():
@@ -33,6 +39,7 @@ def use_no_deepspeed_kernels():
 AcceleratorState.__init__ = _with_fsdp
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # set by ``accelerate launch``
     use_no_deepspeed_kernels()
+    PartialState.__init__ = _with_gloo  # accelerate finds no backend by itself, and counts one process
 
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]

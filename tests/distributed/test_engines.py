@@ -5,7 +5,7 @@ import torch
 from launch import run_ranks
 
 BF16 = {2: ["bf16_ddp", "bf16_fsdp2", "bf16_mixed", "bf16_tp", "bf16_fsdp1"], 4: ["bf16_hsdp", "bf16_fsdp2_tp"]}
-BF16_MOMENTUM = {2: ["bf16_momentum_fsdp2", "bf16_momentum_tp"], 4: ["bf16_momentum_hsdp"]}
+BF16_MOMENTUM = {2: ["bf16_momentum_fsdp2", "bf16_momentum_tp", "bf16_momentum_fsdp1"], 4: ["bf16_momentum_hsdp"]}
 #: Compared with one process in float32.
 EXACT = {
     2: [
@@ -24,7 +24,7 @@ EXACT = {
     ],
     4: ["hsdp", "hsdp_fused", "fsdp2_tp", "fsdp2", "fsdp1", "fsdp1_hybrid"],
 }
-ROUNDING = {2: ["rounding_ddp", "rounding_tp"], 4: ["rounding_hsdp"]}
+ROUNDING = {2: ["rounding_ddp", "rounding_tp"], 4: ["rounding_hsdp", "rounding_fsdp1_hybrid"]}
 #: Rules that average over rows and columns in every step.
 AVERAGING = {
     2: ["fsdp1_factored", "fsdp1_leaves_factored", "fsdp1_rows"],
@@ -35,13 +35,24 @@ ORTHOGONAL = {
     2: {"ddp_orthogonal": 0, "fsdp2_orthogonal": 2, "tp_orthogonal": 2},
     4: {"hsdp_orthogonal": 2, "fsdp2_orthogonal": 2, "fsdp2_tp_orthogonal": 6},
 }
+#: Modes whose ranks have copies of the hidden matrices -> collectives in a step: to share the work on these out.
+SHARED = {
+    2: {"ddp_shared": {"_allgather_base_": 1}},
+    4: {
+        "ddp_shared": {"_allgather_base_": 1},
+        "hsdp_shared": {"allreduce_": 2, "alltoall_base_": 2, "_allgather_base_": 1},
+    },
+}
 TWO = [
     *EXACT[2],
+    *SHARED[2],
     *ORTHOGONAL[2],
     *AVERAGING[2],
     *BF16[2],
     *BF16_MOMENTUM[2],
     *ROUNDING[2],
+    "disagree",
+    "different_states",
     "late_and_broken",
     "broken_orthogonal",
     "late_ddp",
@@ -50,6 +61,7 @@ TWO = [
     "shapes_fsdp1",
     "shapes_fsdp2",
     "fsdp1_refused",
+    "slices_are_rounded_apart",
     "flat_parameters_refused",
     "scaler_ddp",
     "scaler_fsdp2",
@@ -57,6 +69,7 @@ TWO = [
 ]
 FOUR = [
     *EXACT[4],
+    *SHARED[4],
     *ORTHOGONAL[4],
     *AVERAGING[4],
     *BF16[4],
@@ -145,6 +158,32 @@ def test_whole_matrices_are_put_together_on_one_rank_each_and_train_as_in_one_pr
             assert len(counts.get("allreduce_", [])) <= 2 * groups  # whether all is finite; the factored rule's sums
 
 
+@pytest.mark.parametrize(("world_size", "mode"), by_size(SHARED))
+def test_copies_of_matrices_are_worked_on_once_and_train_as_in_one_process(runs, world_size, mode):
+    for result in runs[world_size]:
+        assert result[mode]["gsnr"] <= 1e-6
+        assert result[mode]["loss"] <= 1e-5
+        assert result[mode]["same"]  # weights, momenta and running means, bit for bit
+        for counts in result[mode]["collectives"][2:]:  # before, the A matrices are still to be measured
+            assert {name: len(sizes) for name, sizes in counts.items()} == SHARED[world_size][mode]
+            (received,) = counts["_allgather_base_"]
+            assert received <= 1.6 * 4 * HIDDEN  # bytes: all matrices in float32, their rows' factors, and padding
+    assert sum(result[mode]["worked_on"] for result in runs[world_size]) == 8
+
+
+def test_ranks_that_optimize_different_parts_of_a_ddp_model_each_work_on_their_own(runs):
+    for result in runs[2]:
+        assert result["disagree"]["moved"]
+        assert any("do not optimize the same parameters" in line for line in result["disagree"]["heard"])
+        assert result["disagree"]["without_sync"] == [{}, {}]
+
+
+def test_states_that_torch_will_not_save_are_warned_of_in_the_first_step(runs):
+    for result in runs[2]:
+        (line,) = result["different_states"]["heard"]
+        assert "different states" in line
+
+
 @pytest.mark.parametrize(("world_size", "mode"), by_size(EXACT))
 def test_at_most_one_all_reduce_per_group_while_measuring_and_no_collective_later(runs, world_size, mode):
     for result in runs[world_size]:
@@ -227,6 +266,13 @@ def test_stochastic_rounding_keeps_replicas_equal_and_leaves_the_random_state_al
         assert result[mode]["drawn"] == torch.rand(1).item()
 
 
+def test_the_slices_of_a_parameter_are_rounded_by_random_numbers_of_their_own(runs):
+    for result in runs[2]:
+        rounded = result["slices_are_rounded_apart"]
+        assert all(0.4 < share < 0.6 for share in rounded["moved"])
+        assert 0.4 < rounded["alike"] < 0.6
+
+
 def test_a_gradient_that_is_non_zero_or_nan_on_one_rank_is_judged_alike_on_all(runs):
     histories = [result["late_and_broken"]["history"] for result in runs[2]]
     assert histories[0] == histories[1]
@@ -259,9 +305,7 @@ def test_grouping_goes_by_the_whole_parameters_shapes(runs, world_size, mode):
 
 def test_what_slices_cannot_is_refused_with_the_cure(runs):
     for result in runs[2]:
-        rounding, saving = result["fsdp1_refused"]["messages"]
-        assert "use FSDP2" in rounding
-        assert "use FSDP2" in saving
+        assert "use FSDP2" in result["fsdp1_refused"]["message"]
 
 
 def test_flat_parameters_are_refused_before_the_first_update_with_the_cure(runs):

@@ -15,7 +15,7 @@ ENGINES = {
 }
 KINDS = ["8bit", "4bit", "8bit_factored", "8bit_orthogonal", "8bit_rounded"]
 #: Of FSDP1.
-REFUSED = {("fsdp1", "8bit_orthogonal"), ("fsdp1", "8bit_rounded")}
+REFUSED = {("fsdp1", "8bit_orthogonal")}
 #: What is saved by some ranks and taken up by others.
 SAVED = ["8bit", "4bit", "8bit_orthogonal"]
 #: Bytes of state an element: of blocks, their scales, and what small tensors and the factored rule keep in float32.

@@ -1,7 +1,7 @@
 """Runs Trainer with --optim sgd_sai and resumes: ``trainer_worker.py ENGINE WHAT FROM [ENGINE WHAT FROM ...]``.
 
-ENGINE is ``none`` (one process), ``ddp``, ``fsdp2`` or ``zero1`` to ``zero3``, these also with ``_block``, an
-optimizer's block in DeepSpeed's config; WHAT is ``full`` or ``lora``;
+ENGINE is ``none`` (one process), ``ddp``, ``fsdp1``, ``fsdp2`` or ``zero1`` to ``zero3``, these also with ``_block``,
+an optimizer's block in DeepSpeed's config; WHAT is ``full``, ``lora`` or ``factored``, full under that rule;
 FROM is ``-`` for a run of its own and its resume; the folder of another launch, whose run is only resumed; ``dies`` for
 a run that saves every step and is killed from outside, or ``killed:`` and the folder of that run, to go on with it.
 """
@@ -24,7 +24,7 @@ from recipes.common.recipe_input import find_checkpoint
 warnings.filterwarnings("ignore")
 _, WORLD = join(alone="-" not in sys.argv or "none" in sys.argv)
 LONG = 40  # steps of a run that is killed
-TYPES = {"none": "NO", "ddp": DDP_TYPE, "fsdp2": "FSDP"}
+TYPES = {"none": "NO", "ddp": DDP_TYPE, "fsdp1": "FSDP", "fsdp2": "FSDP"}
 if any(word.startswith("zero") for word in sys.argv):
     use_no_deepspeed_kernels()
 
@@ -39,12 +39,14 @@ class Tokens(torch.utils.data.Dataset):
 
 
 def settings_of(engine):
-    if engine == "fsdp2":
+    if engine.startswith("fsdp"):
         wrap = {
-            "fsdp_version": 2,
+            "fsdp_version": int(engine[4]),
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             "state_dict_type": "SHARDED_STATE_DICT",
         }
+        if engine == "fsdp1":  # on the CPU it cannot send the weights around at first
+            wrap |= {"use_orig_params": True, "cpu_ram_efficient_loading": False, "sync_module_states": False}
         return {"fsdp": True, "fsdp_config": wrap}
     if engine.startswith("zero"):
         config = {
@@ -61,8 +63,8 @@ def settings_of(engine):
 def trainer(engine, what, **options):
     arguments = TrainingArguments(
         output_dir=str(FOLDER / f"{engine}_{what}"),
-        optim="sgd_sai",
-        learning_rate=3e-2,
+        optim="sgd_sai_factored" if what == "factored" else "sgd_sai",
+        learning_rate=3e-3 if what == "factored" else 3e-2,
         weight_decay=0.1,
         per_device_train_batch_size=8 // WORLD,
         logging_steps=1,
@@ -93,7 +95,8 @@ def train(engine, what, checkpoint=None, **options):
     run.train(resume_from_checkpoint=checkpoint)
     assert run.accelerator.distributed_type.name == TYPES.get(engine, "DEEPSPEED"), run.accelerator.distributed_type
     assert dist.get_world_size() == run.accelerator.num_processes == WORLD
-    rows = [(row.name.replace("module.", ""), row) for row in sgd_sai_of(run).gsnr_report()]
+    rows = [(row.name, row) for row in sgd_sai_of(run).gsnr_report()]
+    rows = [(name.replace("_fsdp_wrapped_module.", "").replace("module.", ""), row) for name, row in rows]
     return {
         "losses": [row["loss"] for row in run.state.log_history if "loss" in row],
         "gsnr": {name: row.gsnr for name, row in rows},

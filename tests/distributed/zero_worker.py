@@ -14,7 +14,6 @@ from common import (
     FOLDER,
     OPTIONS,
     STEPS,
-    Late,
     build,
     compare_late,
     counting,
@@ -22,7 +21,6 @@ from common import (
     gsnr_of,
     join,
     largest_difference,
-    late_groups,
     loss_of,
     mean,
     my_batch,
@@ -38,44 +36,8 @@ from hf_sai.optim.layout import whole_shapes as full_shapes
 
 warnings.filterwarnings("ignore")
 RANK, WORLD = join()
-import deepspeed  # wants to find the process group
-from deepspeed.accelerator import get_accelerator
-from on_cpu import use_no_deepspeed_kernels
-
-use_no_deepspeed_kernels()
-
-deepspeed.init_distributed(verbose=False)
-
-
-def engine_of(stage, dtype=torch.float32, options=None, clip=0.0, late=False, **zero):
-    model = Late() if late else build()
-    groups = late_groups(model) if late else groups_of(model)
-    optimizer = SGDSaI(groups, **{**OPTIONS, **(options or {})})
-    config = {
-        "train_micro_batch_size_per_gpu": 8 // WORLD,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "gradient_clipping": clip,
-        "zero_optimization": {"stage": stage, **zero},
-    }
-    if dtype is torch.bfloat16:
-        config["bf16"] = {"enabled": True}
-        if stage == 1:  # another of DeepSpeed's optimizers
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
-    if dtype is torch.float16:
-        config["fp16"] = {"enabled": True, "initial_scale_power": 24}
-        get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks for instructions that torch does without
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    assert dist.get_world_size() == WORLD
-    return engine, optimizer
-
-
-def train(engine, steps):
-    for step in steps:
-        engine.backward(loss_of(engine, my_batch(step, RANK, WORLD)))
-        engine.step()
-    with torch.no_grad():
-        return [mean(loss_of(engine, my_batch(step, RANK, WORLD))) for step in range(3)]
+import deepspeed
+from zero import engine_of, train
 
 
 def train_and_compare(stage, options=None, clip=0.0, **zero):

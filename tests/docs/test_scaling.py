@@ -73,6 +73,18 @@ def test_the_orthogonal_rule_sends_each_hidden_element_to_one_rank_and_back_in_t
         assert adamw == "0"
 
 
+def test_sharing_out_under_ddp_costs_two_bytes_for_each_hidden_element_and_divides_the_work():
+    layer = [(4096, 4096)] * 4 + [(4096, 11_008)] * 3
+    operations = 32 * sum(5 * (4 * r * r * c + 2 * r**3) for r, c in layer)
+    hidden = PARAMETERS["7B"] - 2 * 32_000 * 4096
+    ((_, ranks, engine, sent, alone, shared),) = table("DDP, hidden elements")
+    ranks = int(ranks)
+    assert float(engine.split()[0]) == pytest.approx(4 * PARAMETERS["7B"] / 1e9, abs=0.06)
+    assert float(sent.split()[0]) == pytest.approx(2 * hidden * (ranks - 1) / ranks / 1e9, abs=0.006)
+    assert float(alone.split()[0]) == pytest.approx(operations / 1e12, abs=0.6)
+    assert float(shared.split()[0]) == pytest.approx(operations / ranks / 1e12, abs=0.6)
+
+
 @pytest.mark.parametrize(
     "row", [pytest.param(row, marks=() if "70b" in row[0] else pytest.mark.slow, id=row[0]) for row in SIMULATED]
 )

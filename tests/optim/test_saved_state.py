@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_sai import SGDSaI
+from hf_sai.optim.rules.factored import product
 
 RULES = ["published", "rows", "factored"]
 
@@ -228,3 +229,20 @@ def test_loading_a_quantised_state_takes_no_float_of_it(momentum_dtype):
     ours, theirs = (next(iter(o.state.values())) for o in (other, saved))
     assert ours["momentum_buffer"].dtype == torch.uint8
     assert torch.equal(ours["momentum_buffer"], theirs["momentum_buffer"])
+
+
+def test_mean_squares_of_each_element_as_fsdp1_saves_them_become_those_of_rows_and_columns():
+    optimizer = trained("factored")
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["gsnr"], state["averaged_steps"] = (torch.tensor(state[key]) for key in ("gsnr", "averaged_steps"))
+        if "column_mean_square" in state:
+            state["mean_square"] = product(state)
+            del state["row_mean_square"], state["column_mean_square"]
+    other = SGDSaI(named(), lr=1e-2, update="factored")
+    other.load_state_dict(saved)
+    for mine, its in zip(optimizer.state.values(), other.state.values(), strict=True):
+        assert mine.keys() == its.keys()
+        assert type(its["averaged_steps"]) is int
+        for key, value in mine.items():
+            torch.testing.assert_close(torch.as_tensor(its[key]), torch.as_tensor(value), rtol=1e-6, atol=0)

@@ -215,6 +215,7 @@ BAD_INPUT = {
     "unknown kind of file": (["--train_file", __file__], "must be of one kind, and end in one of .txt"),
     "unknown column": (["--text_column", "body"], "has no column 'body'; name one of text as --text_column"),
     "text below one block": (["--block_size", "100000"], "shorter than one block of 100000 tokens"),
+    "unknown dtype": (["--dtype", "int8"], "dtype is 'int8'; choose one of float32, bfloat16"),
     "unknown size": (["--model_size", "huge"], "model_size is 'huge'; choose one of tiny, gpt2"),
     "tiny block": (["--block_size", "1"], "block_size is 1; it must be at least 2"),
     "vocabulary below the bytes": (["--vocab_size", "100"], "vocab_size is 100; it must be above 256"),

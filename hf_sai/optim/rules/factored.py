@@ -21,7 +21,7 @@ from torch import Tensor
 from hf_sai.optim.layout import Part, local
 from hf_sai.optim.rules.rows import Rows, applied_to_boxes, mean_squares, sum_of_squares, sums_of_squares
 
-__all__ = ["FASTER", "KEPT", "MEAN_SQUARES", "Factored"]
+__all__ = ["FASTER", "KEPT", "MEAN_SQUARES", "Factored", "factor", "product"]
 
 #: Keys of the running mean squares: of the whole (of each element of a vector), of rows, of columns. All float32.
 MEAN_SQUARES = ("mean_square", "row_mean_square", "column_mean_square")
@@ -50,6 +50,15 @@ class Factored(Rows):
         if "averaged_steps" not in part.state:
             part.state["averaged_steps"] = 0
             part.state.update({key: part.zeros(torch.float32, dims) for key, dims in self.kept(part).items()})
+
+    def taken_up(self, part: Part, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        estimate = saved.get(MEAN_SQUARES[0])
+        if part.parted or estimate is None or estimate.shape != part.shape or len(part.shape) < 2:
+            return saved
+        part = part.alike(part.group)
+        part.state.update(saved)
+        factor([part])
+        return part.state
 
     def factors(self, parts: Sequence[Part]) -> list[Sequence[Tensor]]:
         """One tensor for a vector; for others one of the rows and one of the columns. Counts a step in the state.
@@ -89,6 +98,29 @@ class Factored(Rows):
         torch._foreach_reciprocal_(list(itertools.chain(*means)))
         found = dict(zip(here, means, strict=True))
         return [applied_to_boxes(part, tuple(found.get(index, ()))) for index, part in enumerate(parts)]
+
+
+def product(state: dict[str, Tensor]) -> Tensor:
+    """The mean square of each element that those of the whole, of rows and of columns stand for."""
+    whole, rows, columns = (state[key] for key in MEAN_SQUARES)
+    return rows * (columns / whole.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def factor(parts: Sequence[Part]) -> None:
+    """Bring states whose ``mean_square`` is that of each element (:func:`product`) into the form that the rule keeps.
+
+    All processes that hold some of these parameters must call this with the same parts in the same order.
+    """
+    if not parts:
+        return
+    for part in parts:
+        whole = "row_mean_square" not in part.state and part.state.get("mean_square")
+        part.grad = whole.sqrt() if isinstance(whole, Tensor) else None
+    kept = [tuple(Factored().kept(part).values()) for part in parts]
+    sums = [sums_of_squares(part, dims) for part, dims in zip(parts, kept, strict=True)]
+    for part, means in zip(parts, mean_squares(parts, kept, sums), strict=True):
+        if part.grad is not None:
+            part.state.update(zip(MEAN_SQUARES, means, strict=True))
 
 
 def _sums(part: Part, kept: Sequence[tuple[int, ...]]) -> list[Tensor]:

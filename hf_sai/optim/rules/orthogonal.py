@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_sai.optim.layout import Part, Sharing, local, sum_over_holders
+from hf_sai.optim.layout import Copies, Part, Sharing, local, sum_over_holders
 from hf_sai.optim.momentum import load, momentum_of, store
 from hf_sai.optim.rules.published import Portion, Published
 
@@ -90,6 +90,36 @@ class Orthogonal(Published):
         for part in parts:
             self.allocate(part)
         usable = _usable(parts)
+        by_kind: dict[type[Part], list[Part]] = defaultdict(list)
+        for part in parts:
+            by_kind[type(part)].append(part)
+        for kind, of_kind in by_kind.items():
+            for own, copies in kind.copied(of_kind):
+                if copies is None:
+                    yield from (_portion(made, found) for made, found in self._made(own, usable))
+                else:
+                    yield _portion(own, self._made_once(own, usable, copies))
+
+    def _made_once(
+        self, parts: Sequence[Part], usable: dict[int, Tensor], copies: Copies
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What :meth:`_made` makes, each part's on one process."""
+        mine = [part for index, part in enumerate(parts) if copies.mine(index)]
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for made, results in self._made(mine, usable):
+            found |= zip((part.number for part in made), results, strict=True)
+        for part in parts:
+            if part.number not in found:
+                _advanced(part, usable)  # the momentum, which every process keeps
+                matrices = torch.empty(part.param.shape, dtype=_dtype(part.param.device), device=part.param.device)
+                found[part.number] = matrices, torch.empty_like(_running(part)[0])
+        copies.spread([(*found[part.number], _running(part)[0]) for part in parts])
+        return [found[part.number] for part in parts]
+
+    def _made(
+        self, parts: Sequence[Part], usable: dict[int, Tensor]
+    ) -> Iterator[tuple[list[Part], list[tuple[Tensor, Tensor]]]]:
+        """Parts of one size at a time, each with its matrices made orthogonal and a factor for each of their rows."""
         # Of a stack of experts that is sharded by expert every process has whole matrices.
         cut: list[Part] = []
         rest: list[Part] = []
@@ -99,9 +129,9 @@ class Orthogonal(Published):
         for batch in _batches([(part.param, part.group["matrices"]) for part in rest]):
             own = [rest[index] for index in batch]
             matrices = [Matrices(_advanced(part, usable), *_running(part)) for part in own]
-            yield _portion(own, _orthogonal(matrices))
+            yield own, _orthogonal(matrices)
         for own, sharing in type(cut[0]).sharing(cut) if cut else ():
-            yield _portion(own, _shared(own, sharing, [_advanced(part, usable) for part in own]))
+            yield own, _shared(own, sharing, [_advanced(part, usable) for part in own])
 
 
 class Matrices(NamedTuple):

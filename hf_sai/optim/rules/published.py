@@ -57,6 +57,10 @@ class Published:
     def allocate(self, part: Part) -> None:
         """Give a part's state what the rule keeps, unless it is there."""
 
+    def taken_up(self, part: Part, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the rule keeps of a part, from tensors that may have been saved in another form."""
+        return saved
+
     def factors(self, parts: Sequence[Part]) -> list[Sequence[Tensor]]:
         """What each gradient is to be multiplied by before the momentum, one factor after the other; none for 1.
 

@@ -29,5 +29,6 @@ import evaluation  # noqa: E402, F401
 import image_data  # noqa: E402, F401
 import image_scores  # noqa: E402, F401
 import optimizers  # noqa: E402, F401
+import sharded  # noqa: E402, F401
 
 sys.path.remove(str(RECIPE))
