@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate_configs/cpu.yaml
 GPT2 := recipes/gpt2_pretraining
-OLDEST := tests/trainer/test_registration.py tests/trainer/test_optim_args.py
+OLDEST := $(addprefix tests/trainer/test_,registration.py optim_args.py bent_trainers.py callbacks.py range_test.py)
 DIFFUSERS := recipes/diffusers_text_to_image
 
 .PHONY: bench gpu gpu-rehearsal results demo demo-diffusers model-cards docs dist test test-quick test-main test-oldest \

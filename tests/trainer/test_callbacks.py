@@ -151,6 +151,7 @@ def test_adamws_own_card_line_is_left_alone(tmp_path):
 
 
 def test_the_optimizer_line_names_rate_ratios():
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny_gpt2(), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
@@ -160,6 +161,7 @@ def test_the_optimizer_line_names_rate_ratios():
 
 
 def test_a_peft_run_records_adapter_and_base(tmp_path):
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     tiny_gpt2().save_pretrained(tmp_path / "base")
