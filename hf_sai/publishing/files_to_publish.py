@@ -14,7 +14,7 @@ from typing import Any
 from hf_sai.publishing.secret_scan import find_secret
 from hf_sai.runs.files import read_text
 from hf_sai.runs.record import RECORD_FILE
-from hf_sai.runs.redact import known_secrets
+from hf_sai.runs.redact import known_secrets, redact_text
 
 __all__ = ["ALLOWED", "NEVER", "PublishPlan", "adapter_folder", "plan_files"]
 
@@ -129,9 +129,8 @@ def plan_files(run_dir: str | Path, *, include: Iterable[str] = (), secrets: Ite
             raise ValueError(f"{root / name} is damaged or not written to its end ({damage}); save it again")
         found = find_secret(root / name, name, hidden)
         if found is not None:
-            raise ValueError(
-                f"{root / name} ({found[0]}) holds {found[1]}; take it out before it is public (and revoke it)"
-            )
+            place = f"{redact_text(str(root / name))} ({found[0]})"
+            raise ValueError(f"{place} holds {found[1]}; take it out before it is public (and revoke it)")
     return PublishPlan(tuple(files), tuple(left_out))
 
 

@@ -258,6 +258,15 @@ def test_a_file_with_a_token_in_it_is_not_published(finished, hub, tmp_path):
     assert hub.commits == []
 
 
+def test_a_message_with_a_token_is_not_sent(finished, hub, capsys):
+    secret = "hf_" + "a1B2" * 8
+    assert main(["publish", str(finished), "tester/run", "--yes", "--message", f"with {secret}"]) == 1
+    said = capsys.readouterr().err
+    assert "message holds what looks like a secret" in said
+    assert secret not in said
+    assert hub.requests == []
+
+
 def test_no_token_reaches_a_log_or_an_exception(finished, hub, caplog, monkeypatch):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("HF_TOKEN", "unused-other-token")
