@@ -25,6 +25,7 @@ __all__ = ["Incoming", "read"]
 logger = logging.getLogger(__name__)
 
 _OURS = frozenset({"gsnr", *MOMENTUM_KEYS, BLOCK_KEY, *chain.from_iterable(rule.keys for rule in RULES.values())})
+_TENSORS = _OURS - {"gsnr", "averaged_steps", BLOCK_KEY}
 
 _FRESH = (
     "To train on with the saved weights and a fresh state, load the weights alone (Trainer: give the checkpoint as the "
@@ -82,16 +83,22 @@ def _checked(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> tu
     states, saved_groups = _by_name(states, saved_groups, groups)
     incoming: Incoming = []
     for index, name, p, group in _each(saved_groups, groups):
-        state = states.get(index)
+        state = states.get(index, {})
+        if not isinstance(state, dict):
+            raise _damaged(name, "the state")
         if not state:
             continue
         _require_ours(name, state)
+        if isinstance(state.get("gsnr"), list) and p.dim() != 1:  # only of a flat tensor
+            raise _damaged(name, "gsnr")
         steps = state.get("averaged_steps", 0)
         if not isinstance(steps, Tensor) and not (type(steps) is int and 0 <= steps < 2**63):
             raise _damaged(name, "averaged_steps")
         # Of keys that it did not save, torch.distributed.checkpoint's flat form makes empty dicts.
         state = {key: value for key, value in state.items() if key != BLOCK_KEY and not isinstance(value, dict)}
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        if wrong := _TENSORS & (state.keys() - tensors.keys()):
+            raise _damaged(name, min(wrong))
         states[index] = {key: value for key, value in state.items() if key not in tensors}
         incoming.append((p, group, _in_form(name, p, group, tensors, counted="averaged_steps" in state)))
     return {**state_dict, "state": states, "param_groups": saved_groups}, incoming
@@ -204,13 +211,16 @@ def _in_form(
 
 
 def _require_options(group: dict[str, Any]) -> None:
-    """Raise ValueError for an option that nobody could have asked for."""
+    """Raise ValueError for an option that is missing, or that nobody could have asked for."""
     for name, option in OPTIONS.items():
-        if name in group:
-            try:
-                option.check(group[name])
-            except ValueError as error:
-                raise ValueError(f"The saved options cannot be used: {error} {_FRESH}") from None
+        if not option.per_group:
+            continue
+        if name not in group:
+            raise ValueError(f"The state is damaged: the option {name} is missing. {_FRESH}")
+        try:
+            option.check(group[name])
+        except ValueError as error:
+            raise ValueError(f"The saved options cannot be used: {error} {_FRESH}") from None
 
 
 def _damaged(name: str, key: str) -> ValueError:

@@ -93,6 +93,50 @@ def test_records_and_their_cards(folder, changes, broken):
         assert card.startswith("---\n")
 
 
+SHAPES = {"matrix": (64, 65), "vector": (5,), "last": (4, 3)}
+
+
+def small_optimizer(**options):
+    torch.manual_seed(0)
+    return SGDSaI([(name, torch.nn.Parameter(torch.randn(shape))) for name, shape in SHAPES.items()], **options)
+
+
+def step(optimizer):
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+
+
+STATES = [
+    {},
+    {"update": "factored"},
+    {"update": "rows"},
+    {"momentum_dtype": "8bit"},
+    {"momentum_dtype": torch.bfloat16},
+]
+
+
+@pytest.fixture(scope="module")
+def saved():
+    optimizers = [small_optimizer(**options) for options in STATES]
+    for optimizer in optimizers:
+        step(optimizer)
+    return [optimizer.state_dict() for optimizer in optimizers]
+
+
+@CASES
+@given(st.sampled_from(range(len(STATES))), CHANGES)
+def test_states_at_resume(saved, number, changes):
+    """Whatever is loaded can train on; whatever is refused leaves nothing behind."""
+    optimizer = small_optimizer(**STATES[number])
+    with one_sentence(ValueError):
+        optimizer.load_state_dict(mangle(saved[number], changes))
+        step(optimizer)
+        return
+    assert not optimizer.state
+    step(optimizer)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(folder):
     """A checkpoint of a small adapter: what it is made of, unharmed."""

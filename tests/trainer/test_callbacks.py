@@ -296,6 +296,24 @@ def test_every_trial_of_a_search_has_its_own_record(tmp_path, monkeypatch):
     assert [record.run["status"] for record in records] == ["finished"] * 2
 
 
+def test_given_to_another_trainer_it_leaves_the_first_record_as_it_is(tmp_path):
+    callback = RunRecordCallback(budget=1.0)
+    first, second = (trainer_for(tmp_path / name, callback) for name in ("first", "second"))
+    first.train()
+    before = (tmp_path / "first" / RECORD_FILE).read_text()
+    second.train()
+    assert (tmp_path / "first" / RECORD_FILE).read_text() == before
+    for name in ("first", "second"):
+        record = RunRecord.load(tmp_path / name)
+        assert (record.name, record.run["status"], len(record.curve("loss"))) == (name, "finished", 3)
+
+
+@pytest.mark.parametrize("data", [["name"], [{"id": "me/data"}], [{"name": 5}]], ids=str)
+def test_data_that_no_record_could_hold_is_refused_before_the_training(data):
+    with pytest.raises(ValueError, match="data"):
+        RunRecordCallback(data=data)
+
+
 def test_the_batch_size_that_auto_find_came_to_is_recorded(tmp_path):
     class OutOfMemoryAbove2(Trainer):
         def training_step(self, model, inputs, *args, **kwargs):
