@@ -35,7 +35,8 @@ def add_parser(subparsers: Any) -> None:
         description="Run a script up to its first Trainer.train(), train some steps there with a learning rate that "
         "grows from one to the next, draw the loss over the rate and suggest one to start from. The process ends "
         "there, without what the script would do afterwards (finally blocks and atexit functions included), so that "
-        "nothing is saved. Example: hf-sai lr-find train.py --optim sgd_sai --output_dir out",
+        "nothing is saved. Before it, the script does what it always does: give one that clears its output directory "
+        "another. Example: hf-sai lr-find train.py --optim sgd_sai --output_dir out",
     )
     parser.add_argument("--smallest", type=float, default=1e-5, help="rate of the first step (default: 1e-5)")
     parser.add_argument("--largest", type=float, default=10.0, help="rate of the last step (default: 10)")
