@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate_configs/cpu.yaml
 GPT2 := recipes/gpt2_pretraining
-OLDEST := tests/trainer/test_registration.py tests/trainer/test_optim_args.py
+OLDEST := $(addprefix tests/trainer/test_,registration.py optim_args.py bent_trainers.py callbacks.py range_test.py)
 DIFFUSERS := recipes/diffusers_text_to_image
 
 .PHONY: bench gpu gpu-rehearsal results demo demo-diffusers model-cards docs dist test test-quick test-main test-oldest \
@@ -63,7 +63,7 @@ test-quick: .venv/.installed ## What needs two minutes on two cores: no test mar
 test-main: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
-test-oldest: .venv-oldest/.installed ## The Trainer seam and its options in the oldest transformers that is supported
+test-oldest: .venv-oldest/.installed ## All that knows Trainer, in the oldest transformers, accelerate and peft that are supported
 	.venv-oldest/bin/python -m pytest -m "not slow and not gpu" $(OLDEST)
 
 test-oldest-torch: ## The same, the optimizer and the groups with the oldest torch; for a Python that it has a build for
@@ -126,5 +126,6 @@ clean: ## Remove the environments and all runs
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt torch
-	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[trainer]" pytest pytest-timeout
+	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[peft,plots]" \
+		pytest pytest-timeout
 	touch $@

@@ -32,6 +32,9 @@ from hf_sai.startup import following
 
 __all__ = ["add_arguments", "main", "require_target", "run_followed", "run_target", "show_error"]
 
+#: With ``python -P`` or PYTHONSAFEPATH neither a script's folder nor the working directory is on the import path.
+_SAFE_PATH = getattr(sys.flags, "safe_path", False)
+
 
 def main() -> None:
     """Run what the command line names as ``__main__``.
@@ -100,18 +103,21 @@ def run_target(target: str, arguments: Sequence[str], *, is_module: bool) -> Non
     """
     sys.argv = [target, *arguments]
     if is_module:
-        sys.path[0] = os.getcwd()
+        if not _SAFE_PATH:
+            sys.path[0] = os.getcwd()
         runpy.run_module(target, run_name="__main__", alter_sys=True)
         return
     command = None if os.path.exists(target) else _command(target)
     if command is not None:
         sys.exit(command.load()())
     if os.path.isdir(target) or zipfile.is_zipfile(target):
-        del sys.path[0]  # the target itself takes its place
-        runpy.run_path(target, run_name="__main__")
+        if not _SAFE_PATH:
+            del sys.path[0]  # the target itself takes its place
+        runpy.run_path(os.path.abspath(target), run_name="__main__")  # absolute, for the script may go elsewhere
         return
     # ``python -m`` put the working directory first on the import path; a script has its own folder there.
-    sys.path[0] = os.path.dirname(os.path.realpath(target))
+    if not _SAFE_PATH:
+        sys.path[0] = os.path.dirname(os.path.realpath(target))
     if target.endswith(".pyc"):
         runpy.run_path(target, run_name="__main__")
         return
@@ -147,8 +153,9 @@ def _command(name: str) -> EntryPoint | None:
 def _follow(*, record: bool) -> None:
     """Prepare this process and, by their environment, those that the script will start."""
     if following.NOTES not in os.environ:
-        folder = os.environ[following.NOTES] = tempfile.mkdtemp(prefix="hf-sai-run-")
-        atexit.register(_remove, folder, os.getpid())
+        with contextlib.suppress(OSError):  # no folder for temporary files: no line at the end
+            folder = os.environ[following.NOTES] = tempfile.mkdtemp(prefix="hf-sai-run-")
+            atexit.register(_remove, folder, os.getpid())
     when_imported("torch.optim.optimizer", following.note_steps)
     if record:
         os.environ[following.RECORD] = "1"
@@ -167,7 +174,8 @@ def _remove(folder: str, process: int) -> None:
 def _say_if_ours_was_not_used(arguments: Sequence[str]) -> None:
     """One line at the end of a run that trained with other optimizers than the one that it was started for."""
     others = following.stepped()
-    if following.OURS in others or os.environ.get("RANK", "0") != "0":
+    is_known = following.NOTES in os.environ
+    if following.OURS in others or not is_known or os.environ.get("RANK", "0") != "0":
         return
     if not others and "sgd_sai" not in " ".join(arguments):
         return  # such as --help

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import math
@@ -34,7 +35,8 @@ def add_parser(subparsers: Any) -> None:
         description="Run a script up to its first Trainer.train(), train some steps there with a learning rate that "
         "grows from one to the next, draw the loss over the rate and suggest one to start from. The process ends "
         "there, without what the script would do afterwards (finally blocks and atexit functions included), so that "
-        "nothing is saved. Example: hf-sai lr-find train.py --optim sgd_sai --output_dir out",
+        "nothing is saved. Before it, the script does what it always does: give one that clears its output directory "
+        "another. Example: hf-sai lr-find train.py --optim sgd_sai --output_dir out",
     )
     parser.add_argument("--smallest", type=float, default=1e-5, help="rate of the first step (default: 1e-5)")
     parser.add_argument("--largest", type=float, default=10.0, help="rate of the last step (default: 10)")
@@ -97,13 +99,11 @@ def _test(trainer: Trainer, args: argparse.Namespace, folder: Path, made: list[P
     main = trainer.is_world_process_zero()
     try:
         test = range_test(trainer, smallest=args.smallest, largest=args.largest, steps=args.steps, progress=main)
-        if main:
-            sys.stdout.write("\n".join([_verdict(test, args), *map(str, _save(test, folder))]) + "\n")
     except (ImportError, OSError, ValueError) as error:
         if _is_of_the_script(error):
             show_error(error)
         else:
-            sys.stderr.write(f"hf-sai: {' '.join(str(error).split())}\n")
+            _say(error)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -114,7 +114,20 @@ def _test(trainer: Trainer, args: argparse.Namespace, folder: Path, made: list[P
         for path in made if main else ():
             with contextlib.suppress(OSError):  # there is something in it
                 path.rmdir()
+    if not main:
+        return 0
+    try:
+        # The verdict first: a disk that is full must not cost what the test has found.
+        for line in itertools.chain([_verdict(test, args)], _save(test, folder)):
+            sys.stdout.write(f"{line}\n")
+    except OSError as error:
+        _say(error)
+        return 1
     return 0
+
+
+def _say(error: Exception) -> None:
+    sys.stderr.write(f"hf-sai: {' '.join(str(error).split())}\n")
 
 
 def _is_of_the_script(error: BaseException) -> bool:
@@ -144,13 +157,17 @@ def _verdict(test: RangeTest, args: argparse.Namespace) -> str:
     return f"{tried}: try --learning_rate {test.suggestion:.1e}, then a third and three times that"
 
 
-def _save(test: RangeTest, folder: Path) -> list[Path]:
+def _save(test: RangeTest, folder: Path) -> Iterator[str]:
+    """Writes numbers and picture, and yields each file's name when it is there."""
     from hf_sai.publishing.plots import draw
     from hf_sai.trainer.range_plot import plot_range_test
 
-    folder.mkdir(parents=True, exist_ok=True)
     losses = [loss if math.isfinite(loss) else None for loss in test.losses]  # JSON has no other numbers
     numbers = {"suggestion": test.suggestion, "learning_rates": test.learning_rates, "losses": losses}
-    files = [atomic_write(folder / "lr_find.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")]
-    files.append(atomic_write(folder / "lr_find.png", draw(plot_range_test(test))))
-    return files
+    yield str(atomic_write(folder / "lr_find.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n"))
+    try:
+        picture = draw(plot_range_test(test))
+    except ImportError as error:
+        yield f"no picture: {error}"
+        return
+    yield str(atomic_write(folder / "lr_find.png", picture))

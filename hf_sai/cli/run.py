@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any, NoReturn
 
 from hf_sai.run import add_arguments, require_target, run_followed, show_error
@@ -25,9 +26,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> NoReturn:
     """Ends as the script does."""
     require_target(args)
+    sys.excepthook = lambda kind, error, trace: show_error(error, trace)
     try:
         run_followed(args)
-    except Exception as error:  # the script's own: not in one line, which would not say where
-        show_error(error)
+    except Exception as error:  # the script's own: not in one line, which would not say where, but as its hook shows it
+        sys.excepthook(type(error), error, error.__traceback__)
         raise SystemExit(1) from None
     raise SystemExit(0)

@@ -109,7 +109,14 @@ class _Options:
 
 
 def _build(name: str, base_model: str | None, lora: Mapping[str, Any] | None, options: _Options) -> Any:
-    directory = Path(name)
+    directory, adapter_name = Path(name), "default"
+    if directory.is_dir() and not any((directory / file).is_file() for file in ("adapter_config.json", "config.json")):
+        # PEFT saves an adapter that has a name of its own in a folder of that name.
+        named = sorted(file.parent for file in directory.glob("*/adapter_config.json"))
+        if len(named) > 1:
+            raise ValueError(f"{name} holds {len(named)} adapters; give the directory of one, such as {named[0]}")
+        if named:
+            directory, adapter_name = named[0], named[0].name
     if not directory.is_dir():
         is_adapter = name not in KNOWN_SIZES and _is_adapter_on_hub(name)
     elif not any((directory / file).is_file() for file in ("adapter_config.json", "config.json")):
@@ -124,7 +131,7 @@ def _build(name: str, base_model: str | None, lora: Mapping[str, Any] | None, op
     if is_adapter:
         if lora is not None:
             raise ValueError(f"{name} is an adapter already, so lora cannot add another; give its base model's name")
-        return _build_adapter(name, base_model, options)
+        return _build_adapter(name if not directory.is_dir() else str(directory), base_model, options, adapter_name)
     if base_model is not None:
         raise ValueError(f"{name} is no adapter, so it has no base model; leave out base_model ({base_model})")
     try:
@@ -174,7 +181,7 @@ def _is_adapter_on_hub(name: str) -> bool:
         raise OSError(f"{name} is no directory here, and no model of that name can be read ({error})") from error
 
 
-def _build_adapter(path: str, base_model: str | None, options: _Options) -> Any:
+def _build_adapter(path: str, base_model: str | None, options: _Options, adapter_name: str) -> Any:
     import peft
 
     config = peft.PeftConfig.from_pretrained(path)
@@ -186,14 +193,14 @@ def _build_adapter(path: str, base_model: str | None, options: _Options) -> Any:
         raise ValueError(f"{path} does not say which base model it is for; name it with --base-model")
     try:
         with torch.device("meta"):
-            return peft.get_peft_model(_build_base(name, config.task_type, options), config)
+            return peft.get_peft_model(_build_base(name, config.task_type, options), config, adapter_name)
     except OSError as error:
         raise OSError(f"the base model {name} of {path} cannot be read; name it with --base-model ({error})") from error
     except RuntimeError:
         if options.load_in_4bit:
             raise ValueError(f"load_in_4bit: {config.peft_type.value} of {path} computes with the weights") from None
         # A few tuners (AdaMSS, BOFT, FRoD, SHiRA, UniLoRA) compute with the base's weights: any will do here.
-        return peft.get_peft_model(_build_base(name, config.task_type, options), config)
+        return peft.get_peft_model(_build_base(name, config.task_type, options), config, adapter_name)
 
 
 def _add_lora(model: Any, lora: Mapping[str, Any]) -> Any:

@@ -25,6 +25,7 @@ __all__ = ["Incoming", "read"]
 logger = logging.getLogger(__name__)
 
 _OURS = frozenset({"gsnr", *MOMENTUM_KEYS, BLOCK_KEY, *chain.from_iterable(rule.keys for rule in RULES.values())})
+_TENSORS = _OURS - {"gsnr", "averaged_steps", BLOCK_KEY}
 
 _FRESH = (
     "To train on with the saved weights and a fresh state, load the weights alone (Trainer: give the checkpoint as the "
@@ -54,6 +55,16 @@ def read(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[
     Raises:
         ValueError: It was written by another optimizer, or for other parameters.
     """
+    try:
+        return _checked(state_dict, groups)
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"The state is damaged, or none that an optimizer saves ({told}). {_FRESH}") from error
+
+
+def _checked(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Incoming]:
     saved_groups = state_dict["param_groups"]
     if any("momentum" not in group or "eps" not in group for group in saved_groups):
         keys = ", ".join(sorted(map(str, saved_groups[0].keys() - {"params", "param_names"})))
@@ -66,19 +77,30 @@ def read(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[
             f"{counts[1]}. Build model and groups as they were. {_FRESH}"
         )
     saved_groups = [upgrade_group(group, present) for group, present in zip(saved_groups, groups, strict=True)]
+    for group in saved_groups:
+        _require_options(group)
     _warn_of_other_options(saved_groups, groups)
     states, saved_groups = _by_name(states, saved_groups, groups)
     incoming: Incoming = []
     for index, name, p, group in _each(saved_groups, groups):
-        state = states.get(index)
+        state = states.get(index, {})
+        if not isinstance(state, dict):
+            raise _damaged(name, "the state")
         if not state:
             continue
         _require_ours(name, state)
+        if isinstance(state.get("gsnr"), list) and p.dim() != 1:  # only of a flat tensor
+            raise _damaged(name, "gsnr")
+        steps = state.get("averaged_steps", 0)
+        if not isinstance(steps, Tensor) and not (type(steps) is int and 0 <= steps < 2**63):
+            raise _damaged(name, "averaged_steps")
         # Of keys that it did not save, torch.distributed.checkpoint's flat form makes empty dicts.
         state = {key: value for key, value in state.items() if key != BLOCK_KEY and not isinstance(value, dict)}
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        if wrong := _TENSORS & (state.keys() - tensors.keys()):
+            raise _damaged(name, min(wrong))
         states[index] = {key: value for key, value in state.items() if key not in tensors}
-        incoming.append((p, group, _in_form(name, p, group, tensors)))
+        incoming.append((p, group, _in_form(name, p, group, tensors, counted="averaged_steps" in state)))
     return {**state_dict, "state": states, "param_groups": saved_groups}, incoming
 
 
@@ -153,8 +175,16 @@ def _same_name(one: str, other: str) -> bool:
     return longer == shorter or longer.endswith(f".{shorter}")
 
 
-def _in_form(name: str, p: Tensor, group: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A parameter's saved tensors on its device and in the form its group keeps them."""
+def _in_form(
+    name: str, p: Tensor, group: dict[str, Any], tensors: dict[str, Tensor], *, counted: bool
+) -> dict[str, Tensor]:
+    """A parameter's saved tensors on its device and in the form its group keeps them.
+
+    With ``counted`` the state says how many steps its running means are of, so that all of these must be there.
+    """
+    for key, value in tensors.items():
+        if value.layout != torch.strided or value.is_complex():
+            raise _damaged(name, key)
     part = kind_of(p)(p, group, {})
     (part.shape,) = whole_shapes([p])
     momentum = {key: tensors[key] for key in MOMENTUM_KEYS if key in tensors}
@@ -162,6 +192,8 @@ def _in_form(name: str, p: Tensor, group: dict[str, Any], tensors: dict[str, Ten
     formed = {key: value.to(p.device, copy=True) for key, value in tensors.items() if key not in momentum}
     formed = RULES[group["update"]].taken_up(part, formed)
     for key, dims in RULES[group["update"]].kept(part).items():
+        if key not in formed and counted:
+            raise _damaged(name, key)
         if key in formed:
             if not part.fits(local(formed[key]).shape, dims):
                 raise _does_not_fit(name, key, formed[key], part)
@@ -178,6 +210,23 @@ def _in_form(name: str, p: Tensor, group: dict[str, Any], tensors: dict[str, Ten
             raise _does_not_fit(name, "momentum_buffer", momentum["momentum_buffer"], part)
         formed |= converted
     return formed
+
+
+def _require_options(group: dict[str, Any]) -> None:
+    """Raise ValueError for an option that is missing, or that nobody could have asked for."""
+    for name, option in OPTIONS.items():
+        if not option.per_group:
+            continue
+        if name not in group:
+            raise ValueError(f"The state is damaged: the option {name} is missing. {_FRESH}")
+        try:
+            option.check(group[name])
+        except ValueError as error:
+            raise ValueError(f"The saved options cannot be used: {error} {_FRESH}") from None
+
+
+def _damaged(name: str, key: str) -> ValueError:
+    return ValueError(f"The state is damaged: {key} of parameter {name} is missing, or cannot be used. {_FRESH}")
 
 
 def _does_not_fit(name: str, key: str, value: Tensor, part: Part) -> ValueError:

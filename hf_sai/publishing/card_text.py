@@ -36,13 +36,21 @@ _AUTO = {
     "fill-mask": "AutoModelForMaskedLM",
 }
 
+#: What a template may ask a record for; the rest writes or reads files.
+_ASKED = ("curve", "keys", "metrics", "summary")
+
 
 def environment() -> SandboxedEnvironment:
     """Jinja with the cards' filters, in its sandbox: a template reads values and calls nothing dangerous."""
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    jinja = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    class Sandbox(ImmutableSandboxedEnvironment):
+        def is_safe_callable(self, obj: Any) -> bool:
+            of_record = isinstance(getattr(obj, "__self__", None), RunRecord) or obj == RunRecord.load
+            return super().is_safe_callable(obj) and (not of_record or obj.__name__ in _ASKED)
+
+    jinja = Sandbox(undefined=StrictUndefined, keep_trailing_newline=True)
     jinja.filters.update(
         md=markdown_text,
         plain=_plain,

@@ -191,7 +191,15 @@ def render_card(
     source = read_text(template or TEMPLATE, MAX_TEMPLATE_BYTES)
     try:
         text = environment().from_string(source).render(_context(record, repo_id, set(pictures), subfolder))
-    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (
+        jinja2.TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         place = f" line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise ValueError(f"template {template or TEMPLATE}{place}: {type(error).__name__} {error}") from error
     return _card(card_data(record), re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")

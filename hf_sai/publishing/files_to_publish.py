@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from typing import Any
 from hf_sai.publishing.secret_scan import find_secret
 from hf_sai.runs.files import read_text
 from hf_sai.runs.record import RECORD_FILE
-from hf_sai.runs.redact import known_secrets
+from hf_sai.runs.redact import known_secrets, redact_text
 
 __all__ = ["ALLOWED", "NEVER", "PublishPlan", "adapter_folder", "plan_files"]
+
+logger = logging.getLogger(__name__)
 
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -96,11 +99,13 @@ def plan_files(run_dir: str | Path, *, include: Iterable[str] = (), secrets: Ite
         The files, and what is left out and why.
 
     Raises:
-        ValueError: There is no such directory, nothing to upload in it, or a file that holds a secret.
+        ValueError: There is no such directory, nothing to upload in it, a pattern that names no file, or a file that is
+            damaged or holds a secret.
     """
     root = Path(run_dir)
     if not root.is_dir():
         raise ValueError(f"{root} is not a directory: give the directory of a finished run")
+    include = tuple(include)
     allowed = (*ALLOWED, *_parts(root), *_own_code(root), *include)
     files, left_out = [], []
     for path in sorted(root.rglob("*")):
@@ -112,17 +117,20 @@ def plan_files(run_dir: str | Path, *, include: Iterable[str] = (), secrets: Ite
             files.append((name, path.stat().st_size))
         else:
             left_out.append((name, reason))
+    _require_effect(root, include, [name for name, _ in files], left_out)
     if not any(name.endswith(".safetensors") for name, _ in files):
         pickled = any(name in ("pytorch_model.bin", "adapter_model.bin") for name, _ in left_out)
         hint = "save them again with safe_serialization" if pickled else "is it the directory of a finished run?"
         raise ValueError(f"{root} holds no weights (*.safetensors) to publish: {hint}")
     hidden = known_secrets(secrets)
     for name, _ in files:
+        damage = _damage(root / name)
+        if damage is not None:
+            raise ValueError(f"{root / name} is damaged or not written to its end ({damage}); save it again")
         found = find_secret(root / name, name, hidden)
         if found is not None:
-            raise ValueError(
-                f"{root / name} ({found[0]}) holds {found[1]}; take it out before it is public (and revoke it)"
-            )
+            place = f"{redact_text(str(root / name))} ({found[0]})"
+            raise ValueError(f"{place} holds {found[1]}; take it out before it is public (and revoke it)")
     return PublishPlan(tuple(files), tuple(left_out))
 
 
@@ -211,6 +219,34 @@ def _reason_against(path: Path, name: str, allowed: tuple[str, ...]) -> str | No
     if any(_matches(name, pattern) for pattern in allowed):
         return None
     return "not on the list; --include it if it is to be public"
+
+
+def _require_effect(root: Path, include: Iterable[str], files: list[str], left_out: list[tuple[str, str]]) -> None:
+    """Raise ValueError for a pattern that names no file, and warn of files that are asked for and stay out."""
+    for pattern in include:
+        names = [name for name, _ in left_out if _matches(name, pattern)]
+        if not names and not any(_matches(name, pattern) for name in files):
+            raise ValueError(f"include: {pattern!r} names no file in {root}; * does not reach into folders")
+        if pattern in names:
+            logger.warning("%s stays out, though it is asked for: %s.", pattern, dict(left_out)[pattern])
+
+
+def _damage(path: Path) -> str | None:
+    """Why nobody could load weights or settings from a file; None where it is whole, or of another kind."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import SafetensorError, safe_open
+
+            try:
+                with safe_open(path, framework="pt"):
+                    return None
+            except SafetensorError as error:
+                return str(error)
+        if path.suffix == ".json":
+            json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        return f"no JSON: {' '.join(str(error).split())}"
+    return None
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -8,6 +8,7 @@ dashes and marker besides.
 from __future__ import annotations
 
 import io
+import logging
 import math
 import re
 import statistics
@@ -39,6 +40,7 @@ __all__ = [
     "save_pictures",
 ]
 
+logger = logging.getLogger(__name__)
 
 BACKGROUND, TEXT, GRID = "#ffffff", "#1f2328", "#d0d7de"
 # Found by search: among 6,000 random colours those whose smallest difference (CIELAB, over normal sight and simulated
@@ -208,24 +210,38 @@ def save_pictures(records: Sequence[RunRecord], folder: str | Path) -> list[Path
         The files written.
 
     Raises:
-        ValueError: There is nothing to draw in any record.
+        ValueError: There is nothing to draw in any record, or there are more than 6 of them.
         OSError: A picture cannot be written.
     """
+    _check(records)
     jobs: list[tuple[str, Any, Any]] = [("loss", plot_loss, records)]
-    for record in records:
-        suffix = f"-{_file_name(record.name)}" if len(records) > 1 else ""
+    for record, suffix in zip(records, _suffixes(records), strict=True):
         jobs += [(f"gsnr{suffix}", plot_gsnr, record), (f"updates{suffix}", plot_updates, record)]
     written, reasons = [], []
     for name, plot, argument in jobs:
         try:
             figure = plot(argument)
         except ValueError as error:
-            reasons.append(str(error))
+            reasons.append((name, str(error)))
             continue
         written.append(atomic_write(Path(folder) / f"{name}.png", draw(figure)))
     if not written:
-        raise ValueError("nothing to draw: " + "; ".join(reasons))
+        raise ValueError("nothing to draw: " + "; ".join(reason for _, reason in reasons))
+    for name, reason in reasons:
+        logger.warning("No picture %s.png: %s.", name, reason)
     return written
+
+
+def _suffixes(records: Sequence[RunRecord]) -> list[str]:
+    """What the names of each run's own pictures end with: nothing for a single run, no two alike."""
+    if len(records) == 1:
+        return [""]
+    taken: list[str] = []
+    for record in records:
+        name = f"-{_file_name(record.name)}"
+        choices = [name, *(f"{name}-{number}" for number in range(2, len(records) + 2))]
+        taken.append(next(choice for choice in choices if choice not in taken))
+    return taken
 
 
 def layer_and_kind(name: str) -> tuple[str, str]:

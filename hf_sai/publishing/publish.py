@@ -69,9 +69,13 @@ def publish(
         The commit's URL.
 
     Raises:
-        ValueError: Nothing to upload, a secret in a file, or an impossible name.
+        ValueError: Nothing to upload, a secret in a file or in the message, or an impossible name.
         PublishError: The Hub refused, the repository holds something else, or the connection broke.
     """
+    if redact_text(message, [token] if token else ()) != message:
+        raise ValueError(
+            "the commit's message holds what looks like a secret, and everybody would read it; leave it out"
+        )
     plan = plan_files(run_dir, include=include, secrets=[token] if token else ())
     prefix = f"{path_in_repo.strip('/')}/" if path_in_repo else ""
     has_card = CARD_FILE in dict(plan.files)

@@ -6,6 +6,8 @@ Shapes and assignments are those of detect-secrets (``pip install "hf-sai[hub]"`
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import re
 import struct
@@ -41,6 +43,10 @@ _MARKS = (
     *((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32")),
     *((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")),
 )
+#: A string of JSON with a backslash in it.
+_ESCAPED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)+"', re.DOTALL)
+#: A line of a file of settings, such as ~/.aws/credentials.
+_SETTING = re.compile(r"^[ \t]*([A-Za-z_][\w.-]*)[ \t]+=[ \t]+([^\s()\[\]{}\"']{8,})[ \t]*$", re.MULTILINE)
 _CHUNK, _OVERLAP = 2**24, 2**12
 _MAX_HEADER = 100 * 2**20
 _MAX_MEMBER = 2**28
@@ -57,14 +63,15 @@ def find_secret(path: Path, name: str, secrets: Iterable[str] = ()) -> tuple[str
         secrets: Strings that no file may hold.
 
     Returns:
-        Where it is (``line 3``, ``the header``) and what it is; never the secret itself. None where there is none.
+        Where it is (``line 3``, ``the header``, ``its name``) and what it is; never the secret itself. None where there
+        is none.
 
     Raises:
         ImportError: detect-secrets is missing.
         OSError: The file cannot be read.
     """
     detectors, hidden = _detectors(), tuple(secrets)
-    for place, text in _texts(path):
+    for place, text in itertools.chain([("its name", name)], _texts(path)):
         found = _kind(text, hidden, detectors)
         if found is None and place is None:
             found = _named(text, name)
@@ -116,6 +123,10 @@ def _named(text: str, name: str) -> tuple[int, str] | None:
             value = value.rstrip(")")
             if not _is_harmless(value) and not (value.isidentifier() and value == value.lower() and "_" in value):
                 return start, f"a value of {option!r}"
+        for match in _SETTING.finditer(text):
+            is_word = re.fullmatch(r"\D+|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", match[2])  # as a program's: self.token
+            if is_secret_name(match[1], match[2]) and not _is_harmless(match[2]) and not is_word:
+                return match.start(), f"a value of {match[1]!r}"
     return _assigned(text, name) if suffix in (*_CODE, *_PROSE) else None
 
 
@@ -179,6 +190,8 @@ def _texts(path: Path) -> Iterator[tuple[str | None, str]]:
     whole = _decoded(path, start)
     if whole is not None:
         yield None, whole
+        if path.suffix.lower() == ".json" and "\\" in whole:
+            yield "a text with escapes", _unescaped(whole)
         return
     if zipfile.is_zipfile(path):
         yield from _members(path)
@@ -209,12 +222,17 @@ def _safetensors_header(path: Path) -> str | None:
         if not 2 <= size <= _MAX_HEADER:
             return None
         raw = file.read(size)
-    try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    # With escapes undone, as a reader sees it.
-    return raw.decode("utf-8", "replace") + "\n" + "\n".join(text for _, text in _strings(content))
+    text = raw.decode("utf-8", "replace")
+    return f"{text}\n{_unescaped(text)}"
+
+
+def _unescaped(text: str) -> str:
+    """The strings of a JSON text that hold escapes, as a reader sees them."""
+    found = []
+    for match in _ESCAPED.finditer(text):
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(match.group(), strict=False))
+    return "\n".join(found)
 
 
 def _png_texts(content: bytes) -> Iterator[str]:

@@ -34,20 +34,21 @@ def atomic_write(path: str | Path, content: str | bytes) -> Path:
         'text'
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        with contextlib.suppress(OSError):  # another process may clear it at the same time
-            if time.time() - old.stat().st_mtime > _OLD_PART:
-                old.unlink()
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            with contextlib.suppress(OSError):  # another process may clear it at the same time
+                if time.time() - old.stat().st_mtime > _OLD_PART:
+                    old.unlink()
         with open(part, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a file stands where the folder was to be
+            part.unlink(missing_ok=True)
         raise OSError(
             error.errno, f"could not write {path} ({error.strerror}); what was there before is unchanged"
         ) from error

@@ -15,7 +15,7 @@ from hf_sai.runs.files import atomic_write, read_text
 from hf_sai.runs.paths import hide_paths, is_local_path, short_path
 from hf_sai.runs.redact import redact
 
-__all__ = ["RECORD_FILE", "RECORD_VERSION", "RunRecord", "is_number"]
+__all__ = ["RECORD_FILE", "RECORD_VERSION", "RunRecord", "first_problem", "is_number", "to_json"]
 
 #: The record's name in a run's directory and in a repository on the Hub.
 RECORD_FILE = "run_record.json"
@@ -179,7 +179,7 @@ class RunRecord:
                 f"{path} has version {version!r}, but this hf-sai reads versions 1 to {RECORD_VERSION}; upgrade hf-sai"
             )
         known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
-        problem = _first_problem(known) if _is_flat(known) else f"it is nested more than {MAX_DEPTH} levels deep"
+        problem = first_problem(known) if _is_flat(known) else f"it is nested more than {MAX_DEPTH} levels deep"
         if problem:
             raise ValueError(f"{path} is not a valid run record: {problem}")
         return cls(**known)
@@ -334,7 +334,8 @@ _REQUIRED = {
 }
 
 
-def _first_problem(content: dict[str, Any]) -> str | None:
+def first_problem(content: dict[str, Any]) -> str | None:
+    """What of a record's fields a reader would refuse, in words; None where all is right."""
     for name, value in content.items():
         is_list = RunRecord.__dataclass_fields__[name].default_factory is list
         allowed, test = _LIST if is_list else _DICT

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import functools
 import logging
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 from hf_sai.runs.describe import describe_gsnr, describe_model, describe_optimizer, effective_rates
 from hf_sai.runs.environment import command_line, hardware, is_main_process, short_path, versions
 from hf_sai.runs.meters import Stopwatch, UpdateMeter, unwrap_optimizer
-from hf_sai.runs.record import RunRecord, to_json
+from hf_sai.runs.record import RunRecord, first_problem, to_json
 
 __all__ = ["RunRecorder"]
 
@@ -95,9 +96,9 @@ class RunRecorder:
         if not 0.0 <= budget <= 1.0:
             raise ValueError(f"budget is {budget!r}, but must be between 0 and 1: the part of the time to spend")
         self.directory = Path(directory)
-        self.record = RunRecord(data=[to_json(dict(source)) for source in data])
+        self.record = RunRecord(data=_entries("data", data))
         self.active = is_main_process() if main_process is None else main_process
-        self._name = name or self.directory.resolve().name
+        self._name = str(name or self.directory.resolve().name)
         self._card = to_json(dict(card or {}))
         self._budget = budget
         self._secrets = tuple(secrets)
@@ -152,11 +153,15 @@ class RunRecorder:
     @_never_ends_training
     def step_begins(self) -> None:
         """As ``step()``, where a loop offers events instead of a block."""
+        if self._optimizer is None:
+            raise RuntimeError("start(model, optimizer) comes first")
         self._step_watch.start()
 
     @_never_ends_training
     def step_ends(self, step: int | None = None) -> None:
         """The end of ``step_begins``; ``step`` is the number of steps done, where nobody logs it."""
+        if self._optimizer is None:
+            return
         self._step_watch.stop()
         self._timed_steps += 1
         if step is not None:
@@ -165,6 +170,8 @@ class RunRecorder:
     @_never_ends_training
     def update_begins(self, *, measure: bool = False) -> None:
         """As ``update()``."""
+        if self._optimizer is None:
+            return
         if measure and self._affordable(self._measure_cost):
             with self._spending():
                 self._meter.before()
@@ -173,6 +180,8 @@ class RunRecorder:
     @_never_ends_training
     def update_ends(self) -> None:
         """The end of ``update_begins``."""
+        if self._optimizer is None:
+            return
         self._update_watch.stop()
         with self._spending() as spent:
             self._meter.after()
@@ -197,8 +206,9 @@ class RunRecorder:
     @_never_ends_training
     def append(self, step: int, values: Mapping[str, Any]) -> None:
         """Add an entry to the history as it is, and write the record if the budget allows."""
+        step = int(operator.index(step))  # also numpy's and torch's integers, which JSON does not know
         with self._spending():
-            self.record.history.append({**to_json(dict(values)), "step": step})
+            self.record.history += _entries("history", [{**values, "step": step}])
         if self._optimizer is not None:
             self.record.run["steps"] = max(step, self.record.run.get("steps", 0))
             if self.record.run.get("status") == "finished" or self._affordable(self._save_cost):
@@ -251,9 +261,8 @@ class RunRecorder:
         data: Iterable[Mapping[str, Any]] = (),
     ) -> None:
         self.record.results.update(to_json(dict(results)))
-        self.record.samples.extend(to_json(dict(sample)) for sample in samples)
-        self.record.images.extend(to_json(dict(image)) for image in images)
-        self.record.data.extend(to_json(dict(source)) for source in data)
+        for name, entries in (("samples", samples), ("images", images), ("data", data)):
+            getattr(self.record, name).extend(_entries(name, entries))
 
     @_never_ends_training
     def save(self, directory: str | Path | None = None) -> None:
@@ -336,6 +345,23 @@ class RunRecorder:
         yield spent
         spent[0] = time.perf_counter() - begun
         self._spent += spent[0]
+
+
+def _entries(name: str, entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Entries for one of the record's lists, such as nobody would refuse to read again.
+
+    Raises:
+        ValueError: One is none of these.
+    """
+    listed = list(entries)
+    if not all(isinstance(entry, Mapping) for entry in listed):
+        raise ValueError(
+            f"{name} must be dicts, but among them is {next(e for e in listed if not isinstance(e, Mapping))!r}"
+        )
+    found: list[dict[str, Any]] = [to_json(dict(entry)) for entry in listed]
+    if problem := first_problem({name: found}):
+        raise ValueError(problem)
+    return found
 
 
 def _now() -> str:

@@ -221,6 +221,9 @@ def _entry(key: str, item: Any, secrets: frozenset[str]) -> Any:
         return REDACTED if is_secret_name(key, item) else _clean(item, secrets)
     if isinstance(item, list | tuple):
         return [_entry(key, part, secrets) for part in item]
+    # YAML reads a password of digits as a number; "pass" before a small one counts passes.
+    if isinstance(item, int | float) and abs(item) >= 1000 and _SECRET_NAME.search(key):
+        return REDACTED
     return _redact(item, secrets)
 
 

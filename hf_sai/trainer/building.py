@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from hf_sai.groups.param_groups import param_groups
+from hf_sai.optim.options import DEFAULTS
 from hf_sai.optim.sgd_sai import SGDSaI
 from hf_sai.runs.meters import unwrap_optimizer
 from hf_sai.trainer.grouping import named_groups
@@ -147,7 +148,8 @@ def _class_for(model: Any, grouping: dict[str, Any], advises: bool) -> type[SGDS
     # Trainer calls optimizer_cls(groups, **kwargs), and takes for a factory what is no subclass of Optimizer.
     class SGDSaIWithNames(SGDSaI):
         def __new__(cls, params: Any, **options: Any) -> SGDSaI:  # type: ignore[misc]
-            groups = named_groups(model, params, options["lr"], options["weight_decay"], **grouping)
+            lr, weight_decay = (options.get(key, DEFAULTS[key]) for key in ("lr", "weight_decay"))
+            groups = named_groups(model, params, lr, weight_decay, **grouping)
             optimizer = SGDSaI(groups, **options)
             if advises:
                 watch_updates(optimizer)

@@ -44,7 +44,9 @@ class RunRecordCallback(TrainerCallback):
         budget: float = 0.01,
     ) -> None:
         self._options: dict[str, Any] = {"name": name, "data": list(data), "card": card, "budget": budget}
+        RunRecorder("", **self._options, main_process=False)  # what is wrong ends here, and no training that has begun
         self._recorder: RunRecorder | None = None
+        self._output_dir = ""
         self._trials = 0
         _add_scalars_to_training_logs()
 
@@ -121,12 +123,14 @@ class RunRecordCallback(TrainerCallback):
         self._recorder_for(args, state).finish()
 
     def _recorder_for(self, args: TrainingArguments, state: TrainerState) -> RunRecorder:
-        # Added to a Trainer that is made already, this hears of nothing before the training.
-        if self._recorder is None:
+        # Added to a Trainer that is made already, this hears of nothing before the training. Given to another Trainer,
+        # it leaves the record of the first as it is.
+        if self._recorder is None or str(args.output_dir) != self._output_dir:
             self._recorder = self._new(args, state, Path(str(args.output_dir)))
         return self._recorder
 
     def _new(self, args: TrainingArguments, state: TrainerState, folder: Path) -> RunRecorder:
+        self._output_dir = str(args.output_dir)
         secrets = [token for token in (args.hub_token,) if token]
         return RunRecorder(folder, **self._options, secrets=secrets, main_process=state.is_world_process_zero)
 

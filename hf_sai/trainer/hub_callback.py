@@ -100,7 +100,8 @@ class PublishCallback(TrainerCallback):
         url = publish(checkpoint, self.repo_id, message=message, **self._options)
         if self._strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             folder = "last-checkpoint" if self._strategy == HubStrategy.CHECKPOINT else checkpoint.name
-            options = {**self._options, "include": self._resume, "path_in_repo": folder}
+            resume = [pattern for pattern in self._resume if any(checkpoint.glob(pattern))]
+            options = {**self._options, "include": resume, "path_in_repo": folder}
             url = publish(checkpoint, self.repo_id, message=f"{message}, checkpoint", **options)
         return url
 

@@ -116,6 +116,20 @@ def test_a_checkpoint_shows_the_measured_scales(base_directory: Any, tmp_path: A
     assert "UNMEASURED" not in shown
 
 
+def test_an_adapter_with_a_name_of_its_own_is_shown_by_its_runs_directory(
+    base_directory: Any, tmp_path: Any, capsys: Any
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(base_directory)
+    model = peft.get_peft_model(model, peft.LoraConfig(**LORA, trainable_token_indices=UNSEEN_TOKENS), "style")
+    model.save_pretrained(tmp_path / "run")
+    assert {"style/lora_A", "style/lora_B"} <= set(rows(groups(capsys, tmp_path / "run")))
+    optimizer = checkpoint(tmp_path / "checkpoint-2", model)
+    assert groups(capsys, tmp_path / "checkpoint-2").strip() == describe_groups(optimizer)
+    (tmp_path / "run" / "other").mkdir()
+    (tmp_path / "run" / "other" / "adapter_config.json").write_text("{}")
+    assert "holds 2 adapters; give the directory of one" in error(capsys, tmp_path / "run")
+
+
 def test_unmeasured_parameters_stand_out(base_directory: Any, tmp_path: Any, capsys: Any) -> None:
     model = adapter_on(base_directory, trainable_token_indices=UNSEEN_TOKENS)
     checkpoint(tmp_path / "checkpoint-2", model)

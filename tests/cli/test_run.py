@@ -8,6 +8,9 @@ import textwrap
 
 import pytest
 
+from hf_sai import run
+from hf_sai.startup import following
+
 SCRIPT = """
     import json, os, sys
     import neighbour
@@ -140,6 +143,41 @@ def both_ways(folder, source, *arguments):
 def test_a_script_ends_as_it_does_without_the_runner(folder, source):
     plain, under_runner = both_ways(folder, source)
     assert plain == under_runner
+
+
+@pytest.mark.parametrize("target", ["same.py", "folder"])
+def test_a_safe_import_path_stays_as_it_is(folder, target):
+    (folder / "folder").mkdir()
+    source = "import sys, neighbour; print(neighbour.__file__, sys.path)"
+    (folder / "folder" / "__main__.py").write_text(source)
+    (folder / "same.py").write_text(source)
+    path = os.pathsep.join([str(folder / "scripts"), os.environ.get("PYTHONPATH", os.getcwd())])
+    ends = [
+        launch(folder, sys.executable, *runner, target, PYTHONSAFEPATH="1", PYTHONPATH=path)
+        for runner in ([], ["-m", "hf_sai.run"])
+    ]
+    assert ends[0].returncode == 0, ends[0].stderr
+    assert ends[0].stdout == ends[1].stdout
+
+
+def test_a_scripts_own_hook_shows_its_error_under_both_names_of_the_runner(folder):
+    (folder / "hooked.py").write_text("import sys; sys.excepthook = lambda *error: print('seen', error[1]); 1 / 0")
+    for runner in (["hf_sai.run"], ["hf_sai", "run"]):
+        done = launch(folder, sys.executable, "-m", *runner, "hooked.py")
+        assert (done.returncode, done.stdout, done.stderr) == (1, "seen division by zero\n", "")
+
+
+def test_where_nothing_can_be_noted_nothing_is_claimed(monkeypatch, capsys):
+    def full(**_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    monkeypatch.setattr(run, "when_imported", lambda *_: None)
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    os.environ.pop(following.NOTES, None)
+    run._follow(record=False)
+    run._say_if_ours_was_not_used(["--optim", "sgd_sai"])
+    assert capsys.readouterr().err == ""
 
 
 TRAINS = """

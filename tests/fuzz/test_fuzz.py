@@ -1,11 +1,7 @@
-"""Two thousand bad inputs, the same each time: what cannot be used ends in one sentence and never in a traceback."""
+"""Bad inputs, the same each time: what cannot be used ends in one sentence and never in a traceback."""
 
-import contextlib
-import copy
 import importlib.util
 import json
-import math
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,78 +11,20 @@ import pytest
 import torch
 import transformers
 import yaml
-from hypothesis import HealthCheck, given, settings
+from fuzzing import CHANGES, DAMAGE, VALUES, cases, damage, mangle, one_sentence
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_sai import SGDSaI, create_sgd_sai_optimizer
 from hf_sai.cli.main import main
 from hf_sai.optim.options import OPTIONS
-from hf_sai.publishing.card_merge import load_card
 from hf_sai.publishing.cards import render_card
 from hf_sai.runs.record import RECORD_FILE, RunRecord
 from hf_sai.trainer.optim_args import parse_optim_args
 from recipes.common.recipe_input import InputError, find_checkpoint, parse_config_and_flags
 
 ROOT = Path(__file__).parents[2]
-CASES = settings(
-    max_examples=400,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
-#: What a person, a damaged disk or another program may have written in the place of a value.
-VALUES = st.recursive(
-    st.sampled_from([None, True, False, 0, 1, -1, 2**31, 10**400, -(10**20), 0.5, -0.5, 1e300, math.inf, math.nan])
-    | st.sampled_from(["", " ", "none", "auto", "true", "1e-3", "1e999", "9" * 400, "../..", "/", "\x00", "\ud7ff"])
-    | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=4,
-)
-CHOICE = st.integers(0, 2**16)
-
-
-def mangle(content, changes):
-    """A copy of nested content in which each change (a number that picks the place, a value) was made."""
-    content = copy.deepcopy(content)
-    for number, value in changes:
-        places = list(places_in(content))
-        if places:
-            container, key = places[number % len(places)]
-            if value is KeyError:
-                del container[key]
-            else:
-                container[key] = value
-    return content
-
-
-def places_in(content):
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    for key, child in list(items):
-        yield content, key
-        yield from places_in(child)
-
-
-CHANGES = st.lists(st.tuples(CHOICE, VALUES | st.just(KeyError)), min_size=1, max_size=2)
-#: A damage to bytes: cut at, or written over.
-DAMAGE = st.tuples(CHOICE, st.none() | st.binary(min_size=1, max_size=6))
-
-
-def damage(content: bytes, change) -> bytes:
-    place, new = change
-    place %= max(1, len(content))
-    return content[:place] if new is None else content[:place] + new + content[place + len(new) :]
-
-
-@contextlib.contextmanager
-def one_sentence(*errors):
-    """Lets these errors pass, with their one sentence."""
-    try:
-        yield
-    except errors as error:
-        message = " ".join(str(error).split())
-        if not message:
-            raise AssertionError("an error without a word") from error
+CASES = cases(400)
 
 
 @pytest.fixture(scope="module")
@@ -155,15 +93,48 @@ def test_records_and_their_cards(folder, changes, broken):
         assert card.startswith("---\n")
 
 
+SHAPES = {"matrix": (64, 65), "vector": (5,), "last": (4, 3)}
+
+
+def small_optimizer(**options):
+    torch.manual_seed(0)
+    return SGDSaI([(name, torch.nn.Parameter(torch.randn(shape))) for name, shape in SHAPES.items()], **options)
+
+
+def step(optimizer):
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+
+
+STATES = [
+    {},
+    {"update": "factored"},
+    {"update": "rows"},
+    {"momentum_dtype": "8bit"},
+    {"momentum_dtype": torch.bfloat16},
+]
+
+
+@pytest.fixture(scope="module")
+def saved():
+    optimizers = [small_optimizer(**options) for options in STATES]
+    for optimizer in optimizers:
+        step(optimizer)
+    return [optimizer.state_dict() for optimizer in optimizers]
+
+
 @CASES
-@given(CHANGES, st.none() | DAMAGE)
-def test_cards_of_others(folder, changes, broken):
-    text = (ROOT / "model_cards/gpt2_demo/README.md").read_text()
-    _, metadata, body = re.split(r"^---$", text, maxsplit=2, flags=re.MULTILINE)
-    new = f"---\n{yaml.dump(mangle(yaml.safe_load(metadata), changes), allow_unicode=True)}---{body}".encode()
-    (folder / "README.md").write_bytes(new if broken is None else damage(new, broken))
+@given(st.sampled_from(range(len(STATES))), CHANGES)
+def test_states_at_resume(saved, number, changes):
+    """Whatever is loaded can train on; whatever is refused leaves nothing behind."""
+    optimizer = small_optimizer(**STATES[number])
     with one_sentence(ValueError):
-        load_card(folder / "README.md")
+        optimizer.load_state_dict(mangle(saved[number], changes))
+        step(optimizer)
+        return
+    assert not optimizer.state
+    step(optimizer)
 
 
 @pytest.fixture(scope="module")

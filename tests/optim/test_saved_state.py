@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sai import SGDSaI
+from hf_sai import SGDSaI, create_sgd_sai_optimizer
 from hf_sai.optim.rules.factored import product
 
 RULES = ["published", "rows", "factored"]
@@ -145,6 +145,72 @@ def test_a_state_of_another_optimizer_is_refused_with_the_way_out(make):
         ours.load_state_dict(theirs.state_dict())
     assert not ours.state
     train(ours, 1)
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes' AdamW8bit", "transformers' Adafactor"])
+def test_a_state_of_another_librarys_optimizer_is_refused(kind):
+    if kind == "transformers' Adafactor":
+        make = pytest.importorskip("transformers").Adafactor
+    else:
+        make = pytest.importorskip("bitsandbytes").optim.AdamW8bit
+    params = [p for _, p in named(shapes=((4096, 3),))]
+    theirs = make(params, lr=1e-2, **({"relative_step": False} if "Adafactor" in kind else {}))
+    for p in theirs.param_groups[0]["params"]:
+        p.grad = torch.randn_like(p)
+    theirs.step()
+    ours = SGDSaI(named(shapes=((4096, 3),)), lr=1e-2)
+    with pytest.raises(ValueError, match=r"written by another optimizer.*fresh state"):
+        ours.load_state_dict(theirs.state_dict())
+    assert not ours.state
+
+
+@pytest.mark.parametrize("change", [{"r": 8}, {"target_modules": ["q_proj", "k_proj"]}], ids=str)
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_state_of_another_lora_is_refused(change, fused):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+
+    def trained_lora(steps, **config):
+        size = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size, num_attention_heads=2))
+        model = peft.get_peft_model(base, peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], **config}))
+        optimizer = create_sgd_sai_optimizer(model, lr=0.1, fused=fused)
+        ids = torch.arange(5, 13).reshape(1, 8)
+        for _ in range(steps):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        return optimizer
+
+    other = trained_lora(0, **change)
+    with pytest.raises(ValueError, match=r"(has shape|was saved for).*fresh state"):
+        other.load_state_dict(trained_lora(1).state_dict())
+    assert not other.state
+
+
+BAD_STATES = {
+    "eps": (lambda saved: saved["param_groups"][0].update(eps=-1), "eps must be"),
+    "weight_decay": (lambda saved: saved["param_groups"][0].update(weight_decay=float("inf")), "weight_decay must be"),
+    "lr": (lambda saved: saved["param_groups"][0].update(lr=torch.zeros(2)), "lr must be"),
+    "update": (lambda saved: saved["param_groups"][0].update(update=[]), "update must be"),
+    "momentum_dtype": (lambda saved: saved["param_groups"][0].update(momentum_dtype=-1), "momentum_dtype must be"),
+    "no options": (lambda saved: saved.update(param_groups=[0.5]), "is damaged, or none that an optimizer saves"),
+    "no groups": (lambda saved: saved.pop("param_groups"), "is damaged, or none that an optimizer saves"),
+    "names": (lambda saved: saved["param_groups"][0].update(param_names=torch.zeros(3)), "is damaged"),
+    "no mean": (lambda saved: saved["state"][0].pop("mean_square"), "mean_square of parameter p0 is missing"),
+    "steps": (lambda saved: saved["state"][0].update(averaged_steps=-1), "averaged_steps of parameter p0"),
+    "sparse": (lambda saved: saved["state"][0].update(momentum_buffer=torch.zeros(4, 3).to_sparse()), "is damaged"),
+    "no data": (lambda saved: saved["state"][0].update(momentum_buffer=torch.zeros(4, 3, device="meta")), "is damaged"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_STATES.values(), ids=BAD_STATES)
+def test_a_damaged_state_is_refused_in_one_sentence_and_nothing_is_loaded(change, message):
+    saved = copy.deepcopy(trained("factored").state_dict())
+    change(saved)
+    other = SGDSaI(named(), lr=1e-2, update="factored")
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(saved)
+    assert not other.state
+    train(other, 1)
 
 
 def test_groups_of_other_sizes_are_refused_in_one_sentence():

@@ -308,10 +308,14 @@ def test_a_users_own_template_is_used_in_a_sandbox(tmp_path):
         ("{{ nothing }}", "'nothing' is undefined"),
         ("{% if %}", "line 1"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ record.save('" + str(tmp_path / "stolen.json") + "') }}", "SecurityError"),
+        ("{{ record.load('" + str(tmp_path) + "').name }}", "SecurityError"),
     ]:
         template.write_text(source)
         with pytest.raises(ValueError, match=reason):
             write_card(tmp_path, template=template)
+    assert not (tmp_path / "stolen.json").exists()
     assert "4.3 MB" in (tmp_path / CARD_FILE).read_text()
 
 

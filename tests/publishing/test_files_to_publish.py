@@ -70,7 +70,7 @@ NEVER = [
 def test_what_is_somebodys_own_is_never_uploaded_in_any_case_of_letters(tmp_path, name):
     write(tmp_path, "model.safetensors")
     write(tmp_path, name)
-    plan = plan_files(tmp_path, include=["*", "*/*", name])
+    plan = plan_files(tmp_path, include=["*/*" if "/" in name else "*", name])
     assert dict(plan.left_out)[name] == "never uploaded"
     assert [name for name, _ in plan.files] == ["model.safetensors"]
 
@@ -79,3 +79,38 @@ def test_pickled_weights_are_refused_with_a_way_out(tmp_path):
     write(tmp_path, "pytorch_model.bin")
     with pytest.raises(ValueError, match="save them again with safe_serialization"):
         plan_files(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [0, 7, 40, -1], ids=["empty", "in the size", "in the header", "in the data"])
+def test_weights_that_are_cut_off_are_not_published(tmp_path, cut):
+    write(tmp_path, "model.safetensors")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged or not .* \(.*\); save it again"):
+        plan_files(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", '{"a": 1', "[" * 10**5, "\xff"])
+@pytest.mark.parametrize("name", ["config.json", "style/adapter_config.json", "model.safetensors.index.json"])
+def test_settings_that_are_cut_off_are_not_published(tmp_path, name, content):
+    write(tmp_path, "model.safetensors")
+    write(tmp_path, "style/adapter_config.json")
+    (tmp_path / name).write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"{name} is damaged or not .* \(no JSON: .*\); save it again"):
+        plan_files(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["optimizr.pt", "../*", "/etc/passwd", "", "["])
+def test_a_pattern_that_names_no_file_is_refused(tmp_path, pattern):
+    write(tmp_path, "model.safetensors")
+    with pytest.raises(ValueError, match="names no file in"):
+        plan_files(tmp_path, include=[pattern])
+
+
+def test_a_file_that_is_asked_for_and_stays_out_is_warned_of(tmp_path, caplog):
+    write(tmp_path, "model.safetensors")
+    write(tmp_path, "training_args.bin")
+    plan_files(tmp_path, include=["*"])
+    assert not caplog.records
+    plan_files(tmp_path, include=["training_args.bin"])
+    assert "training_args.bin stays out, though it is asked for: never uploaded." in caplog.text

@@ -158,6 +158,20 @@ def test_what_cannot_be_drawn_is_said(call, sentence):
         call()
 
 
+def test_runs_of_one_name_have_pictures_of_their_own(tmp_path):
+    files = save_pictures([make_record("run"), make_record("run"), make_record("run-2")], tmp_path)
+    assert len(files) == len({path.name for path in files}) == 7
+    assert {path.name for path in files} >= {"gsnr-run.png", "gsnr-run-2.png", "gsnr-run-2-2.png"}
+
+
+def test_a_picture_that_is_not_drawn_is_told_with_the_reason(tmp_path, caplog):
+    save_pictures([make_record(), make_record("adamw", "AdamW")], tmp_path)
+    assert "No picture gsnr-adamw.png: adamw was trained with AdamW, which has no g-SNR to draw." in caplog.text
+    with pytest.raises(ValueError, match="7 runs were given"):
+        save_pictures([make_record()] * 7, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_record_with_nothing_to_draw_writes_nothing(tmp_path):
     with pytest.raises(ValueError, match="nothing to draw"):
         save_pictures([RunRecord()], tmp_path)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants, snapshot_download
+from safetensors.torch import save_file
 from trainer_cases import arguments, tiny_gpt2
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -55,7 +56,7 @@ def finished(tmp_path_factory):
     for name in ("optimizer.pt", "training_args.bin", "scheduler.pt", ".env", "notes.txt", "my.env", "server.key"):
         (folder / name).write_text("private")
     (folder / "checkpoint-5").mkdir()
-    (folder / "checkpoint-5" / "model.safetensors").write_bytes(b"x" * 10)
+    save_file({"x": torch.zeros(2)}, folder / "checkpoint-5" / "model.safetensors")
     (folder / "runs").mkdir()
     (folder / "runs" / "events.out").write_text("log")
     os.symlink("/etc/passwd", folder / "vocab.txt")
@@ -133,7 +134,7 @@ def test_a_pipelines_parts_are_those_in_its_index(tmp_path):
     )
     for folder in ("text_encoder_3", "private"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "model.safetensors").write_bytes(b"x")
+        save_file({"x": torch.zeros(2)}, tmp_path / folder / "model.safetensors")
         (tmp_path / folder / "notes.txt").write_text("x")
     plan = plan_files(tmp_path)
     assert [name for name, _ in plan.files] == ["model_index.json", "text_encoder_3/model.safetensors"]
@@ -257,6 +258,15 @@ def test_a_file_with_a_token_in_it_is_not_published(finished, hub, tmp_path):
     assert hub.commits == []
 
 
+def test_a_message_with_a_token_is_not_sent(finished, hub, capsys):
+    secret = "hf_" + "a1B2" * 8
+    assert main(["publish", str(finished), "tester/run", "--yes", "--message", f"with {secret}"]) == 1
+    said = capsys.readouterr().err
+    assert "message holds what looks like a secret" in said
+    assert secret not in said
+    assert hub.requests == []
+
+
 def test_no_token_reaches_a_log_or_an_exception(finished, hub, caplog, monkeypatch):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("HF_TOKEN", "unused-other-token")
@@ -343,6 +353,7 @@ TESTS = [Path(__file__).parents[1], Path(__file__).parents[1] / "trainer"]
 WHOLE_WAY = """
 import sys
 from transformers import AutoModelForCausalLM, Trainer
+from safetensors.torch import save_file
 from trainer_cases import arguments, tiny_gpt2
 from hf_sai.cli.main import main
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -514,6 +515,58 @@ def test_whatever_loads_has_pictures_or_a_reason(tmp_path):
             with contextlib.suppress(ValueError):
                 drawn += bool(plots.draw(plot(record)))
     assert drawn > 100
+
+
+# --- whatever a loop hands over, the record can be read again
+
+
+def started(folder, **options):
+    model = small_model()
+    recorder = RunRecorder(folder, budget=1.0, **options)
+    recorder.start(model, optimizer_of(model))
+    return recorder
+
+
+@pytest.mark.parametrize("step", [np.int64(1), torch.tensor(1), True], ids=repr)
+def test_steps_may_be_any_integers(tmp_path, step):
+    recorder = started(tmp_path)
+    recorder.log(step, {"loss": 1.0})
+    recorder.finish()
+    assert RunRecord.load(tmp_path).curve("loss") == [(1, 1.0)]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda recorder: recorder.log(1.5, {"loss": 1.0}),
+        lambda recorder: recorder.log(-1, {"loss": 1.0}),
+        lambda recorder: recorder.log("one", {"loss": 1.0}),
+        lambda recorder: recorder.add(samples=[{"text": "x"}]),
+        lambda recorder: recorder.add(samples=["x"]),
+        lambda recorder: recorder.add(images=[{"file": "x.png"}]),
+        lambda recorder: recorder.add(data=[{"id": "me/data"}]),
+    ],
+)
+def test_what_no_reader_would_take_costs_a_warning_and_not_the_record(tmp_path, caplog, spoil):
+    recorder = started(tmp_path)
+    spoil(recorder)
+    recorder.finish({"eval_loss": 2.0})
+    assert "The run record is incomplete" in caplog.text
+    assert RunRecord.load(tmp_path).results == {"eval_loss": 2.0}
+
+
+def test_a_name_may_be_a_number(tmp_path):
+    started(tmp_path, name=5).finish()
+    assert RunRecord.load(tmp_path).name == "5"
+
+
+def test_a_recorder_that_was_not_started_says_what_comes_first(tmp_path, caplog):
+    recorder = RunRecorder(tmp_path)
+    for _ in range(2):
+        with recorder.step(), recorder.update(measure=True):
+            pass
+    [warning] = caplog.records
+    assert "start(model, optimizer) comes first" in warning.getMessage()
 
 
 def test_a_stopwatch_ignores_a_stop_without_start(monkeypatch):

@@ -76,6 +76,13 @@ def test_what_a_flag_or_setting_holds_is_hidden_in_every_form(flag, form):
     assert redact({flag: SECRET, "list": [text]}) == {flag: "<redacted>", "list": [shown]}
 
 
+def test_a_password_of_digits_is_hidden_and_other_numbers_stay():
+    settings = {"db_password": 12345678, "nested": {"api_key": [12345.5]}}
+    assert redact(settings) == {"db_password": "<redacted>", "nested": {"api_key": ["<redacted>"]}}
+    numbers = {"seed": 12345678, "token": 50256, "pad_token": 50257, "max_tokens": 4096, "pass": 2, "use_auth": True}
+    assert redact(numbers) == numbers
+
+
 @pytest.mark.parametrize("text", ["Authorization: Bearer x", '{"Authorization": "Bearer x"}', f"bearer {SECRET}"])
 def test_headers_that_let_somebody_in_are_hidden(text):
     assert "<redacted>" in redact_text(text)

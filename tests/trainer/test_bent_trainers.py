@@ -112,6 +112,14 @@ def test_an_override_of_create_optimizer_passes_its_own_groups(tmp_path, named):
     assert groups["first"]["param_names"] == ["transformer.wte.weight", "transformer.wpe.weight"]
 
 
+def test_an_override_may_leave_rate_and_decay_to_its_groups(tmp_path):
+    model = tiny_gpt2()
+    cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path), model)
+    del options["lr"], options["weight_decay"]
+    optimizer = cls([{"params": list(model.parameters()), "lr": 0.3, "weight_decay": 0.2}], **options)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.3, 0.2)]
+
+
 def test_frozen_roles_stay_out_of_groups_that_somebody_else_made(tmp_path):
     model = lora_gpt2()
     cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim_args="freeze=lora_A"), model)

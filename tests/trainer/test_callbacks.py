@@ -151,6 +151,7 @@ def test_adamws_own_card_line_is_left_alone(tmp_path):
 
 
 def test_the_optimizer_line_names_rate_ratios():
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny_gpt2(), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
@@ -160,6 +161,7 @@ def test_the_optimizer_line_names_rate_ratios():
 
 
 def test_a_peft_run_records_adapter_and_base(tmp_path):
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     tiny_gpt2().save_pretrained(tmp_path / "base")
@@ -292,6 +294,24 @@ def test_every_trial_of_a_search_has_its_own_record(tmp_path, monkeypatch):
     records = [RunRecord.load(tmp_path / f"run-{number}") for number in (0, 1)]
     assert [record.optimizer["options"]["lr"] for record in records] == [1e-2, 2e-2]
     assert [record.run["status"] for record in records] == ["finished"] * 2
+
+
+def test_given_to_another_trainer_it_leaves_the_first_record_as_it_is(tmp_path):
+    callback = RunRecordCallback(budget=1.0)
+    first, second = (trainer_for(tmp_path / name, callback) for name in ("first", "second"))
+    first.train()
+    before = (tmp_path / "first" / RECORD_FILE).read_text()
+    second.train()
+    assert (tmp_path / "first" / RECORD_FILE).read_text() == before
+    for name in ("first", "second"):
+        record = RunRecord.load(tmp_path / name)
+        assert (record.name, record.run["status"], len(record.curve("loss"))) == (name, "finished", 3)
+
+
+@pytest.mark.parametrize("data", [["name"], [{"id": "me/data"}], [{"name": 5}]], ids=str)
+def test_data_that_no_record_could_hold_is_refused_before_the_training(data):
+    with pytest.raises(ValueError, match="data"):
+        RunRecordCallback(data=data)
 
 
 def test_the_batch_size_that_auto_find_came_to_is_recorded(tmp_path):

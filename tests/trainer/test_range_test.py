@@ -1,5 +1,6 @@
 """The range test: rates that grow, nothing left behind, a suggestion, clear refusals; the command."""
 
+import importlib.util
 import json
 import math
 import random
@@ -300,8 +301,9 @@ def test_command_tests_an_unmodified_script_in_the_place_of_its_training(script,
     numbers = json.loads((tmp_path / "found" / "lr_find.json").read_text())
     assert f"try --learning_rate {numbers['suggestion']:.1e}, then a third and three times that" in output
     assert 1e-3 < numbers["suggestion"] < 10
-    assert str(tmp_path / "found" / "lr_find.png") in output
-    assert (tmp_path / "found" / "lr_find.png").read_bytes().startswith(b"\x89PNG")
+    if importlib.util.find_spec("matplotlib"):
+        assert str(tmp_path / "found" / "lr_find.png") in output
+        assert (tmp_path / "found" / "lr_find.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "trained").exists()
     assert not (tmp_path / "run").exists()
     assert "learning_rate is 5e-05, the default" not in caplog.text
@@ -370,8 +372,30 @@ def test_a_fault_of_the_script_is_shown_with_file_and_line(script, tmp_path, cap
 
 def test_losses_that_are_not_finite_are_null_in_the_file(tmp_path):
     test = RangeTest((1e-3, 1e-2, 1e-1), (2.0, math.nan, math.inf))
-    lr_find._save(test, tmp_path)
+    list(lr_find._save(test, tmp_path))
     assert json.loads((tmp_path / "lr_find.json").read_text())["losses"] == [2.0, None, None]
+
+
+def test_what_was_found_is_told_where_no_picture_can_be_drawn(script, tmp_path, ended, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    with pytest.raises(EndedError):
+        main(["lr-find", "--steps", "10", "--out", "found", script, *OWN])
+    assert ended == [0]
+    said = capsys.readouterr().out
+    assert "10 steps, learning rate 1e-05 to 10" in said
+    assert 'no picture: pictures need matplotlib: pip install "hf-sai[plots]"' in said
+    assert [path.name for path in (tmp_path / "found").iterdir()] == ["lr_find.json"]
+
+
+def test_what_was_found_is_told_where_nothing_can_be_saved(script, tmp_path, ended, capsys):
+    (tmp_path / "found").write_text("a file is in the way")
+    with pytest.raises(EndedError):
+        main(["lr-find", "--steps", "10", "--out", "found", script, *OWN])
+    assert ended == [1]
+    said = capsys.readouterr()
+    assert "10 steps, learning rate 1e-05 to 10" in said.out
+    assert said.err.splitlines()[-1].startswith("hf-sai: ")
+    assert str(tmp_path / "found") in said.err.splitlines()[-1]
 
 
 def test_command_refuses_a_missing_script_and_one_that_never_trains(script, tmp_path, capsys):
@@ -383,5 +407,6 @@ def test_command_refuses_a_missing_script_and_one_that_never_trains(script, tmp_
 
 
 def test_picture_stands_a_loss_that_is_not_finite():
+    pytest.importorskip("matplotlib")
     test = RangeTest((1e-3, 1e-2, 1e-1), (2.0, 1.0, math.inf))
     assert plot_range_test(test).axes[0].get_ylim()[1] < 3
