@@ -358,6 +358,13 @@ def test_the_command_shows_no_paths_of_the_machine(monkeypatch, tmp_path):
     assert short_path("/elsewhere/deep/x") == "/path/to/x"
 
 
+def test_an_installed_command_stands_as_a_person_types_it(monkeypatch):
+    folder = os.path.dirname(sys.executable)
+    words = [sys.executable, f"{folder}/hf-sai", "run", "train.py", "--optim", "sgd_sai"]
+    monkeypatch.setattr(sys, "orig_argv", words)
+    assert command_line() == "hf-sai run train.py --optim sgd_sai"
+
+
 def test_settings_name_neither_the_machine_nor_its_folders(tmp_path, monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "gpu-box-7")
     monkeypatch.setenv("HOME", "/home/somebody")
