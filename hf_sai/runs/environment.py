@@ -86,8 +86,9 @@ def command_line() -> str:
     """The command that trains, for a shell, launcher included, with nothing that only this machine knows.
 
     The interpreter becomes ``python``, the path of a launcher or an installed command its name, other paths as in
-    :func:`short_path`, addresses of machines ``HOST``, and the values of ``--hub_token`` and the like ``<redacted>``. A notebook has no such command,
-    since its kernel's is none that anybody could repeat: its file's name stands there, where the front end tells it.
+    :func:`short_path`, addresses of machines ``HOST``, and the values of ``--hub_token`` and the like ``<redacted>``.
+    A notebook has no such command, since its kernel's is none that anybody could repeat: its file's name stands there,
+    where the front end tells it.
     """
     words = _launcher_words() or _own_words()
     if any(module in words for module in _KERNELS):

@@ -13,7 +13,9 @@ import pytest
 import torch
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants, snapshot_download
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_model_cards import HOME as MODEL_CARDS
+from test_model_cards import load_collect
 from trainer_cases import arguments, tiny_gpt2
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -236,6 +238,34 @@ def test_a_repository_with_something_else_in_it_is_not_overwritten(finished, hub
     assert hub.files("tester/other") == {"pytorch_model.bin": b"precious"}
     assert main(["publish", str(finished), "tester/other", "--yes", "--update"]) == 0
     assert set(hub.files("tester/other")) >= PUBLIC | {"pytorch_model.bin"}
+
+
+def test_what_make_model_cards_leaves_is_published_as_it_is(finished, hub, tmp_path, monkeypatch, capsys):
+    """A base and a LoRA of it, both from a folder of model_cards/, and loaded from the Hub again."""
+    collect = load_collect()
+    monkeypatch.setattr(collect, "HERE", tmp_path / "cards")
+    (tmp_path / "cards").mkdir()
+    shutil.copyfile(MODEL_CARDS / "README.md", tmp_path / "cards" / "README.md")
+    adapter = tmp_path / "lora"
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(finished), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    )
+    model.peft_config["default"].base_model_name_or_path = "tester/counting"
+    recorder = RunRecorder(adapter)
+    recorder.start(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    recorder.finish()
+    model.save_pretrained(adapter)
+    collect.main([str(finished), str(adapter)])
+    for name in ("counting", "lora"):
+        assert main(["publish", str(tmp_path / "cards" / name), f"tester/{name}", "--yes"]) == 0
+    assert "left out" not in capsys.readouterr().out
+    assert set(hub.files("tester/counting")) == PUBLIC | {".gitattributes"}
+    base = download(hub, "tester/counting", tmp_path / "base")
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), download(hub, "tester/lora", tmp_path / "adapter")
+    )
+    ids = torch.arange(6)[None]
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
 
 
 def test_a_directory_without_weights_is_refused(tmp_path, capsys):
