@@ -69,8 +69,8 @@ test-oldest: .venv-oldest/.installed ## The Trainer seam and its options in the 
 test-oldest-torch: ## The same, the optimizer and the groups with the oldest torch; for a Python that it has a build for
 	$(PYTHON) -m venv .venv-oldest-torch
 	.venv-oldest-torch/bin/pip install --quiet torch==2.6.0 transformers==4.56.0 accelerate==1.10.1 "numpy<3"
-	.venv-oldest-torch/bin/pip install --quiet --editable ".[trainer,peft,speed]" hypothesis pytest \
-		pytest-timeout sgd-sai==1.0.3
+	.venv-oldest-torch/bin/pip install --quiet --editable ".[trainer,peft,speed,quant]" hypothesis pytest \
+		pytest-timeout scikit-learn sgd-sai==1.0.3
 	.venv-oldest-torch/bin/python -m pytest tests/trainer/test_registration.py tests/optim tests/groups tests/kernels
 
 test-timm: .venv-timm/.installed ## Our names in timm, apart, since torchvision from PyPI is built for CUDA
@@ -121,7 +121,8 @@ clean: ## Remove the environments and all runs
 .venv-timm/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-timm
 	.venv-timm/bin/pip install --quiet --constraint constraints.txt torch
-	.venv-timm/bin/pip install --quiet --constraint constraints.txt --editable ".[timm]" pytest pytest-timeout
+	.venv-timm/bin/pip install --quiet --constraint constraints.txt --editable ".[timm]" pytest pytest-timeout \
+		scikit-learn
 	touch $@
 
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt
