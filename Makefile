@@ -54,6 +54,9 @@ dist: .venv/.installed ## Build wheel and sdist into dist/, check them, and inst
 	for extra in trainer peft plots hub recipes diffusers quant speed timm all bench docs dev; do \
 		.venv-dist/bin/pip install --quiet --dry-run --constraint constraints.txt "$$(ls dist/*.whl)[$$extra]" \
 			&& echo "extra $$extra resolves" || exit 1; done
+	.venv-dist/bin/pip install --quiet --constraint constraints.txt setuptools wheel # DeepSpeed's own build wants them
+	DS_BUILD_OPS=0 .venv-dist/bin/pip install --quiet --dry-run --no-build-isolation --constraint constraints.txt \
+		"$$(ls dist/*.whl)[deepspeed]" && echo "extra deepspeed resolves"
 
 test: test-main test-oldest ## All tests that need no GPU and less than a minute each
 
