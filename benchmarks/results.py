@@ -4,7 +4,7 @@
     python benchmarks/results.py --check    # changes nothing; names the pages that are out of date
 
 A table stands between `<!-- results: NAME -->` and `<!-- /results -->`; everything outside is written by hand. In
-docs/results.json "collected" is made anew from each recipe's `results/` and from docs/research/step_speed.json;
+docs/results.json "collected" is made anew from each recipe's `results/`; times come from docs/research/*_speed.json;
 "stated" holds the few numbers whose runs are not kept, with the command, the date and the machine, and is edited by
 hand.
 """
@@ -16,12 +16,13 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes.common lies in the repository's root
 
+from benchmarks.quality.optimizers import RIVALS, VARIANTS
 from benchmarks.quality.tables import tables as quality_tables
 from hf_sai.cli.main import SUBCOMMANDS
 from hf_sai.optim.options import OPTIONS
@@ -38,6 +39,7 @@ ADAMW, SHORT, PUBLISHED = "adamw", "adamw, beta1 0.8", "sgd_sai"
 FACTORED, PRESET = "sgd_sai, factored gradient", "sgd_sai, factored gradient, momentum 0.8"
 PRESET_8BIT = PRESET + ", 8 bits"
 ORTHOGONAL = "sgd_sai, orthogonal"
+RULES_AND_ADAMW = {"adamw", "published", "factored", "orthogonal"}
 #: What the settings of a GPT-2 sweep are called elsewhere; the runs were made when `update` was `normalize_gradient`.
 GPT2_SWEEP = {
     "demo_adamw": {"": ADAMW, "--adam_beta1 0.8": SHORT},
@@ -204,9 +206,12 @@ def linked(task: str, *, folder: str = "../recipes") -> str:
 
 
 def speed_rows(model: str) -> dict[str, dict]:
-    report = json.loads((ROOT / "docs" / "research" / "step_speed.json").read_text())
-    (found,) = (entry for entry in report["models"] if entry["model"] == model)
-    return {row["optimizer"]: row for row in found["rows"]}
+    rows = {}
+    for name in ("orthogonal_speed", "step_speed"):  # the baseline is the latter's
+        report = json.loads((ROOT / "docs" / "research" / f"{name}.json").read_text())
+        found = next((entry["rows"] for entry in report["models"] if entry["model"] == model), [])
+        rows |= {row["optimizer"]: row for row in found}
+    return rows
 
 
 def headline(results: dict) -> str:
@@ -225,11 +230,12 @@ def headline(results: dict) -> str:
         else:
             rows.append([title, *bold_best([loss(results, task, name) for name in names])])
     gpt2 = speed_rows("gpt2")
-    timed = [gpt2[name] for name in ("torch AdamW, fused", "SGD-SaI, factored gradient", "SGD-SaI")]
-    bytes_each = [f"{row['state_bytes_per_parameter']:.2f}" for row in timed]
-    bytes_each[1:1] = [bytes_each[0], ""]
+    adamw, *ours = (
+        gpt2[name] for name in ("torch AdamW, fused", "SGD-SaI, orthogonal", "SGD-SaI, factored gradient", "SGD-SaI")
+    )
+    bytes_each = [f"{row['state_bytes_per_parameter']:.2f}" for row in (adamw, adamw, *ours)]
     rows.append(["optimizer state, bytes per parameter", *bytes_each])
-    ratios = ["1", "1", "", *(f"{row['ratio']['median']:.2f}" for row in timed[1:])]
+    ratios = ["1", "1", *(f"{row['ratio']['median']:.{0 if row['ratio']['median'] > 10 else 2}f}" for row in ours)]
     rows.append(["time of the step on a CPU, GPT-2 small", *ratios])
     settings = {setting(best_adamw(results, task)) for task in titles}
     ours = ("`sgd_sai_orthogonal`", "`sgd_sai_factored`", "`sgd_sai`, published")
@@ -466,11 +472,12 @@ def options(results: dict) -> str:
     return table.replace("--:", ":--")
 
 
-def rivals(task: str) -> Callable[[dict], str]:
+def rivals(task: str, names: Iterable[str]) -> Callable[[dict], str]:
     """What benchmarks/quality measured on a task: every optimizer that was repeated with the seeds that report."""
 
     def table(_: dict) -> str:
-        files = sorted((ROOT / "benchmarks" / "quality" / "results" / task).glob("*.json"))
+        folder = ROOT / "benchmarks" / "quality" / "results" / task
+        files = [file for name in sorted(names) if (file := folder / f"{name}.json").is_file()]
         stores = {file.stem: Results(file, {}) for file in files}
         lengths = [(run["steps"], run["batch_size"]) for store in stores.values() for run in store.runs]
         steps, rows = max(set(lengths), key=lengths.count)  # the task's own: other lengths are tried less
@@ -495,7 +502,8 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "step-speed": step_speed,
     "options": options,
     **{task.replace("_", "-"): search_table(task) for task in TASKS},
-    **{f"rivals-{task.replace('_', '-')}": rivals(task) for task in ("gpt2", "vit", "vit_full")},
+    **{f"variants-{task}": rivals(task, RULES_AND_ADAMW | VARIANTS.keys()) for task in ("gpt2", "vit")},
+    **{f"rivals-{task.replace('_', '-')}": rivals(task, RIVALS) for task in ("gpt2", "vit", "vit_full")},
 }
 
 

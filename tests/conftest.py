@@ -19,9 +19,11 @@ if not torch.cuda.is_available():
 HERE = Path(__file__).parent
 #: Folders, files and tests that bear the marker ``longer``; a test may bear it in its own file, too.
 LONGER = (
+    "benchmarks/test_quality.py::test_the_program_resumes",
     "cli/test_run.py",
     "test_core_import.py",
     "distributed",
+    "docs/test_doctests.py::test_docstring_examples_are_true[recipes.common.stdlib_corpus]",
     "docs/test_scaling.py",
     "groups/test_groups.py::test_grouping_needs_torch_alone",
     "groups/test_peft_tuners.py::test_adapters_train_on_a_half_precision_base",
@@ -32,6 +34,7 @@ LONGER = (
     "kernels/test_triton.py",
     "optim/test_momentum.py::test_every_format_stays_near_the_reference",
     "publishing/test_publish.py",
+    "publishing/test_secret_scan.py::test_a_secret_behind_the_first_64_mebibytes_is_found",
     "recipes/common/test_stdlib_corpus.py",
     "recipes/diffusers",
     "recipes/test_gpt2_recipe.py",
@@ -40,6 +43,7 @@ LONGER = (
     "runs/test_record.py::test_a_file_that_meets_a_real_size_limit",
     "runs/test_record.py::test_the_command_begins_with_the_launcher",
     "runs/test_record.py::test_whatever_loads_has_a_card",
+    "trainer/test_callbacks.py::test_the_batch_size_that_auto_find",
     "trainer/test_callbacks.py::test_the_record_and_a_plain_loop_need_no_transformers",
     "trainer/test_range_test.py",
     "trainer/test_registration.py::test_a_spawned_worker",

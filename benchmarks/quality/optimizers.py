@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from benchmarks.quality.sinkgd import SinkGD
 from hf_sai import create_sgd_sai_optimizer, param_groups
 
-__all__ = ["RIVALS", "Rival", "Settings"]
+__all__ = ["RIVALS", "VARIANTS", "Rival", "Settings"]
 
 #: ``learning_rate``, ``weight_decay`` and the other axes of a rival by their names.
 Settings = Mapping[str, float]
@@ -154,12 +155,16 @@ def _official(model: nn.Module, s: Settings) -> list[Optimizer]:
     return [SGD_sai(_groups(model, s), lr=s["learning_rate"], momentum=s["momentum"])]
 
 
-def _sai(update: str) -> Callable[[nn.Module, Settings], list[Optimizer]]:
-    return lambda model, s: [
-        create_sgd_sai_optimizer(
-            model, lr=s["learning_rate"], weight_decay=s["weight_decay"], update=update, momentum=s["momentum"]
-        )
-    ]
+def _sai(update: str, *, with_gsnr: bool = True, **options: Any) -> Callable[[nn.Module, Settings], list[Optimizer]]:
+    def build(model: nn.Module, s: Settings) -> list[Optimizer]:
+        groups = {"lr": s["learning_rate"], "weight_decay": s["weight_decay"], "momentum": s["momentum"]}
+        optimizer = create_sgd_sai_optimizer(model, update=update, **groups, **options)
+        if not with_gsnr:
+            for parameter in model.parameters():  # what is measured stays: each takes the root of its size for its own
+                optimizer.state[parameter]["gsnr"] = math.sqrt(parameter.numel())
+        return [optimizer]
+
+    return build
 
 
 ADAM = {"beta1": 0.9, "beta2": 0.999}
@@ -177,3 +182,11 @@ RIVALS = {
     "factored": Rival(_sai("factored"), {"momentum": 0.8}, MOMENTA),
     "orthogonal": Rival(_sai("orthogonal"), {"momentum": 0.9}, MOMENTA, times_adamw=2),
 }
+
+#: What a rule is without one of its parts, or with a smaller state; run where they are named.
+VARIANTS = {
+    **{f"{rule}_without_gsnr": replace(RIVALS[rule], build=_sai(rule, with_gsnr=False))
+       for rule in ("published", "factored", "orthogonal")},
+    **{f"{rule}_{bits}": replace(RIVALS[rule], build=_sai(rule, momentum_dtype=bits))
+       for rule in ("factored", "orthogonal") for bits in ("8bit", "4bit")},
+}  # fmt: skip

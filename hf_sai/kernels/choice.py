@@ -98,11 +98,10 @@ def _factors_by(name: str, parts: Sequence[Part], wants: Callable[[Part], bool])
     mine = {
         index: part
         for index, part in enumerate(parts)
-        if wants(part)
+        if part.grad is not None
+        and wants(part)
         and is_ordinary(part.param)
-        and not part.holders()
-        and part.grad is not None
-        and part.boxes(part.grad) is None
+        and (type(part) is Part or not (part.holders() or part.boxes(part.grad) is not None))
     }
     module = compiled_module(name) if mine else None
     return {} if module is None else module.factors(mine)

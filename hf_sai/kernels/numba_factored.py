@@ -29,7 +29,7 @@ _PIECE = 1 << 20
 
 def can_update(p: Tensor, g: Tensor, m: Momentum | None) -> bool:
     """Whether the kernel takes these: dense, of one dtype, float32 or float64, with a momentum."""
-    return m is not None and p.numel() > 0 and numba_plain.can_update(p, g, m)
+    return m is not None and numba_plain.can_update(p, g, m) and p.numel() > 0
 
 
 def factors(parts: Mapping[int, Part]) -> dict[int, Sequence[Tensor]]:
@@ -40,10 +40,10 @@ def factors(parts: Mapping[int, Part]) -> dict[int, Sequence[Tensor]]:
     taken: dict[torch.dtype, tuple[list[int], list[tuple[int, ...]]]] = {dtype: ([], []) for dtype in DTYPES}
     for index, part in parts.items():
         g = part.grad
-        if g.dtype in taken and g.is_cpu and g.is_contiguous():
+        if (dtype := g.dtype) in taken and g.is_cpu and g.is_contiguous():
             means = _addresses_of_means(part.state, g.shape)
             if 0 not in means:
-                indices, addresses_of_means = taken[g.dtype]
+                indices, addresses_of_means = taken[dtype]
                 indices.append(index)
                 addresses_of_means.append(means)
     result: dict[int, Sequence[Tensor]] = {}

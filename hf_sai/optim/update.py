@@ -60,6 +60,8 @@ class Kernel:
     rounds: bool = False
 
 
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
 # Elements of a piece of a tensor that is updated with temporary copies.
 _PIECE = 1 << 22
 
@@ -162,7 +164,7 @@ def can_unscale(p: Tensor, choice: Choice) -> bool:
 
 def is_ordinary(tensor: Tensor) -> bool:
     """Whether this is no subclass of Tensor, such as a DTensor or a quantised weight."""
-    return type(tensor) in (Tensor, torch.nn.Parameter)
+    return type(tensor) in _ORDINARY
 
 
 def _path(

@@ -29,6 +29,7 @@ GRIDS = {
     "adamw": (2e-3, 4e-3, 8e-3),
     "sgd_sai": (2e-2, 4e-2, 8e-2),
     "sgd_sai, factored gradient, momentum 0.8": (2e-3, 4e-3, 8e-3),
+    "sgd_sai, orthogonal": (8e-3, 16e-3, 32e-3),
     "adamw, beta1 0.8": (2e-3, 4e-3, 8e-3),
     "sgd momentum": (2e-2, 4e-2, 8e-2),
 }

@@ -37,6 +37,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, float, float], Optimizer]] = {
     "sgd_sai, factored gradient, momentum 0.8": lambda model, lr, decay: create_sgd_sai_optimizer(
         model, lr=lr, weight_decay=decay, update="factored", momentum=0.8
     ),
+    "sgd_sai, orthogonal": lambda model, lr, decay: create_sgd_sai_optimizer(
+        model, lr=lr, weight_decay=decay, update="orthogonal"
+    ),
     "adamw, beta1 0.8": lambda model, lr, decay: torch.optim.AdamW(
         _groups(model, lr, decay), lr=lr, betas=(0.8, 0.999)
     ),

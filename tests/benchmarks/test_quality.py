@@ -8,18 +8,16 @@ import torch
 from torch import nn
 
 from benchmarks.quality import __main__ as program
-from benchmarks.quality.optimizers import RIVALS
+from benchmarks.quality.optimizers import RIVALS, VARIANTS
 from benchmarks.quality.package_sources import load_sources
 from benchmarks.quality.search import best_settings, choosers, coordinate_search
 from benchmarks.quality.sinkgd import unit_rows_and_columns
 from benchmarks.quality.tables import steps_to, tables
 from benchmarks.quality.task import Task, halves
 from benchmarks.quality.training import train_once
-from hf_sai.optim.rules import RULES
 from recipes.common.lr_search import Results
 
 PACKAGE = {"schedule_free": "schedulefree", "adam_mini": "adam_mini"}
-OPTIMIZERS = [name for name in RIVALS if name != "orthogonal" or name in RULES]  # until the package has the rule
 
 
 class Model(nn.Module):
@@ -48,17 +46,39 @@ def task(**changes):
 
 
 def trained(name, seed=0, **changes):
-    rival = RIVALS[name]
+    rival = (RIVALS | VARIANTS)[name]
     return train_once(task(), rival, {**rival.first(5e-2), **changes}, seed, steps=40, batch_size=8, report=True)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*RIVALS, *VARIANTS])
 def test_every_rival_learns_and_says_the_same_twice(name):
     pytest.importorskip(PACKAGE.get(name, "torch"))
     first = trained(name)
     assert first["test_loss"] < 1.2 < math.log(4)  # guessing
     assert first == trained(name)
     assert first["test_loss"] != trained(name, seed=1)["test_loss"]
+
+
+@pytest.mark.parametrize("rule", ["published", "factored", "orthogonal"])
+def test_without_gsnr_a_training_is_another(rule):
+    settings = {"learning_rate": 0.2} if rule == "published" else {}
+    assert trained(f"{rule}_without_gsnr", **settings)["curve"] != trained(rule, **settings)["curve"]
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.endswith("bit")])
+def test_low_bits_are_asked_for(name):
+    (optimizer,) = VARIANTS[name].build(Model(), VARIANTS[name].first(5e-2))
+    assert {group["momentum_dtype"] for group in optimizer.param_groups} == {name.rpartition("_")[2]}
+
+
+def test_without_gsnr_every_step_is_scaled_by_one():
+    model = Model()
+    name = "factored_without_gsnr"
+    (optimizer,) = VARIANTS[name].build(model, VARIANTS[name].first(5e-2))
+    model(**rows(8)).loss.backward()
+    optimizer.step()
+    assert all(optimizer.state[p]["gsnr"] == math.sqrt(p.numel()) for p in model.parameters())
+    assert all("momentum_buffer" in optimizer.state[p] for p in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_no_more_matrices_are_made_orthogonal_at_once_than_there_is_room_for(mon
     assert sizes == [192, 192, 96]
 
 
-@pytest.mark.parametrize("shape", [(3, 20, 20), (2, 7, 50)])
+@pytest.mark.parametrize("shape", [(3, 20, 20), (2, 7, 50), (2, 7, 13)])
 def test_newton_schulz_brings_singular_values_near_one(shape):
     x = gradient(shape, 0).float()
     values = torch.linalg.svdvals(newton_schulz(x * 1e-9))
@@ -148,6 +148,18 @@ def test_newton_schulz_brings_singular_values_near_one(shape):
     assert values[large].min() > 0.6
     assert values[large].max() < 1.3
     assert torch.equal(newton_schulz(torch.zeros(shape)), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("columns", [19, 20, 40, 160])
+def test_wide_matrices_in_float32_are_made_orthogonal_as_in_float64(columns):
+    u, v = (torch.linalg.qr(gradient((2, n, 10), n).double())[0] for n in (10, columns))
+    values = torch.logspace(0, -6, 10, dtype=torch.float64)
+    x = (u * values) @ v.mT
+    values = values / values.square().sum().sqrt()
+    for _ in range(5):
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+    exact = (u * values) @ v.mT
+    assert torch.linalg.vector_norm(newton_schulz(x.float()) - exact) < 1e-3 * torch.linalg.vector_norm(exact)
 
 
 def test_a_step_has_the_size_that_the_docs_say():

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,3 +273,15 @@ def test_one_bad_element_does_not_spoil_its_tensor(shape, bad, path):
     moved[3] = 1.0
     assert (moved.abs() > 1e-5).float().mean() > 0.9  # and it goes on training
     assert all(optimizer.state[p][key].isfinite().all() for key in MEAN_SQUARES if key in optimizer.state[p])
+
+
+@pytest.mark.parametrize(("on_gpu", "capturing"), [(True, True), (True, False), (False, True)])
+def test_a_graph_cannot_capture_the_count_of_steps(monkeypatch, on_gpu, capturing):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    part = SimpleNamespace(param=SimpleNamespace(is_cuda=on_gpu), grad=None)
+    if on_gpu and capturing:
+        with pytest.raises(ValueError, match="counts its steps on the host"):
+            RULES["factored"].factors([part])
+    else:
+        monkeypatch.setattr("hf_sai.optim.rules.factored.FASTER", [lambda parts: {0: ()}])
+        assert RULES["factored"].factors([part]) == [()]

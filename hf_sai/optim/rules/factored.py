@@ -57,6 +57,12 @@ class Factored(Rows):
         A gradient whose mean square is not finite leaves the running means as they are, and they divide it: NaN and
         infinities stay where they are, and do not spread over the tensor or stay for later steps.
         """
+        on_gpu = not torch.compiler.is_compiling() and any(part.param.is_cuda for part in parts)
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "update='factored' counts its steps on the host, and a CUDA graph would replay one count for ever: "
+                "leave the optimizer's step out of the graph, or use update='published'."
+            )
         for part in parts:
             if part.grad is not None and "averaged_steps" not in part.state:  # measured before the rule was switched on
                 self.allocate(part)

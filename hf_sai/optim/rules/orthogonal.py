@@ -119,13 +119,30 @@ def newton_schulz(matrices: Tensor) -> Tensor:
         matrices: Of shape (number, rows, columns), rows <= columns, of any norm; zeros stay zeros. Computed in their
             dtype, for which bfloat16 suffices.
     """
-    a, b, c = _COEFFICIENTS
     norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float32)
     x = matrices / norms.clamp(min=torch.finfo(torch.float32).tiny).to(matrices.dtype)
+    if x.dtype == torch.float32 and x.shape[2] >= 2 * x.shape[1]:
+        return _by_gram(x)
+    a, b, c = _COEFFICIENTS
     for _ in range(_ROUNDS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def _by_gram(x: Tensor) -> Tensor:
+    """The same rounds on the small x x^T alone: of four times as many columns in half the time, but not in bfloat16."""
+    a, b, c = _COEFFICIENTS
+    gram = x @ x.mT
+    product = None
+    for last in (*[False] * (_ROUNDS - 1), True):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        if not last:
+            gram = factor @ (gram @ factor)
+    assert product is not None
+    return product @ x
 
 
 def _portion(parts: Sequence[Part], found: Sequence[tuple[Tensor, Tensor]]) -> Portion:
