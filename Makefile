@@ -54,6 +54,9 @@ dist: .venv/.installed ## Build wheel and sdist into dist/, check them, and inst
 	for extra in trainer peft plots hub recipes diffusers quant speed timm all bench docs dev; do \
 		.venv-dist/bin/pip install --quiet --dry-run --constraint constraints.txt "$$(ls dist/*.whl)[$$extra]" \
 			&& echo "extra $$extra resolves" || exit 1; done
+	.venv-dist/bin/pip install --quiet --constraint constraints.txt setuptools wheel # DeepSpeed's own build wants them
+	DS_BUILD_OPS=0 .venv-dist/bin/pip install --quiet --dry-run --no-build-isolation --constraint constraints.txt \
+		"$$(ls dist/*.whl)[deepspeed]" && echo "extra deepspeed resolves"
 
 test: test-main test-oldest ## All tests that need no GPU and less than a minute each
 
@@ -69,7 +72,8 @@ test-oldest: .venv-oldest/.installed ## All that knows Trainer, in the oldest tr
 test-oldest-torch: ## The same, the optimizer and the groups with the oldest torch; for a Python that it has a build for
 	$(PYTHON) -m venv .venv-oldest-torch
 	.venv-oldest-torch/bin/pip install --quiet torch==2.6.0 transformers==4.56.0 accelerate==1.10.1 "numpy<3"
-	.venv-oldest-torch/bin/pip install --quiet --editable ".[trainer,peft,speed]" pytest pytest-timeout
+	.venv-oldest-torch/bin/pip install --quiet --editable ".[trainer,peft,speed,quant]" hypothesis pytest \
+		pytest-timeout scikit-learn sgd-sai==1.0.3
 	.venv-oldest-torch/bin/python -m pytest tests/trainer/test_registration.py tests/optim tests/groups tests/kernels
 
 test-timm: .venv-timm/.installed ## Our names in timm, apart, since torchvision from PyPI is built for CUDA
@@ -120,7 +124,8 @@ clean: ## Remove the environments and all runs
 .venv-timm/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-timm
 	.venv-timm/bin/pip install --quiet --constraint constraints.txt torch
-	.venv-timm/bin/pip install --quiet --constraint constraints.txt --editable ".[timm]" pytest pytest-timeout
+	.venv-timm/bin/pip install --quiet --constraint constraints.txt --editable ".[timm]" pytest pytest-timeout \
+		scikit-learn
 	touch $@
 
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt

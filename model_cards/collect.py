@@ -1,9 +1,10 @@
-"""Fill this folder from finished runs: each one's record, pictures, images and samples, and a card; no weights.
+"""Fill this folder from finished runs: of each a folder that ``hf-sai publish`` takes as it is, weights included.
 
     python model_cards/collect.py                    # all runs of the recipes' demos that are in runs/
     python model_cards/collect.py runs/my_run ...    # these
 
 A folder is written anew when its run is there, and left as it is when not. A run `x` and a run `x_adamw` are twins.
+Git keeps record, card, pictures, images and samples; what a model is loaded from is left to the Hub, see .gitignore.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes.common lies in the repository's root
 
-from hf_sai.publishing.artifacts import finish_run
+from hf_sai.publishing.artifacts import PICTURES, finish_run
+from hf_sai.publishing.cards import CARD_FILE
+from hf_sai.publishing.files_to_publish import plan_files
 from hf_sai.runs.record import RECORD_FILE, RunRecord
 from hf_sai.runs.units import human_bytes
 from recipes.common.comparison import markdown_table
@@ -26,7 +29,7 @@ DEMOS = (
     *("gpt2_demo", "gpt2_demo_adamw", "llama_lora_demo", "llama_lora_demo_adamw", "vit_demo", "vit_demo_adamw"),
     *("diffusers_base", "diffusers_flags", "diffusers_flags_adamw"),
 )
-#: What of a run is small and made to be seen; pictures and card are made from the record.
+#: What of a run is small and made to be seen, and so kept by Git.
 SHOWN = ("images/*.png", "samples/*.png", "samples/*.txt", "sample.txt")
 MAX_FILE_BYTES = 2**20
 BEGIN, END = "<!-- runs -->\n", "<!-- /runs -->\n"
@@ -44,7 +47,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def copy_run(run: Path) -> Path | None:
-    """Copy a finished run's record, images and samples, and return their folder; None where there is no such run."""
+    """Copy what of a finished run is published, and return its folder; None where there is no such run.
+
+    Card and pictures are left out: they are made from the record.
+    """
     if not (run / RECORD_FILE).is_file():
         print(f"{run} holds no run: left as it is", file=sys.stderr)
         return None
@@ -52,18 +58,23 @@ def copy_run(run: Path) -> Path | None:
     if record.run.get("status") != "finished":
         print(f"{run} is not finished: left as it is", file=sys.stderr)
         return None
-    files = sorted(path for pattern in SHOWN for path in run.glob(pattern))
-    for path in files:
+    for path in (path for pattern in SHOWN for path in run.glob(pattern)):
         if path.stat().st_size > MAX_FILE_BYTES:
             sys.exit(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_FILE_BYTES:,} belong here")
+    made = (CARD_FILE, RECORD_FILE, f"{PICTURES}/")
+    try:
+        names = [name for name, _ in plan_files(run).files if not name.startswith(made)]
+    except ValueError as reason:
+        print(f"{reason}: left as it is", file=sys.stderr)
+        return None
     folder = HERE / run.resolve().name
     shutil.rmtree(folder, ignore_errors=True)
     record.twins = []  # told again from this folder, where their records are
     record.save(folder)
-    for path in files:
-        copy = folder / path.relative_to(run)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
+    for name in names:
+        copy = folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(run / name, copy)
     return folder
 
 

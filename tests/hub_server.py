@@ -1,6 +1,7 @@
 """A Hub on the loopback interface: as much of its protocol as huggingface_hub needs to create, upload and download."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -211,3 +212,11 @@ class HubServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+if __name__ == "__main__":  # a Hub to try `hf-sai publish` on
+    with HubServer() as server:
+        print(f"export HF_ENDPOINT={server.url} HF_TOKEN={TOKEN} HF_HUB_DISABLE_XET=1")
+        print("What you publish to tester/NAME is kept until this ends.", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()

@@ -40,7 +40,10 @@ def run(args: argparse.Namespace) -> str:
     """Returns what would be uploaded, or where it is now."""
     from hf_sai.publishing.files_to_publish import plan_files
     from hf_sai.publishing.publish import publish, visibility
+    from hf_sai.publishing.shortcomings import shortcomings
 
+    plan = plan_files(args.run_dir, include=args.include)
+    missing = [f"missing    {sentence}" for sentence in shortcomings(args.run_dir, plan)]
     if args.yes:
         url = publish(
             args.run_dir,
@@ -51,8 +54,7 @@ def run(args: argparse.Namespace) -> str:
             update=args.update,
             message=args.message,
         )
-        return f"published, {visibility(args.repo_id)}: {url}"
-    plan = plan_files(args.run_dir, include=args.include)
+        return "\n".join([f"published, {visibility(args.repo_id)}: {url}", *missing])
     lines = [f"{human_bytes(size):>9}  {name}" for name, size in plan.files]
     lines += [f"left out   {name} ({reason})" for name, reason in plan.left_out]
     return "\n".join(
@@ -61,5 +63,6 @@ def run(args: argparse.Namespace) -> str:
             f"{'for everybody to see' if args.public else 'as a private repository'}. "
             "Add --yes to upload them.",
             *lines,
+            *missing,
         ]
     )

@@ -2,7 +2,8 @@
 
 A hidden matrix takes features to features: a weight of ``nn.Linear``, of GPT-2's ``Conv1D``, of a convolution or of a
 stack of experts, within the layers that a model stacks. An embedding has a row for each token and a head one for each
-class, of which most see nothing in a step; positions, norms and biases are no matrices at all.
+class, of which most see nothing in a step; so has a router for each expert. Positions, norms and biases are no matrices
+at all.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def hidden_matrices(model: nn.Module, chosen: Mapping[str, bool] | None = None) 
     adapters = set(peft_roles(model))
     embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag))
     outside = adapters | {id(p) for module in embeddings for p in module.parameters()}
-    outside |= {id(p) for module in model.modules() for p in _output_embeddings(module)}
+    outside |= {id(p) for module in model.modules() for p in (*_output_embeddings(module), *_router(module))}
     candidates = list(_candidates(model))
     listed = [entry for entry in candidates if _within(model, entry[0], nn.ModuleList)]
     if not listed:
@@ -111,6 +112,14 @@ def _output_embeddings(module: nn.Module) -> Iterator[nn.Parameter]:
     head = find() if callable(find) else None
     if isinstance(head, nn.Module):
         yield from head.parameters()
+
+
+def _router(module: nn.Module) -> Iterator[nn.Parameter]:
+    """What sends tokens to the experts beside it."""
+    for name in ("gate", "router"):
+        router = getattr(module, name, None) if hasattr(module, "experts") else None
+        if isinstance(router, nn.Module):
+            yield from router.parameters()
 
 
 def _within(model: nn.Module, path: str, kind: type[nn.Module]) -> bool:

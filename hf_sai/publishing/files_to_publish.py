@@ -16,7 +16,7 @@ from hf_sai.runs.files import read_text
 from hf_sai.runs.record import RECORD_FILE
 from hf_sai.runs.redact import known_secrets, redact_text
 
-__all__ = ["ALLOWED", "NEVER", "PublishPlan", "adapter_folder", "plan_files"]
+__all__ = ["ALLOWED", "NEVER", "PublishPlan", "adapter_folder", "is_tokenizer", "plan_files"]
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,10 @@ def plan_files(run_dir: str | Path, *, include: Iterable[str] = (), secrets: Ite
     if not any(name.endswith(".safetensors") for name, _ in files):
         pickled = any(name in ("pytorch_model.bin", "adapter_model.bin") for name, _ in left_out)
         hint = "save them again with safe_serialization" if pickled else "is it the directory of a finished run?"
+        checkpoints = sorted(root.glob("checkpoint-*/*.safetensors"), key=lambda path: path.stat().st_mtime)
+        if checkpoints:
+            newest = checkpoints[-1].parent
+            hint = f"{newest} does; write its card with `hf-sai card {newest}`, and publish that"
         raise ValueError(f"{root} holds no weights (*.safetensors) to publish: {hint}")
     hidden = known_secrets(secrets)
     for name, _ in files:
@@ -144,6 +148,15 @@ def adapter_folder(directory: str | Path) -> str | None:
     if (directory / "adapter_config.json").is_file():
         return None
     return next(iter(_adapter_folders(directory)), None)
+
+
+def is_tokenizer(name: str) -> bool:
+    """Whether a file of a run belongs to its tokenizer.
+
+    Args:
+        name: The file's path below the run's directory.
+    """
+    return any(_matches(name, pattern) for pattern in _TOKENIZER)
 
 
 def _adapter_folders(root: Path) -> list[str]:

@@ -1,11 +1,11 @@
-"""Describes models and optimizers in plain values: what they are, their groups, their g-SNR, their effective rates."""
+"""Describes models and optimizers in plain values: what they are, their groups, their g-SNR, their scalars."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hf_sai.runs.environment import short_path, versions
 from hf_sai.runs.meters import group_names, state_bytes
 from hf_sai.runs.record import to_json
 
-__all__ = ["describe_gsnr", "describe_model", "describe_optimizer", "effective_rates", "optimizer_line"]
+__all__ = ["describe_gsnr", "describe_model", "describe_optimizer", "optimizer_line", "optimizer_scalars"]
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
@@ -166,14 +166,21 @@ def describe_gsnr(optimizer: Any, model: nn.Module | None) -> dict[str, Any]:
     return {"parameters": parameters, "roles": roles}
 
 
-def effective_rates(optimizer: Any) -> Iterator[tuple[str, float]]:
-    """``sai/lr/ROLE``, each group's rate times the mean scale of its elements, and ``sai/unmeasured``.
+def optimizer_scalars(optimizer: Any, rates: Sequence[Any] | None = None) -> Iterator[tuple[str, float]]:
+    """What a tracker shows of an optimizer: ``sai/gsnr_over_sqrt_n/ROLE``, ``sai/gsnr_unmeasured``, ``sai/lr/ROLE``.
 
-    An optimizer without g-SNR has its groups' rates, and no ``sai/unmeasured``.
+    That is the median of what is measured, the number of parameters without, and the group's learning rate times the
+    mean scale of its elements. An optimizer without g-SNR has its groups' rates alone.
+
+    Args:
+        optimizer: The optimizer, unwrapped.
+        rates: The learning rates of the groups, or of the first of them; default: as they are now.
     """
     names, groups = group_names(optimizer), optimizer.param_groups
+    known = list(rates or ())
+    rates = [_number(rate) or 0.0 for rate in [*known, *(group["lr"] for group in groups[len(known) :])]]
     if not hasattr(optimizer, "gsnr_report"):
-        yield from ((f"sai/lr/{name}", _number(group["lr"]) or 0.0) for name, group in zip(names, groups, strict=True))
+        yield from ((f"sai/lr/{name}", rate) for name, rate in zip(names, rates, strict=True))
         return
     frozen = {
         name
@@ -187,11 +194,15 @@ def effective_rates(optimizer: Any) -> Iterator[tuple[str, float]]:
     for row in rows:
         by_group[row.group].append(row)
     mine = [by_group[str(group.get("name", index))] for index, group in enumerate(groups)]
+    for name, own in zip(names, mine, strict=True):
+        if ratios := [row.ratio for row in own if row.ratio is not None]:
+            yield f"sai/gsnr_over_sqrt_n/{name}", statistics.median(ratios)
+    yield "sai/gsnr_unmeasured", float(sum(not row.measured for row in rows))
     largest: dict[Any, float] = defaultdict(float)
     for group, own in zip(groups, mine, strict=True):
         key = group.get("normalize_over")
         largest[key] = max([largest[key], *(row.gsnr or 0.0 for row in own)])
-    for name, group, own in zip(names, groups, mine, strict=True):
+    for name, rate, group, own in zip(names, rates, groups, mine, strict=True):
         rule = RULES[group["update"]]
         scales = [
             (math.prod(row.shape), rule.scale(row.gsnr, math.prod(row.shape)) if row.gsnr else 0.0) for row in own
@@ -199,8 +210,7 @@ def effective_rates(optimizer: Any) -> Iterator[tuple[str, float]]:
         mean = sum(map(math.prod, scales)) / max(1, sum(elements for elements, _ in scales))
         if group["normalize"]:
             mean /= largest[group.get("normalize_over")] or 1.0
-        yield f"sai/lr/{name}", (_number(group["lr"]) or 0.0) * mean
-    yield "sai/unmeasured", float(sum(not row.measured for row in rows))
+        yield f"sai/lr/{name}", rate * mean
 
 
 def _number(value: Any) -> float | None:

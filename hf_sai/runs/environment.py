@@ -85,11 +85,12 @@ def hardware() -> dict[str, Any]:
 def command_line() -> str:
     """The command that trains, for a shell, launcher included, with nothing that only this machine knows.
 
-    The interpreter becomes ``python``, a launcher's path its name, paths as in :func:`short_path`, addresses of
-    machines ``HOST``, and the values of ``--hub_token`` and the like ``<redacted>``. A notebook has no such command,
-    since its kernel's is none that anybody could repeat: its file's name stands there, where the front end tells it.
+    The interpreter becomes ``python``, the path of a launcher or an installed command its name, other paths as in
+    :func:`short_path`, addresses of machines ``HOST``, and the values of ``--hub_token`` and the like ``<redacted>``.
+    A notebook has no such command, since its kernel's is none that anybody could repeat: its file's name stands there,
+    where the front end tells it.
     """
-    words = _launcher_words() or ["python", *sys.orig_argv[1:]]
+    words = _launcher_words() or _own_words()
     if any(module in words for module in _KERNELS):
         return f"# in the notebook {name}" if (name := _notebook()) else "# in a notebook"
     shown = (_quoted(short_path(word)) for word in redact_words(words))
@@ -123,6 +124,14 @@ def is_main_process() -> bool:
 def _quoted(word: str) -> str:
     name, equals, value = word.rpartition("=")
     return f"{shlex.quote(name) if name else ''}{equals}{value}" if value == REDACTED else shlex.quote(word)
+
+
+def _own_words() -> list[str]:
+    """The words that started this process; of an installed command such as ``hf-sai`` as a person types them."""
+    words = sys.orig_argv[1:]
+    folder, name = os.path.split(words[0] if words else "")
+    is_command = folder == os.path.dirname(sys.executable) and not name.endswith(".py")
+    return [name, *words[1:]] if is_command else ["python", *words]
 
 
 def _launcher_words() -> list[str] | None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from hf_sai.runs.describe import describe_gsnr, describe_model, describe_optimizer, effective_rates
+from hf_sai.runs.describe import describe_gsnr, describe_model, describe_optimizer, optimizer_scalars
 from hf_sai.runs.environment import command_line, hardware, is_main_process, short_path, versions
 from hf_sai.runs.meters import Stopwatch, UpdateMeter, unwrap_optimizer
 from hf_sai.runs.record import RunRecord, first_problem, to_json
@@ -129,6 +129,7 @@ class RunRecorder:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._step_watch, self._update_watch = Stopwatch(device), Stopwatch(device)
         self._meter = UpdateMeter(self._optimizer)
+        self._rates: list[Any] | None = None
         self._spent, self._timed_steps = 0.0, 0
         if step > 0:
             self._continue(step)
@@ -184,6 +185,9 @@ class RunRecorder:
             return
         self._update_watch.stop()
         with self._spending() as spent:
+            # Before a scheduler sets those of the next step. A rate that is a tensor is set in place.
+            rates = (group["lr"] for group in self._optimizer.param_groups)
+            self._rates = [rate.clone() if isinstance(rate, torch.Tensor) else rate for rate in rates]
             self._meter.after()
         self._measure_cost = max(self._measure_cost, 2 * spent[0])
 
@@ -215,28 +219,29 @@ class RunRecorder:
                 self.save()
 
     def scalars(self) -> dict[str, float]:
-        """What to show in a tracker beside the loss.
+        """What to show in a tracker beside the loss, by names whose alphabetical order is the order to read them in.
 
         Returns:
-            ``sai/unmeasured``: parameters without g-SNR, which do not train yet; ``sai/lr/ROLE``: the effective
-            learning rate, the group's rate times the mean scale of its elements; ``sai/update_ratio/ROLE``: norm of
-            the update over norm of the weights in the last measured step; ``sai/optimizer_share`` and
-            ``sai/overhead``: the part of the step time so far that the optimizer and this recorder took. For other
-            optimizers the rate is the group's and nothing is unmeasured.
+            ``sai/gsnr_over_sqrt_n/ROLE``: the median of the role's tensors; ``sai/gsnr_unmeasured``: parameters without
+            g-SNR, which do not train yet; ``sai/lr/ROLE``: the effective learning rate of the last step, the group's
+            rate times the mean scale of its elements; ``sai/update_ratio/ROLE``: norm of the update over norm of the
+            weights in the last measured step; ``sai/wall_time/optimizer`` and ``sai/wall_time/record``: the part of
+            the step time so far that the optimizer and this recorder took. Other optimizers have no g-SNR, and
+            their groups' own rates.
         """
         return (self._scalars() if self._optimizer is not None else None) or {}
 
     @_never_ends_training
     def _scalars(self) -> dict[str, float]:
         with self._spending():
-            found = dict(effective_rates(self._optimizer))
+            found = dict(optimizer_scalars(self._optimizer, self._rates))
             ratios = self._meter.ratios() or {}
             found.update({f"sai/update_ratio/{name}": ratio for name, ratio in ratios.items()})
             elapsed = self._step_watch.seconds()
             updating = self._update_watch.seconds()
         if elapsed:
-            found["sai/optimizer_share"] = updating / elapsed
-            found["sai/overhead"] = self._spent / elapsed
+            found["sai/wall_time/optimizer"] = updating / elapsed
+            found["sai/wall_time/record"] = self._spent / elapsed
         return found
 
     def add(

@@ -129,7 +129,12 @@ def test_unfrozen_base_weights_fall_back_to_base_decay() -> None:
 
 def test_transformers_add_adapter_is_read_like_a_peft_model() -> None:
     model = llama()
-    model.add_adapter(peft.LoraConfig(r=4, target_modules=TARGETS, use_dora=True), adapter_name="mine")
+    try:
+        model.add_adapter(peft.LoraConfig(r=4, target_modules=TARGETS, use_dora=True), adapter_name="mine")
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(f"transformers {transformers.__version__} wants a newer PEFT than {peft.__version__} for it")
     assert set(groups_of(model)) == {"mine/lora_A", "mine/lora_B", "mine/magnitude"}
     optimizer = create_sgd_sai_optimizer(model, lr=0.1)
     assert train(model, optimizer) == {row.name for row in optimizer.gsnr_report()}

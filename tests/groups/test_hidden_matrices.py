@@ -108,6 +108,15 @@ def test_stacked_experts_are_a_matrix_each():
     assert all(found[name] == "experts" for name in stacked)
 
 
+def test_a_router_is_none_whatever_it_is_made_of():
+    layer = nn.Module()
+    layer.gate, layer.experts = nn.Linear(4, 3), nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    model = nn.ModuleList([layer])
+    assert set(named(model, hidden_matrices(model))) == {f"0.experts.{index}.weight" for index in range(3)}
+    del layer.experts
+    assert set(named(model, hidden_matrices(model))) == {"0.gate.weight"}  # here it gates something else
+
+
 def test_every_model_trains_with_its_groups():
     model = gpt2()
     optimizer = create_sgd_sai_optimizer(model, lr=1e-2, update="orthogonal", weight_decay=0.1)

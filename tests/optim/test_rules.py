@@ -15,7 +15,7 @@ from hf_sai.optim import layout
 from hf_sai.optim.layout import Part
 from hf_sai.optim.rules import RULES
 from hf_sai.optim.rules.factored import MEAN_SQUARES
-from hf_sai.runs.describe import effective_rates
+from hf_sai.runs.describe import optimizer_scalars
 
 SHAPES = [(40, 130), (6, 3, 2, 2), (7,), (1, 5), ()]
 PATHS = [{}, {"foreach": False}, {"foreach": True}, {"fused": True}, {"gradient_release": True}]
@@ -229,7 +229,7 @@ def test_the_effective_rate_is_the_learning_rate_times_the_ratio():
     optimizer = SGDSaI(params[:1], lr=1e-2, update="rows")
     update(params, optimizer, 0)
     [row] = optimizer.gsnr_report()
-    [rate] = [value for name, value in effective_rates(optimizer) if name.startswith("sai/lr/")]
+    [rate] = [value for name, value in optimizer_scalars(optimizer) if name.startswith("sai/lr/")]
     assert rate == pytest.approx(1e-2 * row.ratio)
 
 

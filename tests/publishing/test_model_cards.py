@@ -2,10 +2,14 @@
 
 import importlib.util
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
 from hf_sai.publishing.card_merge import is_hub_id
 from hf_sai.publishing.cards import CARD_FILE, render_card
@@ -15,15 +19,19 @@ from hf_sai.runs.redact import redact
 HOME = Path(__file__).parents[2] / "model_cards"
 FOLDERS = sorted(file.parent for file in HOME.glob(f"*/{RECORD_FILE}"))
 IDS = [folder.name for folder in FOLDERS]
-SMALL = (".json", ".md", ".png", ".txt")
+KEPT = ("README.md", "run_record.json", "*/*.png", "samples/*.txt", "sample.txt")
 
 
-@pytest.fixture(scope="module")
-def collect():
+def load_collect():
     spec = importlib.util.spec_from_file_location("collect_model_cards", HOME / "collect.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def collect():
+    return load_collect()
 
 
 def pictures(folder):
@@ -57,10 +65,8 @@ def test_the_metadata_names_what_the_hub_knows(folder):
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=IDS)
-def test_a_folder_holds_small_files_and_nothing_of_the_machine(folder):
-    for path in (path for path in folder.rglob("*") if path.is_file()):
-        assert path.suffix in SMALL, path
-        assert path.stat().st_size < 2**20, path
+def test_what_git_keeps_is_small_and_holds_nothing_of_the_machine(folder):
+    assert all(path.stat().st_size < 2**20 for pattern in KEPT for path in folder.glob(pattern))
     text = "\n".join(path.read_text(encoding="utf-8") for path in (folder / RECORD_FILE, folder / CARD_FILE))
     # An absolute path: not part of a URL, of a relative path, of a role such as default/lora_A, or of a tag.
     paths = re.findall(r"(?<![\w.:/<~*])/(?:home|root|work|tmp|mnt|data|opt|usr|Users|var|private)\b[^\s\"']*", text)
@@ -76,6 +82,14 @@ def test_every_picture_a_card_shows_is_there(folder):
     shown = set(re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card))
     assert "pictures/loss.png" in shown
     assert all((folder / name).is_file() for name in shown)
+
+
+@pytest.mark.skipif(not shutil.which("git") or not (HOME.parent / ".git").exists(), reason="no clone of the repository")
+def test_git_keeps_no_weights():
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", "."]
+    kept = subprocess.run(command, cwd=HOME, check=True, capture_output=True, text=True).stdout.split("\0")
+    own = {path.relative_to(HOME).as_posix() for folder in FOLDERS for glob in KEPT for path in folder.glob(glob)}
+    assert set(kept) == own | {"", ".gitignore", "README.md", "collect.py"}
 
 
 def test_the_readme_lists_what_was_measured(collect):
@@ -96,19 +110,24 @@ def test_folders_are_filled_from_finished_runs_only(collect, tmp_path, monkeypat
         record = make_record(name, optimizer)
         record.run["status"] = status
         record.save(tmp_path / name)
-        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+        save_file({"w": torch.zeros(2)}, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "optimizer.pt").write_text("private")
         (tmp_path / name / "sample.txt").write_text("written")
-    collect.main([str(tmp_path / name) for name in ("a", "a_adamw", "c", "missing")])
+    shutil.copytree(tmp_path / "a", tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    collect.main([str(tmp_path / name) for name in ("a", "a_adamw", "c", "missing", "bare")])
     made = {path.relative_to(tmp_path / "cards").as_posix() for path in (tmp_path / "cards").rglob("*.*")}
     assert {"a/README.md", "a/run_record.json", "a/sample.txt", "a/pictures/loss.png", "a_adamw/README.md"} <= made
-    assert not any("safetensors" in name or name.startswith(("c/", "missing")) for name in made)
+    assert {"a/model.safetensors", "a_adamw/model.safetensors"} <= made
+    assert not any(name.endswith(".pt") or name.startswith(("c/", "missing", "bare")) for name in made)
     for one, other in (("a", "a_adamw"), ("a_adamw", "a")):
         assert [twin["name"] for twin in RunRecord.load(tmp_path / "cards" / one).twins] == [other]
     readme = (tmp_path / "cards" / "README.md").read_text()
     assert "[a](a/README.md)" in readme
     assert "old" not in readme
     assert readme.endswith("after\n")
-    assert "c is not finished" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "c is not finished" in told
+    assert "bare holds no weights" in told
     (tmp_path / "a" / "sample.txt").write_bytes(b"x" * (collect.MAX_FILE_BYTES + 1))
     with pytest.raises(SystemExit, match="at most 1,048,576 belong here"):
         collect.main([str(tmp_path / "a")])

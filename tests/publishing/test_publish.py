@@ -13,7 +13,10 @@ import pytest
 import torch
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants, snapshot_download
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
+from test_model_cards import HOME as MODEL_CARDS
+from test_model_cards import load_collect
 from trainer_cases import arguments, tiny_gpt2
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -238,11 +241,73 @@ def test_a_repository_with_something_else_in_it_is_not_overwritten(finished, hub
     assert set(hub.files("tester/other")) >= PUBLIC | {"pytorch_model.bin"}
 
 
+def test_what_make_model_cards_leaves_is_published_as_it_is(finished, hub, tmp_path, monkeypatch, capsys):
+    """A base and a LoRA of it, both from a folder of model_cards/, and loaded from the Hub again."""
+    collect = load_collect()
+    monkeypatch.setattr(collect, "HERE", tmp_path / "cards")
+    (tmp_path / "cards").mkdir()
+    shutil.copyfile(MODEL_CARDS / "README.md", tmp_path / "cards" / "README.md")
+    adapter = tmp_path / "lora"
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(finished), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    )
+    model.peft_config["default"].base_model_name_or_path = "tester/counting"
+    recorder = RunRecorder(adapter)
+    recorder.start(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    recorder.finish()
+    model.save_pretrained(adapter)
+    collect.main([str(finished), str(adapter)])
+    for name in ("counting", "lora"):
+        assert main(["publish", str(tmp_path / "cards" / name), f"tester/{name}", "--yes"]) == 0
+    assert "left out" not in capsys.readouterr().out
+    assert set(hub.files("tester/counting")) == PUBLIC | {".gitattributes"}
+    base = download(hub, "tester/counting", tmp_path / "base")
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), download(hub, "tester/lora", tmp_path / "adapter")
+    )
+    ids = torch.arange(6)[None]
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+
+
 def test_a_directory_without_weights_is_refused(tmp_path, capsys):
     assert main(["publish", str(tmp_path), "x"]) == 1
     assert "holds no weights" in capsys.readouterr().err
     assert main(["publish", str(tmp_path / "nowhere"), "x"]) == 1
     assert "is not a directory" in capsys.readouterr().err
+
+
+def test_where_only_checkpoints_have_weights_the_newest_is_named(tmp_path, capsys):
+    for number, step in enumerate((20, 100)):
+        file = tmp_path / f"checkpoint-{step}" / "model.safetensors"
+        file.parent.mkdir()
+        file.write_bytes(b"x")
+        os.utime(file, (number, number))
+    assert main(["publish", str(tmp_path), "x"]) == 1
+    assert f"`hf-sai card {tmp_path / 'checkpoint-100'}`, and publish that" in capsys.readouterr().err
+
+
+def test_what_others_would_miss_is_told_before_and_after(hub, tmp_path, capsys):
+    model = get_peft_model(tiny_gpt2(), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    recorder = RunRecorder(tmp_path)
+    recorder.start(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    recorder.finish()
+    model.save_pretrained(tmp_path)  # with PEFT's card, an empty form
+    assert main(["publish", str(tmp_path), "tester/lora"]) == 0
+    assert f"missing    the card says nothing of this run: `hf-sai card {tmp_path}`" in capsys.readouterr().out
+    finish_run(tmp_path)
+    assert main(["publish", str(tmp_path), "tester/lora", "--yes"]) == 0
+    told = capsys.readouterr().out
+    assert "says nothing" not in told
+    assert "missing    the card's code loads a tokenizer" in told
+    assert "missing    the base model lies only on this machine" in told
+
+
+def test_nothing_is_missing_from_a_whole_run(finished, tmp_path, capsys):
+    whole = tmp_path / "whole"
+    shutil.copytree(finished, whole, symlinks=True)
+    (whole / "tokenizer.json").write_text("{}")
+    assert main(["publish", str(whole), "tester/whole"]) == 0
+    assert "missing" not in capsys.readouterr().out
 
 
 def test_a_file_with_a_token_in_it_is_not_published(finished, hub, tmp_path):

@@ -10,6 +10,7 @@ import math
 import os
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -207,16 +208,17 @@ def test_scalars_name_each_role_and_the_unmeasured(tmp_path):
     optimizer = optimizer_of(model, momentum=0.0)
     recorder = RunRecorder(tmp_path, budget=1.0)
     recorder.start(model, optimizer)
-    assert recorder.scalars()["sai/unmeasured"] == 4
+    assert recorder.scalars()["sai/gsnr_unmeasured"] == 4
     weights = [p.detach().clone() for p in model.parameters()]
     with recorder.step():
         model(torch.ones(3, 4)).square().mean().backward()
         with recorder.update(measure=True):
             optimizer.step()
     scalars = recorder.scalars()
-    assert scalars["sai/unmeasured"] == 0
-    assert scalars["sai/overhead"] > 0
-    assert scalars["sai/optimizer_share"] == recorder._update_watch.seconds() / recorder._step_watch.seconds()
+    assert [*scalars] == sorted(scalars)  # as dashboards show them: g-SNR, rates, updates, time
+    assert scalars["sai/gsnr_unmeasured"] == 0
+    assert scalars["sai/wall_time/record"] > 0
+    assert scalars["sai/wall_time/optimizer"] == recorder._update_watch.seconds() / recorder._step_watch.seconds()
     for group in ("base/decay", "base/no_decay"):
         params = next(g["params"] for g in optimizer.param_groups if g["name"] == group)
         pairs = [
@@ -228,6 +230,8 @@ def test_scalars_name_each_role_and_the_unmeasured(tmp_path):
         assert scalars[f"sai/update_ratio/{group}"] == pytest.approx(expected.item(), rel=1e-5)
         mean = sum(optimizer.state[p]["gsnr"] * p.numel() for p in params) / sum(p.numel() for p in params)
         assert scalars[f"sai/lr/{group}"] == pytest.approx(1e-2 * mean)
+        ratios = [row.ratio for row in optimizer.gsnr_report() if row.group == group]
+        assert scalars[f"sai/gsnr_over_sqrt_n/{group}"] == pytest.approx(statistics.median(ratios))
     assert "sai/update_ratio/base/decay" not in recorder.scalars()  # each measurement is told once
 
 
@@ -357,6 +361,13 @@ def test_the_command_shows_no_paths_of_the_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "orig_argv", words)
     assert command_line() == "python train.py '--data=~/my data' --out out"
     assert short_path("/elsewhere/deep/x") == "/path/to/x"
+
+
+def test_an_installed_command_stands_as_a_person_types_it(monkeypatch):
+    folder = os.path.dirname(sys.executable)
+    words = [sys.executable, f"{folder}/hf-sai", "run", "train.py", "--optim", "sgd_sai"]
+    monkeypatch.setattr(sys, "orig_argv", words)
+    assert command_line() == "hf-sai run train.py --optim sgd_sai"
 
 
 def test_settings_name_neither_the_machine_nor_its_folders(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArgu
 import hf_sai
 from hf_sai.runs import meters
 from hf_sai.runs import recorder as recorder_module
-from hf_sai.runs.describe import effective_rates, optimizer_line
+from hf_sai.runs.describe import optimizer_line, optimizer_scalars
 from hf_sai.runs.record import RECORD_FILE, RunRecord
 from hf_sai.runs.recorder import RunRecorder
 from hf_sai.trainer.callbacks import RunRecordCallback
@@ -56,15 +56,15 @@ def test_scalars_reach_tensorboard_and_the_log_history(tmp_path, monkeypatch):
     expected = {
         f"train/sai/{name}"
         for name in (
-            "unmeasured",
-            "overhead",
-            "optimizer_share",
-            *(f"{k}/base/{g}" for k in ("lr", "update_ratio") for g in ("decay", "no_decay")),
+            "gsnr_unmeasured",
+            "wall_time/optimizer",
+            "wall_time/record",
+            *(f"{k}/base/{g}" for k in ("gsnr_over_sqrt_n", "lr", "update_ratio") for g in ("decay", "no_decay")),
         )
     }
     assert expected <= set(events.Tags()["scalars"])
     assert [e.step for e in events.Scalars("train/sai/update_ratio/base/decay")] == [2, 4, 6]
-    assert "sai/unmeasured" in trainer.state.log_history[0]
+    assert "sai/gsnr_unmeasured" in trainer.state.log_history[0]
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
@@ -79,8 +79,16 @@ def test_scalars_reach_the_trackers_that_report_to_names(tmp_path, monkeypatch, 
     sent = [call.args[0] for call in service.log.call_args_list]
     logged = [entry for entry in sent if "train/loss" in entry]
     assert len(logged) == 3
-    for name in ("unmeasured", "lr/base/decay", "update_ratio/base/no_decay", "optimizer_share"):
+    for name in ("gsnr_over_sqrt_n/base/decay", "gsnr_unmeasured", "update_ratio/base/no_decay", "wall_time/record"):
         assert all(f"train/sai/{name}" in entry for entry in logged), name
+
+
+def test_the_rate_that_is_shown_is_that_of_the_step_and_not_of_the_next(tmp_path):
+    trainer = trainer_for(tmp_path)
+    trainer.train()
+    shown = [entry["sai/lr/base/decay"] for entry in trainer.state.log_history if "loss" in entry]
+    # It falls from 6/6 of the peak to 1/6; the logs are of the steps 2, 4 and 6.
+    assert [rate / shown[-1] for rate in shown] == pytest.approx([5, 3, 1])
 
 
 def test_without_the_callback_trainers_logs_are_as_before(tmp_path):
@@ -231,7 +239,7 @@ def test_scalars_of_a_callback_that_is_not_ours_are_none_of_our_business(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "broken", ["describe_model", "describe_gsnr", "versions", "short_path", "effective_rates", "meter", "to_json"]
+    "broken", ["describe_model", "describe_gsnr", "versions", "short_path", "optimizer_scalars", "meter", "to_json"]
 )
 def test_what_fails_in_the_recorder_costs_a_warning_and_no_training(tmp_path, monkeypatch, caplog, broken):
     def fail(*args, **kwargs):
@@ -351,7 +359,7 @@ def test_frozen_parameters_do_not_count_as_unmeasured():
     optimizer = hf_sai.SGDSaI(model.named_parameters(), lr=1e-2)
     model(input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long)).loss.backward()
     optimizer.step()
-    assert dict(effective_rates(optimizer))["sai/unmeasured"] == 0.0
+    assert dict(optimizer_scalars(optimizer))["sai/gsnr_unmeasured"] == 0.0
 
 
 def test_the_callback_alone_says_what_it_needs():

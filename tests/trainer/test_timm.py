@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+from argparse import Namespace
 from copy import deepcopy
 
 import pytest
@@ -20,7 +21,8 @@ if not torch.cuda.is_available():
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold, float scale, int zero_point) -> Tensor")
 
 import timm
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2
 
 from hf_sai.trainer.building import OPTIMIZER_NAMES
 
@@ -58,6 +60,46 @@ def test_a_small_vit_trains_as_with_our_own_function(vit, name):
     assert losses[-1] < 0.7 * losses[0]
     own = hf_sai.create_sgd_sai_optimizer(copy, lr=2e-3, **OPTIMIZER_NAMES[name])
     assert losses == pytest.approx(losses_of(copy, own), rel=1e-4)
+
+
+@pytest.mark.longer
+@pytest.mark.parametrize(
+    ("name", "rate", "least"), [("sgd_sai_factored", 4e-3, 0.6), ("sgd_sai_orthogonal", 8e-3, 0.85)]
+)
+def test_digits_are_learnt_by_the_way_of_timms_train_py(name, rate, least):
+    """By its functions: optimizer_kwargs of its options, then create_scheduler_v2, stepped at each update.
+
+    The published rule is as good as chance here after so few steps, so that it could show nothing.
+    """
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    images, labels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1, torch.tensor(digits.target)
+    torch.manual_seed(0)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=8, patch_size=2, in_chans=1, embed_dim=48, depth=2, num_heads=3, num_classes=10
+    )
+    options = Namespace(opt=name, lr=rate, weight_decay=0.05, momentum=0.9, opt_eps=None, opt_betas=None, opt_args={})
+    optimizer = create_optimizer_v2(vit, **optimizer_kwargs(cfg=options))
+    epochs, size, updates = 8, 32, 1500 // 32
+    scheduler, _ = create_scheduler_v2(
+        optimizer, num_epochs=epochs, warmup_epochs=1, step_on_epochs=False, updates_per_epoch=updates
+    )
+    scheduler.step_update(0)
+    rates = []
+    for update in range(epochs * updates):
+        if update % updates == 0:
+            order = torch.randperm(1500)
+        rows = order[update % updates * size :][:size]
+        loss = torch.nn.functional.cross_entropy(vit(images[rows]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step_update(update + 1)
+    assert rates[0] < max(rates) > rates[-1]  # the scheduler was heard
+    assert max(rates) == pytest.approx(rate, rel=0.1)
+    with torch.no_grad():
+        right = (vit.eval()(images[1500:]).argmax(1) == labels[1500:]).float().mean()
+    assert right > least  # chance is 0.1
 
 
 def test_a_name_stands_for_its_options_and_parameters_have_names(vit):
