@@ -30,10 +30,10 @@ def _note(module: Any) -> None:
     for name, p in module.module.named_parameters():
         if p.ndim > 1 and p.requires_grad and name not in module.parameters_to_ignore:
             _HOMES[p] = weakref.ref(module), name
-            p._hf_sai_replica = True  # kind_of passes over tensors without any mark
+            p._hf_sai_replica = True  # which torch.compile can trace
 
 
-_MODULES = instances_of("torch.nn.parallel.distributed", "DistributedDataParallel", _note)
+instances_of("torch.nn.parallel.distributed", "DistributedDataParallel", _note)
 
 
 @register_part
@@ -44,7 +44,7 @@ class Replica(Part):
 
     @classmethod
     def recognises(cls, p: Tensor) -> bool:
-        return bool(_HOMES) and p in _HOMES
+        return getattr(p, "_hf_sai_replica", False)
 
     @classmethod
     def look_at(cls, model: nn.Module) -> None:
@@ -58,7 +58,7 @@ class Replica(Part):
 
 def _group_of(part: Part) -> ProcessGroup | None:
     """The processes with the same gradient, None where each has its own: in ``no_sync``, and under post-local SGD."""
-    module = _HOMES[part.param][0]()
+    module = _HOMES[part.param][0]() if part.param in _HOMES else None  # of a copy nobody knows
     if module is None or not module.require_backward_grad_sync:
         return None
     hooks = [getattr(hook, "__name__", "") for hook, _ in getattr(module, "_comm_hooks", ())]
