@@ -18,3 +18,10 @@ def test_the_command_runs_as_a_module(module):
     nothing = run()
     assert nothing.returncode == 2
     assert "usage: hf-sai" in nothing.stderr
+
+
+@pytest.mark.longer
+def test_torchrun_starts_the_command():
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "-m", "hf_sai.cli"]
+    done = subprocess.run([*launcher, "--version"], capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"hf-sai {__version__}\n", done.stderr
