@@ -502,7 +502,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "step-speed": step_speed,
     "options": options,
     **{task.replace("_", "-"): search_table(task) for task in TASKS},
-    **{f"variants-{task}": rivals(task, RULES_AND_ADAMW | VARIANTS.keys()) for task in ("gpt2", "vit")},
+    "variants-vit": rivals("vit", RULES_AND_ADAMW | VARIANTS.keys()),
     **{f"rivals-{task.replace('_', '-')}": rivals(task, RIVALS) for task in ("gpt2", "vit", "vit_full", "bert_class")},
 }
 
