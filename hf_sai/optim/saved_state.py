@@ -190,14 +190,18 @@ def _in_form(
     momentum = {key: tensors[key] for key in MOMENTUM_KEYS if key in tensors}
     # Copied: no two optimizers may share running means. Of a momentum that fits torch keeps the tensor it was given.
     formed = {key: value.to(p.device, copy=True) for key, value in tensors.items() if key not in momentum}
-    formed = RULES[group["update"]].taken_up(part, formed)
-    for key, dims in RULES[group["update"]].kept(part).items():
-        if key not in formed and counted:
-            raise _damaged(name, key)
+    rule = RULES[group["update"]]
+    formed = rule.taken_up(part, formed)
+    whole = True  # unless the layout is still to make what the rule keeps out of what fits in another shape
+    for key, dims in rule.kept(part).items():
         if key in formed:
-            if not part.fits(local(formed[key]).shape, dims):
+            shape = local(formed[key]).shape
+            if not part.fits(shape, dims):
                 raise _does_not_fit(name, key, formed[key], part)
+            whole &= tuple(shape) == part.shape_of(dims)
             formed[key] = formed[key].to(torch.float32)
+        elif counted and whole:
+            raise _damaged(name, key)
     if "momentum_buffer" in momentum:
         converted = convert(momentum, part)
         if converted is None and part.parted and "momentum_scales" in momentum:
