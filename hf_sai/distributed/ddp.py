@@ -1,11 +1,13 @@
 """DDP (``DistributedDataParallel``): whole parameters, the same on all processes of a group.
 
-Nothing needs to be known of it but where work can be shared out instead of repeated. The modules are noted when they
+Nothing needs to be known of it but where work can be shared out instead of repeated, which somebody must ask for: it
+makes the optimizer's step communicate, and so all ranks must take every step together. The modules are noted when they
 are made, from the moment that hf_sai is imported, or when :func:`hf_sai.param_groups` is given them.
 """
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,10 @@ from hf_sai.optim.layout import Copies, Part, register_part
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Replica"]
+__all__ = ["ASKED", "Replica"]
+
+#: "1" in this variable of the environment of all processes asks for it.
+ASKED = "HF_SAI_SHARE_UNDER_DDP"
 
 #: Parameter -> its module, by a weak reference, and its name in there.
 _HOMES = WeakIdKeyDictionary()
@@ -57,7 +62,9 @@ class Replica(Part):
 
 
 def _group_of(part: Part) -> ProcessGroup | None:
-    """The processes with the same gradient, None where each has its own: in ``no_sync``, and under post-local SGD."""
+    """The processes with the same gradient; None if nobody asks, in ``no_sync`` and under post-local SGD."""
+    if os.environ.get(ASKED) != "1":
+        return None
     module = _HOMES[part.param][0]() if part.param in _HOMES else None  # of a copy nobody knows
     if module is None or not module.require_backward_grad_sync:
         return None

@@ -192,15 +192,12 @@ def _in_form(
     formed = {key: value.to(p.device, copy=True) for key, value in tensors.items() if key not in momentum}
     rule = RULES[group["update"]]
     formed = rule.taken_up(part, formed)
-    whole = True  # unless the layout is still to make what the rule keeps out of what fits in another shape
     for key, dims in rule.kept(part).items():
         if key in formed:
-            shape = local(formed[key]).shape
-            if not part.fits(shape, dims):
+            if not part.fits(local(formed[key]).shape, dims):
                 raise _does_not_fit(name, key, formed[key], part)
-            whole &= tuple(shape) == part.shape_of(dims)
             formed[key] = formed[key].to(torch.float32)
-        elif counted and whole:
+        elif counted and not part.fits(part.param.shape, ()):  # a value of each element stands for all of them
             raise _damaged(name, key)
     if "momentum_buffer" in momentum:
         converted = convert(momentum, part)

@@ -37,7 +37,13 @@ _VOCABULARIES = re.compile(
 )
 #: What a model wrote, which may be a program with a made-up password.
 _WRITTEN_BY_MODELS = re.compile(r"(?:samples/.*|sample)\.txt")
-_PROSE, _CODE = (".md", ".txt", ".yaml", ".yml", ".toml", ".sh", ".cfg", ".ini"), (".py", ".jinja")
+_PROSE = (
+    *("", ".md", ".txt", ".rst", ".html", ".ipynb", ".log", ".out"),
+    *(".yaml", ".yml", ".toml", ".sh", ".cfg", ".conf", ".ini", ".properties"),
+)
+_CODE = (".py", ".jinja")
+#: What stands for a value in a program, a shell or an explanation: a variable, a call, None.
+_REFERENCE = re.compile(r"[A-Za-z_]+(?:\.[A-Za-z_]+)*[\[(].*|[A-Za-z_]+(?:\.[A-Za-z_]+)+|[A-Z_]+|\$(?:[A-Z_]+|[({].*)")
 _PLACEHOLDER = re.compile(r"<.*>|\$\{?\w+\}?|\{.*\}|%\(?\w+\)?s?|.*(?:your|example|xxx|\.\.\.|\*\*\*).*", re.IGNORECASE)
 _MARKS = (
     *((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32")),
@@ -119,9 +125,7 @@ def _named(text: str, name: str) -> tuple[int, str] | None:
                     return max(text.find(json.dumps(value)), 0), f"a value of {option!r} (in {key!r})"
     if suffix in _PROSE:
         for start, option, value in named_values(text):
-            # hub_token=token of a program names a variable
-            value = value.rstrip(")")
-            if not _is_harmless(value) and not (value.isidentifier() and value == value.lower() and "_" in value):
+            if not _is_harmless(value) and not _is_reference(value):
                 return start, f"a value of {option!r}"
         for match in _SETTING.finditer(text):
             is_word = re.fullmatch(r"\D+|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", match[2])  # as a program's: self.token
@@ -149,6 +153,12 @@ def _assigned(text: str, name: str) -> tuple[int, str] | None:
 
 def _is_harmless(value: str) -> bool:
     return len(value) < 3 or REDACTED in value or _PLACEHOLDER.fullmatch(value) is not None
+
+
+def _is_reference(value: str) -> bool:
+    bare = value.strip("`)")
+    named = bare.isidentifier() and bare == bare.lower() and ("_" in bare or is_secret_name(bare))
+    return bool(named or bare.lower() in ("", "none", "null") or _is_harmless(bare) or _REFERENCE.fullmatch(bare))
 
 
 def _entries(content: Any) -> Iterator[tuple[str, str]]:

@@ -53,6 +53,7 @@ _SPECIAL = re.compile(
 )
 _SPECIAL_VALUE = re.compile(r"<[^<>]{0,60}>|\[[^\[\]]{0,60}\]|<\|[^<>]{0,60}\|>|\{[^{}]{0,60}\}")
 _NO_SECRETS = ("", "true", "false", "none", "null")
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _WORD = re.compile(r"[A-Za-z]{1,15}")
 
 #: Secrets that are known by their shape: Hugging Face, Weights & Biases, GitHub, GitLab, OpenAI and Anthropic, AWS,
@@ -63,10 +64,12 @@ _SECRET_SHAPES = re.compile(
     r"|AIza[\w-]{35}|GOCSPX-[\w-]{20,}|ya29\.[\w-]{20,}|xox[abposr]-[\w-]{10,}|npm_[A-Za-z0-9]{36}|pypi-[\w-]{50,}"
     r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*)(?![A-Za-z0-9])"
 )
-_URL_LOGIN = re.compile(r"(?<=://)[^/\s:@\"'<>]*:[^/\s@\"'<>]+(?=@)")
-#: A header as a whole, and "Bearer" before what can be no word.
+_URL_LOGIN = re.compile(
+    r"(?<=://)(?:[^/\s:@\"'<>]*:[^/\s@\"'<>]+|(?=[^/\s@\"'<>]*\d)[^/\s:@\"'<>]{16,})(?=@)"  # name:password, or a token
+)
+#: A header as a whole, also without a scheme, and "Bearer" before what can be no word.
 _HEADER = re.compile(
-    r"(?P<head>Authorization\\?[\"']?\s*[:=]\s*\\?[\"']?(?:Bearer|Basic|Token)\s+|\bBearer\s+(?=\S*\d|\S{16}))"
+    r"(?P<head>Authorization\\?[\"']?\s*[:=]\s*\\?[\"']?(?:(?:Bearer|Basic|Token)\s+|(?=\S{8})(?=\S*\d))|\bBearer\s+(?=\S*\d|\S{16}))"
     r"(?P<secret>(?!<redacted>)[\w.~+/=-]+)",
     re.IGNORECASE,
 )
@@ -104,6 +107,8 @@ def is_secret_name(name: str, value: str | None = None) -> bool:
         (True, False, True)
     """
     name = name.lstrip("-+")
+    if not name.isupper():
+        name = _CAMEL.sub("_", name)
     if name in _HARMLESS_VARIABLES:
         return False
     if _SECRET_NAME.search(name) or (name.isupper() and _SECRET_VARIABLE.search(name) and not _TOKEN_NAME.search(name)):
@@ -212,7 +217,7 @@ def _redact(value: Any, secrets: frozenset[str]) -> Any:
     if isinstance(value, dict):
         return {_clean(str(key), secrets): _entry(str(key), item, secrets) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_redact(item, secrets) for item in value]
+        return [_redact(item, secrets) for item in _items(value)]
     return value
 
 
@@ -220,11 +225,17 @@ def _entry(key: str, item: Any, secrets: frozenset[str]) -> Any:
     if isinstance(item, str) and item:
         return REDACTED if is_secret_name(key, item) else _clean(item, secrets)
     if isinstance(item, list | tuple):
-        return [_entry(key, part, secrets) for part in item]
+        return [_entry(key, part, secrets) for part in _items(item)]
     # YAML reads a password of digits as a number; "pass" before a small one counts passes.
     if isinstance(item, int | float) and abs(item) >= 1000 and _SECRET_NAME.search(key):
         return REDACTED
     return _redact(item, secrets)
+
+
+def _items(value: Sequence[Any]) -> Sequence[Any]:
+    """A list of words may be a command's, where a flag's value follows it; what has blanks is a text."""
+    are_words = all(isinstance(item, str) and " " not in item for item in value)
+    return redact_words(value) if are_words else value
 
 
 def _is_secret_variable(name: str, value: str) -> bool:

@@ -87,6 +87,8 @@ def add_new_parameters(trainer: Trainer, *, created: bool) -> None:
     model = trainer.model
     if not isinstance(optimizer, SGDSaI) or model is None:
         return
+    if not created:
+        optimizer.zero_grad()  # an interrupted train() may have left a backward pass without its step
     held = {id(p) for group in optimizer.all_groups for p in group["params"]}
     outside = {id(p): name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
     if created:

@@ -3,6 +3,7 @@
 # ruff: noqa: E402
 import contextlib
 import logging
+import os
 import sys
 import warnings
 
@@ -51,6 +52,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_sai import SGDSaI
 from hf_sai.distributed import copies
+from hf_sai.distributed.ddp import ASKED
 from hf_sai.groups.param_groups import no_decay_names
 from hf_sai.optim.layout import whole_shapes as full_shapes
 from hf_sai.optim.rules import orthogonal
@@ -110,10 +112,21 @@ def train_and_compare(mode, **options):
     }
 
 
-def shared_orthogonal(mode):
-    """The same, but that also these small matrices are worth sharing; whether replicas are equal bit for bit."""
+@contextlib.contextmanager
+def sharing(asked="1"):
+    """Also these small matrices are worth sharing, under DDP if asked."""
     worth, copies.WORTH = copies.WORTH, 1
+    os.environ[ASKED] = asked
     try:
+        yield
+    finally:
+        copies.WORTH = worth
+        del os.environ[ASKED]
+
+
+def shared_orthogonal(mode):
+    """The same, but that these small matrices are shared; whether replicas are equal bit for bit."""
+    with sharing():
         model, rank, size = make(mode)
         optimizer = SGDSaI(groups_of(model, "orthogonal"), **OPTIONS, update="orthogonal")
         per_step = []
@@ -127,8 +140,6 @@ def shared_orthogonal(mode):
         wholes = [t.full_tensor() if isinstance(t, DTensor) else t.detach() for t in tensors]
         result = {**largest_difference(got, reference(update="orthogonal")), "collectives": per_step}
         return {**result, "same": all(map(same_on_all_ranks, wholes)), "worked_on": worked_on(optimizer)}
-    finally:
-        copies.WORTH = worth
 
 
 @contextlib.contextmanager
@@ -144,9 +155,8 @@ def listening():
 
 def disagree():
     """Each rank optimizes another matrix of a DDP model, or has gradients of its own: nobody waits for anybody."""
-    worth, copies.WORTH = copies.WORTH, 1
-    per_step = []
-    try:
+    per_step, unasked = [], []
+    with sharing():
         with listening() as heard:
             model, rank, size = make("ddp")
             own = model.module.blocks[RANK].up.weight
@@ -158,9 +168,12 @@ def disagree():
             optimizer = SGDSaI(groups_of(local, "orthogonal"), **OPTIONS)
             with counting(optimizer, per_step):
                 train(local, optimizer, range(2), rank, size)
-        return {"heard": heard, "moved": not own.equal(before), "without_sync": per_step}
-    finally:
-        copies.WORTH = worth
+    with sharing(asked=""):
+        model, rank, size = make("ddp")
+        optimizer = SGDSaI(groups_of(model, "orthogonal"), **OPTIONS)
+        with counting(optimizer, unasked):
+            train(model, optimizer, range(2), rank, size)
+    return {"heard": heard, "moved": not own.equal(before), "without_sync": per_step, "unasked": unasked}
 
 
 def different_states():

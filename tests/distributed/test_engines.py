@@ -176,6 +176,7 @@ def test_ranks_that_optimize_different_parts_of_a_ddp_model_each_work_on_their_o
         assert result["disagree"]["moved"]
         assert any("do not optimize the same parameters" in line for line in result["disagree"]["heard"])
         assert result["disagree"]["without_sync"] == [{}, {}]
+        assert result["disagree"]["unasked"] == [{}, {}]
 
 
 def test_states_that_torch_will_not_save_are_warned_of_in_the_first_step(runs):

@@ -15,6 +15,7 @@ from hf_sai.optim import layout
 from hf_sai.optim.layout import Part
 from hf_sai.optim.rules import RULES
 from hf_sai.optim.rules.factored import MEAN_SQUARES
+from hf_sai.optim.rules.rows import mean_squares
 from hf_sai.runs.describe import optimizer_scalars
 
 SHAPES = [(40, 130), (6, 3, 2, 2), (7,), (1, 5), ()]
@@ -285,3 +286,10 @@ def test_a_graph_cannot_capture_the_count_of_steps(monkeypatch, on_gpu, capturin
     else:
         monkeypatch.setattr("hf_sai.optim.rules.factored.FASTER", [lambda parts: {0: ()}])
         assert RULES["factored"].factors([part]) == [()]
+
+
+@pytest.mark.parametrize("update", ["rows", "factored"])
+def test_the_mean_square_of_no_elements_is_no_division_by_zero(update):
+    part = Part(torch.zeros(0, 5), {"update": update}, {})
+    ((mean,),) = mean_squares([part], [((0,),)], [[torch.zeros(0, 1)]])
+    assert mean.shape == (0, 1)

@@ -199,3 +199,29 @@ def test_without_detect_secrets_nothing_is_planned(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "detect_secrets.core.plugins.util", None)
     with pytest.raises(ImportError, match=r'pip install "hf-sai\[hub\]"'):
         find_secret(run_of(tmp_path) / "config.json", "config.json")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "login(token=os.environ['HF_TOKEN'])",
+        "login(token=userdata.get('HF_TOKEN'))",
+        "login(token=token)",
+        "TrainingArguments(hub_token=args.hub_token)",
+        "pass `hub_token=None`",
+        "`train.py --hub_token $HF_TOKEN`",
+        "HF_TOKEN=$(cat file)",
+        "HF_TOKEN=TOKEN",
+        "train.py --password PASSWORD",
+        "`train.py --token <s>`",
+    ],
+)
+def test_what_only_stands_for_a_secret_may_be_published(line, tmp_path):
+    (tmp_path / "README.md").write_text(f"# Use\n\n{line}\n")
+    assert find_secret(tmp_path / "README.md", "README.md") is None
+
+
+@pytest.mark.parametrize("name", ["NOTICE", "Dockerfile", "train.log", "notes.rst", "app.conf", "app.properties"])
+def test_named_secrets_are_looked_for_in_files_of_many_kinds(name, tmp_path):
+    (tmp_path / name).write_text("python train.py --hub_token abc123def456\n")
+    assert find_secret(tmp_path / name, name) is not None

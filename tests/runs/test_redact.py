@@ -175,3 +175,24 @@ def test_transformers_does_not_hide_a_tokenizers_tokens_from_the_record(tmp_path
     assert settings["eos_token"] == "<|im_end|>"
     assert settings["pad_token"] is None
     assert SECRET not in str(settings)
+
+
+def test_what_a_subclass_of_training_arguments_may_hold_is_hidden():
+    settings = {
+        "hubToken": "t0p5ecret",
+        "headers": ["Authorization: t0p5ecret"],
+        "dsn": "https://0123456789abcdef0123@sentry.io/1",
+        "extra": {"clientSecret": "t0p5ecret"},
+        "args": ["--password", "t0p5ecret", "--lr", "1"],
+    }
+    shown = redact(settings)
+    assert "t0p5ecret" not in str(shown)
+    assert "0123456789abcdef" not in str(shown)
+    assert shown["args"][2:] == ["--lr", "1"]
+
+
+@pytest.mark.parametrize(
+    "harmless", ["ssh://git@github.com/a/b", "https://my-group-name@host/x", "Authorization: see below", "numTokens=3"]
+)
+def test_names_in_addresses_and_words_after_a_header_stay(harmless):
+    assert redact_text(harmless) == harmless

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from trainer_cases import plain_trainer
-from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 import hf_sai
@@ -391,6 +391,23 @@ def test_gradient_release_through_trainer_trains_alike(tmp_path):
     released = trainer(tmp_path, max_grad_norm=0.0, optim_args="gradient_release=true")
     assert plain.train().training_loss == released.train().training_loss
     assert all(map(torch.equal, plain.model.parameters(), released.model.parameters()))
+
+
+def test_a_train_that_was_interrupted_before_its_step_leaves_nothing_to_the_next(tmp_path):
+    class Interrupts(TrainerCallback):
+        done = False
+
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 1 and not self.done:
+                self.done = True
+                raise KeyboardInterrupt
+
+    interrupted = trainer(tmp_path, optim_args="gradient_release=true", max_grad_norm=0, max_steps=3)
+    interrupted.add_callback(Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    interrupted.train()
+    assert interrupted.state.global_step == 3
 
 
 @pytest.mark.parametrize(

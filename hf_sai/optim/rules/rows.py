@@ -90,7 +90,9 @@ def mean_squares(
     sum_over_holders(
         (total, part.holders(dims), part.table_device) for total, (part, dims) in zip(flat, owners, strict=True)
     )
-    torch._foreach_mul_(flat, [math.prod(part.shape[d] for d in dims) / part.shape.numel() for part, dims in owners])
+    # Of no elements the mean is 0.
+    kept_of_all = [math.prod(part.shape[d] for d in dims) / max(1, part.shape.numel()) for part, dims in owners]
+    torch._foreach_mul_(flat, kept_of_all)
     rest = iter(flat)
     return [[next(rest) for _ in of_part] for of_part in kept]
 
