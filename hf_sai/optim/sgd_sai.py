@@ -297,7 +297,6 @@ class SGDSaI(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._steps += 1
         if self._releases is not None:
             self._releases.clear()
         for group in self.param_groups:
@@ -311,8 +310,10 @@ class SGDSaI(Optimizer):
             self._advance(parts, new, of_scaler)
         elif self._unscale(parts, **of_scaler):
             self._advance(parts, new, {})
-        if self._steps == WARN_UNMEASURED_AFTER:
-            self._warn_unmeasured()
+        if not torch.compiler.is_compiling():  # torch 2.11 cannot trace the count
+            self._steps += 1
+            if self._steps == WARN_UNMEASURED_AFTER:
+                self._warn_unmeasured()
         return loss
 
     def _advance(self, parts: Sequence[Part], new: Sequence[Part], of_scaler: dict[str, Tensor | None]) -> None:
