@@ -47,8 +47,8 @@ class Replica(Part):
 
     __slots__ = ()
 
-    @classmethod
-    def recognises(cls, p: Tensor) -> bool:
+    @staticmethod
+    def recognises(p: Tensor) -> bool:
         return getattr(p, "_hf_sai_replica", False)
 
     @classmethod

@@ -39,8 +39,8 @@ class Shard(Part):
     kind = "sharded parameters (DTensor: FSDP2, tensor parallelism)"
     parted = True
 
-    @classmethod
-    def recognises(cls, p: Tensor) -> bool:
+    @staticmethod
+    def recognises(p: Tensor) -> bool:
         return is_dtensor(p)
 
     @classmethod

@@ -79,9 +79,7 @@ class Slice(Stretch):
     parted = True
     always_saved = True  # loaded is what the state dict before loading has, and by accelerate that of a new optimizer
 
-    @classmethod
-    def recognises(cls, p: Tensor) -> bool:
-        return _is_slice(p)
+    recognises = staticmethod(_is_slice)
 
     @classmethod
     def admit(cls, p: Tensor) -> None:

@@ -9,6 +9,7 @@ import functools
 import importlib
 import logging
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -58,7 +59,7 @@ def _compiled(
     of_device = operator.attrgetter(f"is_{device_type}")
 
     def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-        if choice.traced or not of_device(p) or not is_ordinary(p) or (when is not None and not when(choice)):
+        if choice.traced or not (of_device(p) and is_ordinary(p) and (when is None or when(choice))):
             return False
         module = _imported(source)
         if module is None:
@@ -88,31 +89,30 @@ KERNELS[:] = [
 ]
 
 
-def _may(group: dict[str, Any]) -> bool:
+def _wanted(part: Part) -> str | None:
+    """The module whose kernels make the factors of a part, if it is one that they could take and options allow them."""
+    p, group = part.param, part.group
+    if part.grad is None or not is_ordinary(p):
+        return None
+    if type(part) is not Part and (part.holders() or part.boxes(part.grad) is not None):
+        return None
     fused = group["fused"]
-    return fused or fused is group["foreach"]
+    if p.is_cpu:
+        return "numba_factored" if fused or fused is group["foreach"] else None
+    return "triton_factored" if p.is_cuda and fused else None
 
 
-def _factors_by(name: str, parts: Sequence[Part], wants: Callable[[Part], bool]) -> dict[int, Sequence[Tensor]]:
-    """Factors of ``update="factored"`` for those of the wanted parts that a module's kernels take, by their index."""
-    mine = {
-        index: part
-        for index, part in enumerate(parts)
-        if part.grad is not None
-        and wants(part)
-        and is_ordinary(part.param)
-        and (type(part) is Part or not (part.holders() or part.boxes(part.grad) is not None))
-    }
-    module = compiled_module(name) if mine else None
-    return {} if module is None else module.factors(mine)
+def _factors(parts: Sequence[Part]) -> dict[int, Sequence[Tensor]]:
+    """Factors of ``update="factored"`` for those parts that a module's kernels take, by their index."""
+    by_module: dict[str | None, dict[int, Part]] = defaultdict(dict)
+    for index, part in enumerate(parts):
+        by_module[_wanted(part)][index] = part
+    found: dict[int, Sequence[Tensor]] = {}
+    for name, mine in by_module.items():
+        module = compiled_module(name) if name else None
+        if module is not None:
+            found |= module.factors(mine)
+    return found
 
 
-def _factors_by_numba(parts: Sequence[Part]) -> dict[int, Sequence[Tensor]]:
-    return _factors_by("numba_factored", parts, lambda part: part.param.is_cpu and _may(part.group))
-
-
-def _factors_by_triton(parts: Sequence[Part]) -> dict[int, Sequence[Tensor]]:
-    return _factors_by("triton_factored", parts, lambda part: part.param.is_cuda and part.group["fused"])
-
-
-FASTER[:] = [_factors_by_numba, _factors_by_triton]
+FASTER[:] = [_factors]

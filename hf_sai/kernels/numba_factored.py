@@ -23,13 +23,17 @@ from hf_sai.optim.rules.factored import KEPT, MEAN_SQUARES
 
 __all__ = ["Factors", "can_update", "factors", "update"]
 
+_WHOLE, _ROWS, _COLUMNS = MEAN_SQUARES
+
+_FLOAT32 = torch.float32
+
 #: Columns are summed over the rows of about this many elements, and these sums added up.
 _PIECE = 1 << 20
 
 
 def can_update(p: Tensor, g: Tensor, m: Momentum | None) -> bool:
     """Whether the kernel takes these: dense, of one dtype, float32 or float64, with a momentum."""
-    return m is not None and numba_plain.can_update(p, g, m) and p.numel() > 0
+    return m is not None and p.numel() > 0 and numba_plain.can_update(p, g, m)
 
 
 def factors(parts: Mapping[int, Part]) -> dict[int, Sequence[Tensor]]:
@@ -37,20 +41,18 @@ def factors(parts: Mapping[int, Part]) -> dict[int, Sequence[Tensor]]:
 
     Their running means are brought up to date; all means must have been allocated.
     """
-    taken: dict[torch.dtype, tuple[list[int], list[tuple[int, ...]]]] = {dtype: ([], []) for dtype in DTYPES}
+    taken: dict[torch.dtype, dict[int, tuple[int, ...]]] = {dtype: {} for dtype in DTYPES}
     for index, part in parts.items():
         g = part.grad
         if (dtype := g.dtype) in taken and g.is_cpu and g.is_contiguous():
             means = _addresses_of_means(part.state, g.shape)
             if 0 not in means:
-                indices, addresses_of_means = taken[dtype]
-                indices.append(index)
-                addresses_of_means.append(means)
+                taken[dtype][index] = means
     result: dict[int, Sequence[Tensor]] = {}
-    for dtype, (indices, addresses_of_means) in taken.items():
-        if indices:
-            own = [parts[index] for index in indices]
-            result |= zip(indices, _factors_of_one_dtype(own, addresses_of_means, dtype), strict=True)
+    for dtype, means_of in taken.items():
+        if means_of:
+            own = [parts[index] for index in means_of]
+            result |= zip(means_of, _factors_of_one_dtype(own, list(means_of.values()), dtype), strict=True)
     return result
 
 
@@ -80,22 +82,21 @@ def update(
 
 def _addresses_of_means(state: Mapping[str, Any], shape: torch.Size) -> tuple[int, ...]:
     """Of a matrix's three running means, of a vector's one three times; with a 0 where one is not what loops take."""
-    whole, of_rows, of_columns = MEAN_SQUARES
     if len(shape) < 2:
-        return (_address(state[whole], shape.numel()),) * 3
+        return (_address(state[_WHOLE], shape.numel()),) * 3
     height = shape[0]
     width = shape.numel() // height if height else 0
-    return _address(state[whole], 1), _address(state[of_rows], height), _address(state[of_columns], width)
+    return _address(state[_WHOLE], 1), _address(state[_ROWS], height), _address(state[_COLUMNS], width)
 
 
 def _address(mean: Tensor, size: int) -> int:
     """Where so many running means lie; 0 if they do not, or not as the loops take them, or are none."""
-    fits = type(mean) is Tensor and mean.dtype == torch.float32 and mean.numel() == size and mean.is_contiguous()
+    fits = type(mean) is Tensor and mean.dtype is _FLOAT32 and mean.numel() == size and mean.is_contiguous()
     return mean.data_ptr() if fits else 0
 
 
 def _factors_of_one_dtype(parts: Sequence[Part], means: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Factors]:
-    gradients = [part.grad.data_ptr() for part in parts]
+    gradients = np.array([part.grad.data_ptr() for part in parts], dtype=np.int64)
     room = _room(tuple(part.grad.shape for part in parts), _PIECE)
     sums = torch.zeros(room.elements, dtype=dtype)
     table = np.empty((len(parts), 5), dtype=np.int64)
@@ -104,13 +105,13 @@ def _factors_of_one_dtype(parts: Sequence[Part], means: Sequence[tuple[int, ...]
     like = np.empty(0, dtype=DTYPES[dtype])
     if len(room.matrices):
         of_squares = np.empty((len(room.matrices), 3), dtype=np.int64)
-        of_squares[:, 0] = [gradients[i] for i in room.matrices]
+        of_squares[:, 0] = gradients[room.matrices]
         of_squares[:, 1:] = table[room.matrices, :2]
         shapes = room.shapes[room.matrices]
         in_shares(
             room.counts, lambda share: numba_loops.add_squares(of_squares, shapes, _in_pieces(share), like), _PIECE
         )
-    table[room.vectors, 0] = [gradients[i] for i in room.vectors]
+    table[room.vectors, 0] = gradients[room.vectors]
     corrections = []
     for part in parts:
         steps = part.state["averaged_steps"]
@@ -156,8 +157,8 @@ class _Room:
         shapes: int64[gradients, 3]: height, width, rows in a piece; a vector is one row, and has 0 of these.
         starts: int64[gradients, 2]: where sums of rows begin and those of columns, or a vector's factors.
         views: For each gradient size, stride and offset of its factors.
-        matrices: Indices of those that have rows.
-        vectors: The others.
+        matrices: The indices of those that have rows, int64.
+        vectors: Those of the others.
         counts: Elements of the matrices for :func:`in_shares`, whose pieces count as many as they can have.
     """
 
@@ -165,8 +166,8 @@ class _Room:
     shapes: np.ndarray
     starts: np.ndarray
     views: list[tuple[tuple[Any, Any, int], ...]]
-    matrices: list[int]
-    vectors: list[int]
+    matrices: np.ndarray
+    vectors: np.ndarray
     counts: list[int]
 
 
@@ -197,8 +198,8 @@ def _room(shapes: tuple[torch.Size, ...], piece: int) -> _Room:
         matrices.append(index)
         counts.append(pieces * piece if pieces > 1 else shape.numel())
     vectors = [index for index, line in enumerate(lines) if not line[2]]
-    table, begin = np.array(lines, dtype=np.int64), np.array(starts, dtype=np.int64)
-    return _Room(end, table, begin, views, matrices, vectors, counts)
+    table, begin, of_matrices, of_vectors = (np.array(x, dtype=np.int64) for x in (lines, starts, matrices, vectors))
+    return _Room(end, table, begin, views, of_matrices, of_vectors, counts)
 
 
 def _in_pieces(share: np.ndarray) -> np.ndarray:

@@ -34,7 +34,8 @@ __all__ = [
 
 def _compiler(*fastmath: str) -> Callable:
     """Compiles a loop that leaves Python's lock; the result is kept on disk where a folder can be written."""
-    options: Any = {"nogil": True, "fastmath": set(fastmath)}
+    # numpy's errors: asking before each division whether it is by 0 would leave one element at a time.
+    options: Any = {"nogil": True, "fastmath": set(fastmath), "error_model": "numpy"}
 
     def compile_loop(function: Callable) -> Callable:
         try:

@@ -50,6 +50,8 @@ def measure(parts: Sequence[Part]) -> None:
     Raises:
         ValueError: A gradient is sparse.
     """
+    if not parts:
+        return
     table = [_row(part) for part in parts]
     sum_over_holders((row, part.holders(), part.table_device) for row, part in zip(table, parts, strict=True))
     for part, (total, total_of_squares, known, holders) in zip(parts, _to_host(table), strict=True):

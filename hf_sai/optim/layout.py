@@ -79,8 +79,8 @@ class Part:
     #: Whether what is saved must have a state of each parameter that is trained, also before its training begins.
     always_saved = False
 
-    @classmethod
-    def recognises(cls, p: Tensor) -> bool:
+    @staticmethod
+    def recognises(p: Tensor) -> bool:
         """Whether an optimizer's parameter has parts of this kind."""
         return False
 
@@ -243,7 +243,8 @@ class Layout:
 
     def parts(self) -> list[Part]:
         """The parts that have a gradient, in the order of the groups."""
-        return [self.part(p, group, number) for number, p, group in _numbered(self.optimizer) if _has_gradient(p)]
+        numbered = _numbered(self.optimizer)
+        return [self.part(p, group, number) for number, p, group in numbered if p.grad is not None and p.numel() > 0]
 
     def part(self, p: Tensor, group: dict[str, Any], number: int = 0) -> Part:
         """One parameter's part."""
@@ -393,10 +394,6 @@ def refuse(kind: type[Part], group: dict[str, Any]) -> None:
     for option, (values, cure) in kind.refused.items():
         if group[option] in values:
             raise ValueError(f"{option}={group[option]!r} does not work on {kind.kind}. {cure}")
-
-
-def _has_gradient(p: Tensor) -> bool:
-    return p.grad is not None and p.numel() > 0
 
 
 def _numbered(optimizer: SGDSaI) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:

@@ -328,11 +328,13 @@ class SGDSaI(Optimizer):
             if part.gsnr != UNMEASURED:
                 by_group[id(part.group)].append(part)
         # --- the rule's gradient
+        by_rule: dict[str, list[Part]] = {name: [] for name in RULES}
+        for part in self.layout.together(parts):
+            if part.gsnr != UNMEASURED:
+                by_rule[part.group["update"]].append(part)
         factors: dict[int, Sequence[Tensor]] = {}
-        together = [part for part in self.layout.together(parts) if part.gsnr != UNMEASURED]
-        for name, rule in RULES.items():
-            own = [part for part in together if part.group["update"] == name]
-            factors |= zip((part.number for part in own), rule.factors(own), strict=True)
+        for name, own in by_rule.items():
+            factors |= zip([part.number for part in own], RULES[name].factors(own), strict=True)
         # --- m = g at first
         for of in by_group.values():
             if of[0].group["momentum"] == 0:

@@ -143,7 +143,9 @@ def sgd_sai(
         )
     for (path, device), indices in buckets.items():
         lists: list[Any] = [params, grads, momentum_buffers, scales, all_factors]
-        own_params, own_grads, own_momenta, own_scales, own_factors = ([of[i] for i in indices] for of in lists)
+        if len(indices) < len(params):
+            lists = [[of[i] for i in indices] for of in lists]
+        own_params, own_grads, own_momenta, own_scales, own_factors = lists
         extra: dict[str, Any] = {}
         if path.unscales:
             extra |= {key: _on(value, device) for key, value in unscaling.items()}
