@@ -15,6 +15,7 @@ from hf_sai.memory.skeletons import build_skeleton
 from hf_sai.optim.gsnr import UNMEASURED, GSNRRow
 from hf_sai.optim.momentum import QUANTIZED
 from hf_sai.optim.rules import RULES
+from hf_sai.optim.saved_state import SHAPE_KEY
 
 __all__ = ["add_parser"]
 
@@ -114,7 +115,9 @@ def _read_state(file: Path) -> tuple[list[dict[str, Any]], dict[Any, dict[str, A
 
 
 def _saved_shape(entry: dict[str, Any]) -> tuple[int, ...] | None:
-    """A parameter's shape as its saved momentum tells it: not at all where there is none, or one in 4 bits, packed."""
+    """A parameter's shape as its saved state tells it; one in 4 bits of before it did so, which is flat, does not."""
+    if isinstance(told := entry.get(SHAPE_KEY), torch.Tensor):
+        return tuple(told.shape[:-1])
     momentum = entry.get("momentum_buffer")
     if momentum is None:
         return None

@@ -1,4 +1,4 @@
-"""Reading saved states: of this class, of its older versions, of the official code; nothing that does not fit is used.
+"""Saved states: of this class, of its older versions, of the official code; nothing that does not fit is used.
 
 torch's own loading casts every float of the state to its parameter's dtype, so tensors go round it: they are taken out
 of the dict once all load hooks have run, and put back in the form in which the optimizer keeps them.
@@ -20,11 +20,18 @@ from hf_sai.optim.momentum import BLOCK_KEY, MOMENTUM_KEYS, convert
 from hf_sai.optim.options import OPTIONS, upgrade_group
 from hf_sai.optim.rules import RULES
 
-__all__ = ["Incoming", "read"]
+__all__ = ["SHAPE_KEY", "Incoming", "completed", "read"]
 
 logger = logging.getLogger(__name__)
 
-_OURS = frozenset({"gsnr", *MOMENTUM_KEYS, BLOCK_KEY, *chain.from_iterable(rule.keys for rule in RULES.values())})
+#: In a state dict, of a whole parameter whose state has no tensor of its shape: none at all, or codes of 4 bits, which
+#: are flat. A tensor of this shape and one dimension more, of length 0: it has no bytes, and
+#: torch.distributed.checkpoint compares shapes by itself.
+SHAPE_KEY = "shape"
+
+_OURS = frozenset(
+    {"gsnr", *MOMENTUM_KEYS, BLOCK_KEY, SHAPE_KEY, *chain.from_iterable(rule.keys for rule in RULES.values())}
+)
 _TENSORS = _OURS - {"gsnr", "averaged_steps", BLOCK_KEY}
 
 _FRESH = (
@@ -37,6 +44,14 @@ _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrap
 
 #: The tensors of a state and the parameter they are for, with its group as it is saved.
 Incoming = list[tuple[Tensor, dict[str, Any], dict[str, Tensor]]]
+
+
+def completed(p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """A whole parameter's state as a state dict holds it, so that it says of which shape it is."""
+    is_flat = isinstance(state.get("gsnr"), list)
+    if "gsnr" not in state or is_flat or any(getattr(v, "shape", None) == p.shape for v in state.values()):
+        return state
+    return {**state, SHAPE_KEY: torch.empty((*p.shape, 0), device=p.device)}
 
 
 def read(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Incoming]:
@@ -187,6 +202,9 @@ def _in_form(
             raise _damaged(name, key)
     part = kind_of(p)(p, group, {})
     (part.shape,) = whole_shapes([p])
+    if SHAPE_KEY in tensors and tensors[SHAPE_KEY].shape != (*part.shape, 0):
+        raise _does_not_fit(name, "state", tensors[SHAPE_KEY].shape[:-1], part)
+    tensors = {key: value for key, value in tensors.items() if key != SHAPE_KEY}
     momentum = {key: tensors[key] for key in MOMENTUM_KEYS if key in tensors}
     # Copied: no two optimizers may share running means. Of a momentum that fits torch keeps the tensor it was given.
     formed = {key: value.to(p.device, copy=True) for key, value in tensors.items() if key not in momentum}
@@ -195,7 +213,7 @@ def _in_form(
     for key, dims in rule.kept(part).items():
         if key in formed:
             if not part.fits(local(formed[key]).shape, dims):
-                raise _does_not_fit(name, key, formed[key], part)
+                raise _does_not_fit(name, key, formed[key].shape, part)
             formed[key] = formed[key].to(torch.float32)
         elif counted and not part.fits(part.param.shape, ()):  # a value of each element stands for all of them
             raise _damaged(name, key)
@@ -208,7 +226,7 @@ def _in_form(
                 f"then it is saved as values, which can be sharded anew. {_FRESH}"
             )
         if converted is None:
-            raise _does_not_fit(name, "momentum_buffer", momentum["momentum_buffer"], part)
+            raise _does_not_fit(name, "momentum_buffer", momentum["momentum_buffer"].shape, part)
         formed |= converted
     return formed
 
@@ -230,9 +248,9 @@ def _damaged(name: str, key: str) -> ValueError:
     return ValueError(f"The state is damaged: {key} of parameter {name} is missing, or cannot be used. {_FRESH}")
 
 
-def _does_not_fit(name: str, key: str, value: Tensor, part: Part) -> ValueError:
+def _does_not_fit(name: str, key: str, shape: Sequence[int], part: Part) -> ValueError:
     return ValueError(
-        f"The saved {key} of parameter {name} has shape {tuple(value.shape)}, and the parameter has {tuple(part.shape)}"
+        f"The saved {key} of parameter {name} has shape {tuple(shape)}, and the parameter has {tuple(part.shape)}"
         f"{'' if tuple(part.param.shape) == tuple(part.shape) else f', of which {tuple(part.param.shape)} lie here'}: "
         f"the state is another model's. {_FRESH}"
     )

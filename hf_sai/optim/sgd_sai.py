@@ -24,7 +24,7 @@ from hf_sai.optim.gsnr import GSNRReport
 from hf_sai.optim.layout import UNMEASURED, Layout, Part, admit, find_layout, kind_of, name_of, whole_shapes
 from hf_sai.optim.options import DEFAULTS, OPTIONS, check_options, upgrade_group
 from hf_sai.optim.rules import RULES
-from hf_sai.optim.saved_state import Incoming, read
+from hf_sai.optim.saved_state import Incoming, completed, read
 from hf_sai.optim.stochastic import draw_alike, in_many_processes
 from hf_sai.optim.update import Choice, can_unscale, multiplied, sgd_sai
 
@@ -218,6 +218,10 @@ class SGDSaI(Optimizer):
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for index, p in zip(saved["params"], group["params"], strict=True):
                 kind = kind_of(p)
+                if index not in state and self.state and p.requires_grad and whole_shapes([p])[0].numel() == 0:
+                    state[index] = {"gsnr": UNMEASURED}  # torch.distributed.checkpoint wants a state of each parameter
+                if not kind.parted and index in state:
+                    state[index] = completed(p, state[index])
                 begins = kind.always_saved and index not in state and p.requires_grad and p.numel() > 0
                 if kind.parted and (index in state or begins):
                     part = kind.at_rest(p, group, state.get(index, {}))

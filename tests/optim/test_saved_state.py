@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 
 import pytest
 import torch
@@ -119,8 +120,109 @@ def test_a_quantised_state_of_other_shapes_is_refused(momentum_dtype, shape):
     saved = SGDSaI([("a", nn.Parameter(torch.randn(shape)))], momentum_dtype=momentum_dtype)
     train(saved, 2)
     other = SGDSaI([("a", nn.Parameter(torch.randn(96, 64)))], momentum_dtype=momentum_dtype)
-    with pytest.raises(ValueError, match=r"momentum_buffer of parameter a has shape"):
+    with pytest.raises(ValueError, match=rf"of parameter a has shape {re.escape(str(shape))}, and"):
         other.load_state_dict(saved.state_dict())
+
+
+SAME_SIZE = [(64, 96), (96 * 64,), (192, 32), (96, 32, 2), (96, 64, 1)]
+
+
+@pytest.mark.parametrize("shape", SAME_SIZE, ids=str)
+@pytest.mark.parametrize(
+    "options", [{"momentum_dtype": "4bit"}, {"momentum_dtype": "8bit"}, {"momentum": 0.0}], ids=str
+)
+def test_a_state_of_as_many_elements_in_another_shape_is_refused(options, shape):
+    saved = SGDSaI([("a", nn.Parameter(torch.randn(96, 64)))], **options)
+    train(saved, 1)
+    other = SGDSaI([("a", nn.Parameter(torch.randn(shape)))], **options)
+    with pytest.raises(ValueError, match=r"of parameter a has shape \(96, 64\), and the parameter.*another model's"):
+        other.load_state_dict(copy.deepcopy(saved.state_dict()))
+    assert not other.state
+    again = SGDSaI([("a", nn.Parameter(torch.randn(96, 64)))], **options)
+    again.load_state_dict(copy.deepcopy(saved.state_dict()))
+    train(again, 1)
+
+
+@pytest.mark.parametrize("options", [{"momentum_dtype": "4bit"}, {"momentum": 0.0}], ids=str)
+def test_a_state_that_does_not_say_its_shape_loads_as_before(options):
+    saved = SGDSaI([("a", nn.Parameter(torch.randn(96, 64)))], **options)
+    train(saved, 1)
+    state_dict = copy.deepcopy(saved.state_dict())
+    assert state_dict["state"][0].pop("shape").shape == (96, 64, 0)
+    other = SGDSaI([("a", nn.Parameter(torch.randn(96, 64)))], **options)
+    other.load_state_dict(state_dict)
+    [(mine, its)] = zip(saved.state.values(), other.state.values(), strict=True)
+    assert mine.keys() == its.keys()
+    assert "shape" not in mine
+
+
+@pytest.mark.parametrize("told", [torch.tensor(0.0), torch.zeros(96, 64), torch.zeros(0), 5], ids=str)
+def test_a_damaged_shape_is_refused(told):
+    saved = SGDSaI([("a", nn.Parameter(torch.randn(96, 64)))], momentum_dtype="4bit")
+    train(saved, 1)
+    state_dict = copy.deepcopy(saved.state_dict())
+    state_dict["state"][0]["shape"] = told
+    other = SGDSaI([("a", nn.Parameter(torch.randn(96, 64)))], momentum_dtype="4bit")
+    with pytest.raises(ValueError, match=r"has shape|shape of parameter a is missing"):
+        other.load_state_dict(state_dict)
+    assert not other.state
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96)], ids=str)
+def test_torchs_distributed_checkpoint_compares_the_shapes_of_flat_codes(shape, flat, tmp_path):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    def made(shape):
+        model = nn.ParameterDict({"a": torch.randn(shape)})
+        return model, SGDSaI(model.named_parameters(), momentum_dtype="4bit")
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, optimizer = made((96, 64))
+    train(optimizer, 2)
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}, checkpoint_id=tmp_path)
+    other_model, other = made(shape)
+    states = get_optimizer_state_dict(other_model, other, options=options)
+    if shape != (96, 64):
+        with pytest.raises(dcp.api.CheckpointException, match="Size mismatch"):
+            dcp.load({"optimizer": states}, checkpoint_id=tmp_path)
+        return
+    dcp.load({"optimizer": states}, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(other_model, other, states, options=options)
+    [(mine, its)] = zip(optimizer.state.values(), other.state.values(), strict=True)
+    assert mine.keys() == its.keys()
+    assert mine["gsnr"] == its["gsnr"]
+    assert torch.equal(mine["momentum_buffer"], its["momentum_buffer"])
+
+
+@pytest.mark.parametrize("update", RULES)
+@pytest.mark.parametrize("options", [{}, {"full_state_dict": True}, {"flatten_optimizer_state_dict": True}], ids=str)
+def test_parameters_of_no_elements_are_saved_and_loaded_by_torchs_distributed_checkpoint(update, options, tmp_path):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.ParameterDict({"none": torch.zeros(0), "some": torch.randn(4, 3), "flat": torch.zeros(0, 3)})
+        return model, SGDSaI(model.named_parameters(), lr=1e-2, update=update)
+
+    dsd = StateDictOptions(**options)
+    model, optimizer = made()
+    train(optimizer, 2)
+    dcp.save(dict(zip("mo", get_state_dict(model, optimizer, options=dsd), strict=True)), checkpoint_id=tmp_path)
+    other_model, other = made()
+    weights, states = get_state_dict(other_model, other, options=dsd)
+    dcp.load({"m": weights, "o": states}, checkpoint_id=tmp_path)
+    set_state_dict(other_model, other, model_state_dict=weights, optim_state_dict=states, options=dsd)
+    for both in ((model, optimizer), (other_model, other)):
+        train(both[1], 2, start=2)
+    assert torch.equal(model["some"], other_model["some"])
+    assert len(other.gsnr_report()) == 1
 
 
 @pytest.mark.parametrize(
