@@ -22,6 +22,7 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
 import zipfile
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
@@ -30,10 +31,13 @@ from types import ModuleType, TracebackType
 from hf_sai.imports import when_imported
 from hf_sai.startup import following
 
-__all__ = ["add_arguments", "main", "require_target", "run_followed", "run_target", "show_error"]
+__all__ = ["CannotRunError", "add_arguments", "main", "require_target", "run_followed", "run_target", "show_error"]
 
 #: With ``python -P`` or PYTHONSAFEPATH neither a script's folder nor the working directory is on the import path.
 _SAFE_PATH = getattr(sys.flags, "safe_path", False)
+
+# Whose frames stand between a command and the script that it runs.
+_OWN_FILES = {__file__, runpy.__file__, "<frozen runpy>"}
 
 
 def main() -> None:
@@ -52,7 +56,14 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     sys.excepthook = lambda kind, error, trace: show_error(error, trace)
-    run_followed(options)
+    try:
+        run_followed(options)
+    except CannotRunError as error:
+        parser.error(str(error))
+
+
+class CannotRunError(ValueError):
+    """The target cannot be run: nothing of it has been."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +111,24 @@ def run_target(target: str, arguments: Sequence[str], *, is_module: bool) -> Non
         target: Path of a script, or the name of a module or of an installed command. A file of that name comes first.
         arguments: The target's own command line, without its name.
         is_module: Whether it is the name of a module.
+
+    Raises:
+        CannotRunError: There is no such module, or nothing in there that could be run.
     """
+    try:
+        _run_target(target, arguments, is_module=is_module)
+    except (ImportError, OSError) as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        if any(frame.f_code.co_filename not in _OWN_FILES for frame, _ in frames):
+            raise  # out of the script, or of something that it imports
+        told = error.strerror if isinstance(error, OSError) else error
+        raise CannotRunError(
+            f"cannot run {target!r}: {told}. Give a script, a folder with a __main__.py, or after -m a module that can "
+            "be imported from here."
+        ) from None
+
+
+def _run_target(target: str, arguments: Sequence[str], *, is_module: bool) -> None:
     sys.argv = [target, *arguments]
     if is_module:
         if not _SAFE_PATH:
@@ -133,16 +161,15 @@ def run_target(target: str, arguments: Sequence[str], *, is_module: bool) -> Non
     exec(code, vars(module))
 
 
-def show_error(error: BaseException, traceback: TracebackType | None = None) -> None:
+def show_error(error: BaseException, trace: TracebackType | None = None) -> None:
     """Show an uncaught exception as Python does, from the script's first frame on."""
-    own = {__file__, runpy.__file__, "<frozen runpy>"}
-    first = traceback = traceback or error.__traceback__
-    while first is not None and first.tb_frame.f_code.co_filename not in own:
+    first = trace = trace or error.__traceback__
+    while first is not None and first.tb_frame.f_code.co_filename not in _OWN_FILES:
         first = first.tb_next  # what called run_target
-    traceback = first or traceback
-    while traceback is not None and traceback.tb_frame.f_code.co_filename in own:
-        traceback = traceback.tb_next
-    sys.__excepthook__(type(error), error.with_traceback(traceback), traceback)
+    trace = first or trace
+    while trace is not None and trace.tb_frame.f_code.co_filename in _OWN_FILES:
+        trace = trace.tb_next
+    sys.__excepthook__(type(error), error.with_traceback(trace), trace)
 
 
 def _command(name: str) -> EntryPoint | None:

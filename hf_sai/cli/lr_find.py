@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from hf_sai.run import run_target, show_error
+from hf_sai.run import CannotRunError, run_target, show_error
 from hf_sai.runs.files import atomic_write
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> NoReturn:
     with _tested_instead_of_trained(args, folder):
         try:
             run_target(args.target, args.arguments, is_module=args.is_module)
+        except CannotRunError:
+            raise
         except Exception as error:  # the script's own: not in one line, which would not say where
             show_error(error)
             raise SystemExit(1) from None

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any, NoReturn
 
-from hf_sai.run import add_arguments, require_target, run_followed, show_error
+from hf_sai.run import CannotRunError, add_arguments, require_target, run_followed, show_error
 
 __all__ = ["add_parser"]
 
@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> NoReturn:
     sys.excepthook = lambda kind, error, trace: show_error(error, trace)
     try:
         run_followed(args)
+    except CannotRunError:
+        raise
     except Exception as error:  # the script's own: not in one line, which would not say where, but as its hook shows it
         sys.excepthook(type(error), error, error.__traceback__)
         raise SystemExit(1) from None

@@ -114,6 +114,49 @@ def test_a_wrong_target_is_a_clear_error(folder, arguments, message):
     assert message in done.stderr
 
 
+RUNNERS = (["hf_sai.run"], ["hf_sai", "run"], ["hf_sai", "lr-find"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-m", "no_such_module"], "cannot run 'no_such_module': No module named no_such_module. Give a script"),
+        (["-m", "package.no_such"], "cannot run 'package.no_such': No module named package.no_such. Give a script"),
+        (["-m", "package"], "cannot run 'package': No module named package.__main__"),
+        (["scripts"], "cannot run 'scripts': can't find '__main__' module in"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_run_is_refused_in_one_sentence(folder, arguments, message):
+    for command in RUNNERS if arguments == ["scripts"] else RUNNERS[:1]:  # the others take their time to start
+        done = launch(folder, sys.executable, "-m", *command, *arguments)
+        assert done.returncode == (2 if command == ["hf_sai.run"] else 1)
+        assert "Traceback" not in done.stderr
+        assert message in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "file"),
+    [
+        ("import no_such_module", ["-m", "package"], "package/__init__.py"),
+        ("import no_such_module", ["-m", "package.module"], "package/__init__.py"),
+        ("import no_such_module", ["broken"], "broken/__main__.py"),
+        ("import runpy; runpy.run_module('no_such_module')", ["broken"], "broken/__main__.py"),
+        ("open('/no/such/file')", ["-m", "broken"], "broken/__main__.py"),
+    ],
+    ids=str,
+)
+def test_what_a_script_cannot_import_or_open_keeps_its_traceback(folder, content, arguments, file):
+    (folder / "broken").mkdir()
+    (folder / file).write_text(content)
+    for command in RUNNERS if arguments == ["-m", "broken"] else RUNNERS[:1]:
+        done = launch(folder, sys.executable, "-m", *command, *arguments)
+        assert done.returncode == 1
+        traceback = done.stderr[done.stderr.index("Traceback") :]
+        assert traceback.splitlines()[1].endswith(f'{file}", line 1, in <module>')
+        assert "no_such_module" in traceback or "/no/such/file" in traceback
+
+
 # --- what a script under the runner is like
 
 
