@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> str:
         OSError: The model, or the adapter's base model, cannot be found.
     """
     optimizer_file = Path(args.path) / _OPTIMIZER_FILE
+    if optimizer_file.exists() and not optimizer_file.is_file():
+        raise ValueError(f"cannot read {optimizer_file}: it is no regular file")
     if optimizer_file.is_file():
         if args.update is not None:
             raise ValueError(f"{args.path} holds an optimizer's state, which says its rule itself; leave out --update")

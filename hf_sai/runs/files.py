@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import stat
 import time
 from pathlib import Path
 
@@ -66,11 +67,14 @@ def read_text(path: str | Path, limit: int) -> str:
         Its text.
 
     Raises:
-        ValueError: There is no such file, it is larger than ``limit``, or it is not UTF-8.
+        ValueError: There is no such file, it is larger than ``limit``, it is not UTF-8, or it is a device or a pipe, at
+            which reading could wait for ever.
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError(f"cannot read {path}: it is a pipe or a device, and no regular file")
             content = file.read(limit + 1)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
@@ -80,3 +84,8 @@ def read_text(path: str | Path, limit: int) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file without waiting for whoever writes into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

@@ -107,6 +107,8 @@ def _refuse(message: str) -> typing.NoReturn:
 
 def _check_file(path: str, kinds: Sequence[Any]) -> None:
     """Refuse a file of settings whose values are of another kind than the options; TrlParser takes them as they are."""
+    if Path(path).exists() and not Path(path).is_file():  # reading a pipe would wait for ever
+        raise InputError(f"cannot read {path}: it is no regular file.")
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:

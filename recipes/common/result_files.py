@@ -34,6 +34,8 @@ def read_json(path: str | Path, kind: type = dict, keys: tuple[str, ...] = ()) -
     Raises:
         InputError: It cannot be read, is no JSON or holds something else.
     """
+    if Path(path).exists() and not Path(path).is_file():  # reading a pipe would wait for ever
+        raise InputError(f"cannot read {path}: it is no regular file.")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

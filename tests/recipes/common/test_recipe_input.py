@@ -1,6 +1,7 @@
 """Which checkpoint a recipe resumes from, and which settings it refuses."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,6 +81,14 @@ def test_settings_that_nothing_can_be_done_with_are_one_sentence(text, message, 
         parse_config_and_flags([transformers.TrainingArguments], [str(file), *output], usage="x")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.timeout(60)
+def test_settings_in_a_pipe_are_refused_at_once(tmp_path):
+    pytest.importorskip("trl")
+    os.mkfifo(tmp_path / "config.yaml")
+    with pytest.raises(InputError, match=r"cannot read .*config\.yaml: it is no regular file"):
+        parse_config_and_flags([transformers.TrainingArguments], [str(tmp_path / "config.yaml")], usage="x")
 
 
 @pytest.mark.parametrize("options", ["momentum=2", "made_up=1", "momentum=1" + "0" * 400])

@@ -27,6 +27,13 @@ def test_a_damaged_file_is_named_in_one_sentence(content, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.timeout(60)
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "results.json")
+    with pytest.raises(InputError, match=r"cannot read .*results\.json: it is no regular file"):
+        read_json(tmp_path / "results.json")
+
+
 def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypatch):
     file = write_json(tmp_path / "results.json", {"eval_loss": 1})
 
