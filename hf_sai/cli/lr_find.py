@@ -50,6 +50,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> NoReturn:
     """Ends the process in the place of the script's training; comes back only by an error."""
+    from hf_sai.trainer.range_test import check_settings
+
+    check_settings(args.smallest, args.largest, args.steps)  # before the script has loaded anything
     if not args.is_module and not os.path.exists(args.target):
         raise ValueError(f"no script {args.target!r} in {os.getcwd()!r}; for a module write -m {args.target}")
     folder = Path(args.out).resolve()  # the script may go elsewhere

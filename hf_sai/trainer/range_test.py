@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_sai.trainer.building import without_advice
 
-__all__ = ["RangeTest", "range_test"]
+__all__ = ["RangeTest", "check_settings", "range_test"]
 
 #: Weight of the past in the smoothed loss.
 SMOOTHING = 0.9
@@ -130,15 +130,13 @@ def range_test(
         >>> test = range_test(trainer, steps=50)  # doctest: +SKIP
         >>> trainer.args.learning_rate = test.suggestion  # doctest: +SKIP
     """
-    if not 0 < smallest < largest < math.inf:
-        raise ValueError(f"smallest is {smallest} and largest {largest}; they must be above 0, the first the smaller.")
-    if steps < 2 * START_STEPS:
-        raise ValueError(f"steps is {steps}; it must be at least {2 * START_STEPS}.")
+    check_settings(smallest, largest, steps)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
             "a range test cannot put the weights of a sharded model back; run it without FSDP and DeepSpeed."
         )
-    rates = [smallest * (largest / smallest) ** (step / (steps - 1)) for step in range(steps)]
+    # Not by their quotient, which may be too large for a float.
+    rates = [smallest ** (1 - step / (steps - 1)) * largest ** (step / (steps - 1)) for step in range(steps)]
     with (
         tqdm(total=steps, desc="learning rates", unit="step", disable=not progress) as bar,
         _put_back(trainer),
@@ -148,6 +146,17 @@ def range_test(
         _prepare(trainer, tester, rates)
         trainer.train()
     return RangeTest(tuple(rates[: len(tester.losses)]), tuple(tester.losses))
+
+
+def check_settings(smallest: float, largest: float, steps: int) -> None:
+    """Raise ValueError for rates or a number of steps that :func:`range_test` cannot do anything with."""
+    are_numbers = all(isinstance(rate, int | float) for rate in (smallest, largest))
+    if not (are_numbers and 0 < smallest < largest < math.inf):
+        raise ValueError(
+            f"smallest is {smallest} and largest {largest}; they must be finite numbers above 0, the first the smaller."
+        )
+    if not isinstance(steps, int) or steps < 2 * START_STEPS:
+        raise ValueError(f"steps is {steps}; it must be a whole number, at least {2 * START_STEPS}.")
 
 
 class _Tester(TrainerCallback):

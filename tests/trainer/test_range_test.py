@@ -242,16 +242,44 @@ def test_there_is_no_suggestion_where_the_loss_never_fell():
 
 BAD_SETTINGS = {
     "smallest above largest": ({"smallest": 2.0, "largest": 1.0}, "smallest is 2.0 and largest 1.0"),
-    "smallest of 0": ({"smallest": 0.0}, "must be above 0"),
+    "smallest of 0": ({"smallest": 0.0}, "must be finite numbers above 0"),
+    "equal": (
+        {"smallest": 1.0, "largest": 1.0},
+        "smallest is 1.0 and largest 1.0; they must be finite numbers above 0",
+    ),
+    "below 0": ({"smallest": -1.0}, "smallest is -1.0"),
+    "not a number": ({"smallest": math.nan}, "smallest is nan"),
     "infinite": ({"largest": math.inf}, "largest inf"),
-    "few steps": ({"steps": 9}, "steps is 9; it must be at least 10"),
+    "few steps": ({"steps": 9}, "steps is 9; it must be a whole number, at least 10"),
+}
+#: Which the command's parser refuses by itself.
+NO_NUMBERS = {
+    "a text": ({"smallest": "1e-5"}, "smallest is 1e-5 and largest 10.0; they must be finite numbers"),
+    "nothing": ({"largest": None}, "largest None; they must be finite numbers"),
+    "half a step": ({"steps": 10.5}, "steps is 10.5; it must be a whole number"),
 }
 
 
-@pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS.values(), ids=BAD_SETTINGS)
+@pytest.mark.parametrize(
+    ("settings", "message"), [*BAD_SETTINGS.values(), *NO_NUMBERS.values()], ids=[*BAD_SETTINGS, *NO_NUMBERS]
+)
 def test_impossible_settings_are_refused(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         range_test(make_trainer(tmp_path), progress=False, **settings)
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS.values(), ids=BAD_SETTINGS)
+def test_the_command_refuses_impossible_settings_before_the_script_begins(settings, message, tmp_path, capsys):
+    (tmp_path / "train.py").write_text(f"open({str(tmp_path / 'begun')!r}, 'w')")
+    options = [f"--{name}={value}" for name, value in settings.items()]
+    assert main(["lr-find", *options, str(tmp_path / "train.py")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "begun").exists()
+
+
+def test_rates_may_be_as_far_apart_as_numbers_are(tmp_path):
+    found = range_test(make_trainer(tmp_path), smallest=1e-308, largest=1e308, steps=11, progress=False)
+    assert found.learning_rates[:2] == pytest.approx((1e-308, 10**-246.4))
 
 
 def test_sharded_models_and_a_rate_of_zero_are_refused(tmp_path):
