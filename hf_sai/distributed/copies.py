@@ -7,6 +7,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -27,8 +28,9 @@ WORTH = 128
 # Elements of a tensor begin at multiples of so many bytes.
 _ALIGNED = 16
 
-#: Process group's name and what its members are to share -> whether they all named the same.
-_AGREED: dict[tuple[str, bytes], bool] = {}
+#: Process group -> what its members are to share -> whether they all named the same. By the group itself, for another
+#: one may bear its name when it has been destroyed.
+_AGREED: WeakKeyDictionary[dist.ProcessGroup, dict[bytes, bool]] = WeakKeyDictionary()
 
 
 class Gathered:
@@ -133,14 +135,15 @@ def agree(work: Sequence[Any], group: dist.ProcessGroup, device: torch.device) -
         device: Where they communicate.
     """
     key = hashlib.blake2b(repr(list(work)).encode(), digest_size=7).digest()
-    if (group.group_name, key) not in _AGREED:
+    known = _AGREED.setdefault(group, {})
+    if key not in known:
         number = int.from_bytes(key, "little")
         both = torch.tensor([number, -number], device=device)
         dist.all_reduce(both, dist.ReduceOp.MIN, group=group)
-        same = _AGREED[group.group_name, key] = both[0].item() == -both[1].item()
-        if not same:
+        known[key] = both[0].item() == -both[1].item()
+        if not known[key]:
             logger.warning(
                 "The processes of a DistributedDataParallel model do not optimize the same parameters, so each makes "
                 "all of its own matrices orthogonal."
             )
-    return _AGREED[group.group_name, key]
+    return known[key]
