@@ -21,7 +21,13 @@ from hf_sai.trainer.small_updates import watch_updates
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
-__all__ = ["OPTIMIZER_NAMES", "add_new_parameters", "optimizer_cls_and_kwargs", "without_advice"]
+__all__ = [
+    "OPTIMIZER_NAMES",
+    "add_new_parameters",
+    "optimizer_cls_and_kwargs",
+    "warn_of_late_arguments",
+    "without_advice",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +117,42 @@ def add_new_parameters(trainer: Trainer, *, created: bool) -> None:
         params = [(name, p) for name, p in group["params"] if id(p) in new]
         if params:
             optimizer.add_param_group({**group, "params": params})
+
+
+def warn_of_late_arguments(trainer: Trainer, *, created: bool) -> None:
+    """One warning for arguments of the optimizer that were changed since Trainer has built it, and have no effect.
+
+    Args:
+        trainer: Whose ``optimizer`` and ``args`` to look at.
+        created: Whether the optimizer has just been made.
+    """
+    optimizer: Any = unwrap_optimizer(trainer.optimizer)
+    if optimizer is None:
+        return
+    asked = {name: getattr(trainer.args, name) for name in ("optim", *_IN_GROUPS, "optim_args")}
+    asked["optim"] = str(getattr(asked["optim"], "value", asked["optim"]))
+    if created:
+        trainer._hf_sai_asked = (weakref.ref(optimizer), asked)  # type: ignore[attr-defined]
+        return
+    known, before = getattr(trainer, "_hf_sai_asked", (None, asked))
+    if known is None or known() is not optimizer or not {before["optim"], asked["optim"]} & OPTIMIZER_NAMES.keys():
+        return
+    late = [
+        f"{name}={value} (in force: {before[name]})"
+        for name, value in asked.items()
+        if value != before[name]
+        and not (name in _IN_GROUPS and any(group.get(_IN_GROUPS[name]) == value for group in optimizer.param_groups))
+    ]
+    if late and trainer.is_world_process_zero():
+        logger.warning(
+            "Trainer keeps its optimizer from one train() to the next, so that what was changed since has no effect: "
+            "%s. For a new one set trainer.optimizer and trainer.lr_scheduler to None, or make a new Trainer.",
+            ", ".join(late),
+        )
+
+
+# Arguments of Trainer -> what the groups of an optimizer call them; somebody may have changed both.
+_IN_GROUPS = {"learning_rate": "initial_lr", "weight_decay": "weight_decay"}
 
 
 @contextlib.contextmanager

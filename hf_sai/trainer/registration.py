@@ -15,7 +15,12 @@ from hf_sai.imports import when_imported
 from hf_sai.optim.sgd_sai import SGDSaI
 from hf_sai.runs.describe import optimizer_line
 from hf_sai.runs.meters import unwrap_optimizer
-from hf_sai.trainer.building import OPTIMIZER_NAMES, add_new_parameters, optimizer_cls_and_kwargs
+from hf_sai.trainer.building import (
+    OPTIMIZER_NAMES,
+    add_new_parameters,
+    optimizer_cls_and_kwargs,
+    warn_of_late_arguments,
+)
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -132,6 +137,7 @@ def _wrap_trainer(trainer: ModuleType) -> None:
     def create_optimizer(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         created = self.optimizer is None
         optimizer = create(self, *args, **kwargs)
+        warn_of_late_arguments(self, created=created)
         if self.args.optim in OPTIMIZER_NAMES:
             add_new_parameters(self, created=created)
         return optimizer

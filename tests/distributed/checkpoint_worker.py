@@ -2,8 +2,8 @@
 
 ACTION ``save`` trains half the steps, saves, trains on; ``resume`` loads and trains the rest. ENGINE ``fsdp2`` and
 ``fsdp1`` (also with ``_factored``, under that rule, and ``_rounded``, of bfloat16 weights that are rounded at random),
-``hsdp`` and ``fsdp2_tp`` save with torch.distributed.checkpoint, sharded and full; ``accelerate_*`` with accelerate's
-``save_state``.
+``fsdp1_hybrid``, ``hsdp`` and ``fsdp2_tp`` save with torch.distributed.checkpoint, sharded and full;
+``accelerate_*`` with accelerate's ``save_state``.
 """
 
 # ruff: noqa: E402

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from common import DDP_TYPE, DEVICE, OPTIONS, Saver, build, groups_of, shard, tensor_parallel, train
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullOptimStateDictConfig, FullyShardedDataParallel
+from torch.distributed.fsdp import FullOptimStateDictConfig, FullyShardedDataParallel, ShardingStrategy
 
 from hf_sai import SGDSaI
 
@@ -21,7 +21,11 @@ class TorchRun:
         self.model = build(torch.bfloat16 if rounds else torch.float32)
         self.data = (dist.get_rank(), dist.get_world_size())
         if engine.startswith("fsdp1"):
-            self.model = FullyShardedDataParallel(self.model, use_orig_params=True, device_id=torch.device(DEVICE))
+            options = {"use_orig_params": True, "device_id": torch.device(DEVICE)}
+            if "hybrid" in engine:
+                mesh = init_device_mesh(DEVICE, (2, dist.get_world_size() // 2))
+                options |= {"sharding_strategy": ShardingStrategy.HYBRID_SHARD, "device_mesh": mesh}
+            self.model = FullyShardedDataParallel(self.model, **options)
         elif engine == "hsdp":
             shard(self.model, init_device_mesh(DEVICE, (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "shard")))
         elif engine == "fsdp2_tp":

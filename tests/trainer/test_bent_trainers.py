@@ -159,6 +159,72 @@ def test_what_an_override_left_out_stays_out(tmp_path):
     assert len(unwrap_optimizer(trainer.optimizer).param_groups) == 1
 
 
+def late(caplog, trainer):
+    """What a second train() says of arguments that came too late."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="hf_sai"):
+        trainer.train()
+    return [record.message for record in caplog.records if "what was changed since has no effect" in record.message]
+
+
+CHANGES = {
+    "learning_rate": (0.5, "learning_rate=0.5 (in force: 0.01)"),
+    "weight_decay": (0.3, "weight_decay=0.3 (in force: 0.1)"),
+    "optim": ("adamw_torch", "optim=adamw_torch (in force: sgd_sai)"),
+    "optim_args": ("momentum=0.5", "optim_args=momentum=0.5 (in force: None)"),
+}
+
+
+def test_arguments_that_were_changed_after_the_optimizer_was_built_are_named_in_one_warning(tmp_path, caplog):
+    trainer = plain_trainer(tmp_path)
+    assert late(caplog, trainer) == []
+    assert late(caplog, trainer) == []  # nothing was changed
+    trainer.args.max_steps, trainer.args.warmup_steps, trainer.args.max_grad_norm = 4, 2, 0.5  # these have an effect
+    assert late(caplog, trainer) == []
+    for name, (value, _) in CHANGES.items():
+        setattr(trainer.args, name, value)
+    (words,) = late(caplog, trainer)
+    for _, said in CHANGES.values():
+        assert said in words
+    (group, *_) = unwrap_optimizer(trainer.optimizer).param_groups
+    assert (group["initial_lr"], group["weight_decay"], group["momentum"]) == (1e-2, 0.1, 0.9)
+    trainer.args.optim = "sgd_sai"
+    trainer.optimizer = trainer.lr_scheduler = None  # the way out that it tells
+    assert late(caplog, trainer) == []
+    (group, *_) = unwrap_optimizer(trainer.optimizer).param_groups
+    assert (group["initial_lr"], group["weight_decay"], group["momentum"]) == (0.5, 0.3, 0.5)
+    trainer.args.optim_args = None
+    assert ["optim_args=None (in force: momentum=0.5)" in words for words in late(caplog, trainer)] == [True]
+
+
+def test_our_name_asked_for_after_another_optimizer_was_built_is_warned_of(tmp_path, caplog):
+    trainer = plain_trainer(tmp_path, optim="adamw_torch")
+    trainer.train()
+    trainer.args.learning_rate = 0.5
+    assert late(caplog, trainer) == []  # which is Trainer's own affair
+    trainer.args.optim = "sgd_sai"
+    (words,) = late(caplog, trainer)
+    assert "optim=sgd_sai (in force: adamw_torch)" in words
+
+
+def test_arguments_that_the_groups_were_given_as_well_are_in_force(tmp_path, caplog):
+    trainer = plain_trainer(tmp_path)
+    trainer.train()
+    trainer.args.learning_rate, trainer.args.weight_decay = 0.5, 0.3
+    for group in trainer.optimizer.param_groups:
+        group["initial_lr"], group["weight_decay"] = 0.5, 0.3
+    assert late(caplog, trainer) == []
+
+
+def test_an_optimizer_that_trainer_was_given_is_not_spoken_of(tmp_path, caplog):
+    model = tiny_gpt2()
+    optimizer = hf_sai.create_sgd_sai_optimizer(model, lr=1e-2)
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=ROWS, optimizers=(optimizer, None))
+    trainer.train()
+    trainer.args.learning_rate = 0.5
+    assert late(caplog, trainer) == []
+
+
 # --- learning rates that train nothing
 
 
