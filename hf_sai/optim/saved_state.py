@@ -179,7 +179,7 @@ def _names(groups: Sequence[dict[str, Any]]) -> list[str] | None:
     """The names of all parameters; None where some group has none, or has those of more parameters than tensors."""
     if any(len(group.get("param_names") or ()) != len(group["params"]) for group in groups):
         return None
-    return [str(name) for group in groups for name in group["param_names"]]
+    return [str(name) for group in groups for name in group.get("param_names") or ()]
 
 
 def _same_name(one: str, other: str) -> bool:

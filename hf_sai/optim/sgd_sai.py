@@ -467,7 +467,13 @@ def _check_group(options: dict[str, Any]) -> None:
 
 
 def _check_params(group: dict[str, Any]) -> None:
-    """Raise ValueError for a parameter that cannot be trained."""
+    """Raise ValueError for a parameter that cannot be trained, and for names that reports could not use."""
+    names, many = group.get("param_names", ()), len(group["params"])
+    are_texts = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    if "param_names" in group and not (are_texts and len(names) == many):
+        raise ValueError(
+            f"param_names is {str(names)[:80]}; it must be a list of texts, one for each parameter ({many})."
+        )
     for index, p in enumerate(group["params"]):
         admit(p)
         if p.is_complex():

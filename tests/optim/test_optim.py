@@ -488,3 +488,38 @@ def test_unmeasured_parameters_are_warned_about_once_by_name(caplog):
             step_with(optimizer, used, 1.0, -1.0)
     assert len(caplog.records) == 1
     assert "not being trained: idle." in caplog.text
+
+
+NAMES = {
+    "without names to named ones": ([("a", parameter(3.0))], {"params": [parameter(2.0)]}, "without names"),
+    "nothing to named ones": ([("a", parameter(3.0))], {"params": []}, "without names"),
+    "with names to unnamed ones": ([parameter(3.0)], {"params": [("b", parameter(2.0))]}, "with names"),
+    "too many": (
+        [("a", parameter(3.0))],
+        {"params": [parameter(2.0)], "param_names": ["b", "c"]},
+        r"each parameter \(1",
+    ),
+    "too few": ([("a", parameter(3.0))], {"params": [parameter(2.0)], "param_names": []}, r"each parameter \(1"),
+    "none": ([("a", parameter(3.0))], {"params": [parameter(2.0)], "param_names": None}, "is None; it must be a list"),
+    "numbers": ([("a", parameter(3.0))], {"params": [(1, parameter(2.0))]}, r"is \[1\]; it must be a list of texts"),
+}
+
+
+@pytest.mark.parametrize(("first", "second", "message"), NAMES.values(), ids=NAMES)
+def test_a_group_whose_names_do_not_go_with_the_others_is_refused_and_the_optimizer_is_as_before(
+    first, second, message
+):
+    optimizer = SGDSaI(first, lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(second)
+    (p,) = optimizer.param_groups[0]["params"]
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert len(optimizer.gsnr_report()) == 1
+
+
+def test_names_may_be_given_beside_the_parameters():
+    optimizer = SGDSaI([("a", parameter(3.0))], lr=0.1)
+    optimizer.add_param_group({"params": [parameter(2.0)], "param_names": ["b"]})
+    assert [row.name for row in optimizer.gsnr_report()] == ["a", "b"]

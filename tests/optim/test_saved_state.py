@@ -97,6 +97,12 @@ def test_what_wrappers_add_to_names_does_not_count(prefix):
     SGDSaI(named(), lr=1e-2).load_state_dict(saved)
 
 
+def test_the_state_of_a_group_of_nothing_loads():
+    optimizer = SGDSaI([{"params": []}], lr=1e-2)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not optimizer.state
+
+
 # --- states that do not fit
 
 
