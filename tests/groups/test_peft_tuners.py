@@ -10,6 +10,7 @@ from hf_sai import SGDSaI, param_groups
 from hf_sai.groups.peft_roles import merged_adapters
 
 STEPS = 4
+RATES = {"published": 0.1, "factored": 1e-3, "orthogonal": 1e-3}
 
 
 def _reload(case: Case, tmp_path: Any) -> Any:
@@ -36,8 +37,8 @@ def _step(model: Any, optimizer: SGDSaI, case: Case, seed: int) -> set[str]:
     return reached
 
 
-def _optimizer(model: Any) -> SGDSaI:
-    return SGDSaI(param_groups(model, lr=0.1, weight_decay=0.0), lr=0.1)
+def _optimizer(model: Any, update: str = "published") -> SGDSaI:
+    return SGDSaI(param_groups(model, lr=RATES[update], weight_decay=0.0, update=update), lr=RATES[update])
 
 
 def _scales(optimizer: SGDSaI) -> dict[str, float | None]:
@@ -75,9 +76,10 @@ def test_only_matrices_decay(case: Case, tmp_path: Any) -> None:
                 assert group["weight_decay"] == 0.0, name
 
 
-def test_every_parameter_moves_unless_its_gradient_stays_zero(case: Case, tmp_path: Any) -> None:
+@pytest.mark.parametrize("update", RATES)
+def test_every_parameter_moves_unless_its_gradient_stays_zero(case: Case, update: str, tmp_path: Any) -> None:
     model = build(case, tmp_path)
-    optimizer = _optimizer(model)
+    optimizer = _optimizer(model, update)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     reached = before.keys() & set().union(*(_step(model, optimizer, case, seed) for seed in range(STEPS)))
     moved = {name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])}
@@ -86,16 +88,17 @@ def test_every_parameter_moves_unless_its_gradient_stays_zero(case: Case, tmp_pa
     assert len(before) - len(reached) == case.never_reached
 
 
-def test_saving_loading_and_resuming_keep_scales(case: Case, tmp_path: Any) -> None:
+@pytest.mark.parametrize("update", ["published", "orthogonal"])
+def test_saving_loading_and_resuming_keep_scales(case: Case, update: str, tmp_path: Any) -> None:
     model = build(case, tmp_path)
-    optimizer = _optimizer(model)
+    optimizer = _optimizer(model, update)
     for seed in range(STEPS):
         _step(model, optimizer, case, seed)
     model.save_pretrained(tmp_path / "adapter")
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
 
     loaded = _reload(case, tmp_path)
-    resumed = _optimizer(loaded)
+    resumed = _optimizer(loaded, update)
     resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     assert _scales(resumed) == _scales(optimizer)
 
