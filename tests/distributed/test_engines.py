@@ -35,6 +35,8 @@ ORTHOGONAL = {
     2: {"ddp_orthogonal": 0, "fsdp2_orthogonal": 2, "tp_orthogonal": 2},
     4: {"hsdp_orthogonal": 2, "fsdp2_orthogonal": 2, "fsdp2_tp_orthogonal": 6},
 }
+#: Modes with matrices in so many rounds as a rank has of them.
+ROUNDS = {2: ["fsdp2_rounds"], 4: ["fsdp2_tp_rounds"]}
 #: Modes whose ranks have copies of the hidden matrices -> collectives in a step: to share the work on these out.
 SHARED = {
     2: {"ddp_shared": {"_allgather_base_": 1}},
@@ -47,6 +49,7 @@ TWO = [
     *EXACT[2],
     *SHARED[2],
     *ORTHOGONAL[2],
+    *ROUNDS[2],
     *AVERAGING[2],
     *BF16[2],
     *BF16_MOMENTUM[2],
@@ -71,6 +74,7 @@ FOUR = [
     *EXACT[4],
     *SHARED[4],
     *ORTHOGONAL[4],
+    *ROUNDS[4],
     *AVERAGING[4],
     *BF16[4],
     *BF16_MOMENTUM[4],
@@ -156,6 +160,18 @@ def test_whole_matrices_are_put_together_on_one_rank_each_and_train_as_in_one_pr
             assert all(elements <= 0.6 * HIDDEN for elements in sent)
             groups = GROUPS.get(mode.removesuffix("_orthogonal"), 1)
             assert len(counts.get("allreduce_", [])) <= 2 * groups  # whether all is finite; the factored rule's sums
+
+
+@pytest.mark.parametrize(("world_size", "mode"), by_size(ROUNDS))
+def test_a_round_is_on_its_way_while_the_one_before_it_is_made_orthogonal(runs, world_size, mode):
+    for result in runs[world_size]:
+        assert result[mode]["gsnr"] <= 1e-6
+        assert result[mode]["loss"] <= 1e-5
+        order = result[mode]["order"]
+        rounds = len(order) // 2
+        if mode == "fsdp2_rounds":  # of the other each of two meshes has one round
+            assert rounds > 2
+            assert order == ["collect", *["collect", "hand_out"] * (rounds - 1), "hand_out"]
 
 
 @pytest.mark.parametrize(("world_size", "mode"), by_size(SHARED))
