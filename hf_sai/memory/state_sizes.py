@@ -138,6 +138,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Weight]], int]] = {
     "sgd_sai_factored": partial(_factored, _sgd),
     "sgd_sai_factored_8bit": partial(_factored, partial(_sgd_sai_quantized, 8, 256)),
     "sgd_sai_factored_4bit": partial(_factored, partial(_sgd_sai_quantized, 4, 128)),
+    "sgd_sai_averaged": partial(_factored, _sgd),
     "sgd_sai_orthogonal": partial(_orthogonal, _sgd),
     "sgd_sai_orthogonal_8bit": partial(_orthogonal, partial(_sgd_sai_quantized, 8, 256)),
     "sgd_sai_orthogonal_4bit": partial(_orthogonal, partial(_sgd_sai_quantized, 4, 128)),
