@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> None:
             candidate = CANDIDATES[name]
             search(
                 name,
-                lambda lr, seed, build=candidate.build: task.run(build, lr, seed, report=seed > 0, **where),
+                lambda lr, seed, own=candidate: task.run(
+                    own.build, lr, seed, constant=own.constant, report=seed > 0, **where
+                ),
                 [float(f"{factor * module.LEARNING_RATE:.3g}") for factor in candidate.rates],
                 results,
                 growth=GROWTH,
