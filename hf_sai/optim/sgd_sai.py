@@ -77,8 +77,8 @@ class SGDSaI(Optimizer):
         momentum: Coefficient in [0, 1). With 0 no buffer is kept.
         weight_decay: Decoupled decay per unit of learning rate, >= 0. It is not scaled by g-SNR.
         eps: Added to the standard deviation, at most 0.5 % of it, in units of the gradient, >= 0.
-        update: The rule: ``"published"``, the paper's; ``"rows"`` and ``"factored"``, with gradients of unit size; or
-            ``"orthogonal"``, as Muon moves hidden matrices. Learning rates of the last three are AdamW's.
+        update: The rule: ``"published"``, the paper's; ``"rows"`` and ``"factored"``, with gradients of unit size;
+            ``"averaged"``, which also averages the weights; or ``"orthogonal"``, as Muon moves hidden matrices.
         normalize: Divide every g-SNR by the largest of this optimizer, or of the groups that share a
             ``normalize_over`` (the paper's Algorithm 1, line 14; the official code does not).
         maximize: Ascend instead of descend.
@@ -278,6 +278,12 @@ class SGDSaI(Optimizer):
                         show_means(kind_of(p).at_rest(p, group, self.state[p]), shown)
                 group["means_shown"] = shown
 
+    def _refuse_means(self) -> None:
+        if any(group.get("means_shown") for group in self.param_groups):
+            raise ValueError(
+                "The weights are the means of update='averaged'; call optimizer.train() before training on."
+            )
+
     @property
     def layout(self) -> Layout:
         """How the parameters lie in this process, found anew when groups or states have changed."""
@@ -320,10 +326,7 @@ class SGDSaI(Optimizer):
                 loss = closure()
         if self._releases is not None:
             self._releases.clear()
-        if any(group.get("means_shown") for group in self.param_groups):
-            raise ValueError(
-                "The weights are the means of update='averaged'; call optimizer.train() before training on."
-            )
+        self._refuse_means()
         for group in self.param_groups:
             if group["stochastic_rounding"]:  # of all processes alike, however many and whatever they hold of the group
                 group["rounding_step"] = group.get("rounding_step", 0) + 1
@@ -420,6 +423,7 @@ class SGDSaI(Optimizer):
     @torch.no_grad()
     def update_released(self, p: Tensor, group: dict[str, Any]) -> None:
         """Update one parameter by itself, for ``gradient_release``; its gradient may be freed afterwards."""
+        self._refuse_means()
         part = self.layout.part(p, group)
         self._advance([part], self.layout.unmeasured([part]), {})
 

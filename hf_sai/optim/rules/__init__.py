@@ -9,4 +9,4 @@ from hf_sai.optim.rules.rows import Rows
 __all__ = ["RULES"]
 
 #: What ``update`` can be -> the rule.
-RULES: dict[str, Published] = {rule.name: rule for rule in (Published(), Rows(), Factored(), Orthogonal(), Averaged())}
+RULES: dict[str, Published] = {rule.name: rule for rule in (Published(), Rows(), Factored(), Averaged(), Orthogonal())}
