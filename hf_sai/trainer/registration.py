@@ -140,6 +140,9 @@ def _wrap_trainer(trainer: ModuleType) -> None:
         warn_of_late_arguments(self, created=created)
         if self.args.optim in OPTIMIZER_NAMES:
             add_new_parameters(self, created=created)
+        from hf_sai.trainer.means import show_means_in  # which imports transformers
+
+        show_means_in(self)
         return optimizer
 
     get_optimizer_cls_and_kwargs._hf_sai = True  # type: ignore[attr-defined]

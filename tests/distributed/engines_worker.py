@@ -448,6 +448,10 @@ CHECKS = {
     **{f"{mode}_rounds": (lambda mode=mode: in_rounds(mode)) for mode in ("fsdp2", "fsdp2_tp")},
     "disagree": disagree,
     "different_states": different_states,
+    **{
+        f"{mode}_averaged": (lambda mode=mode: train_and_compare(mode, update="averaged"))
+        for mode in ("ddp", "fsdp2", "tp", "hsdp", "fsdp2_tp")
+    },
     "fsdp1_factored": lambda: train_and_compare("fsdp1", update="factored"),
     "fsdp1_rows": lambda: train_and_compare("fsdp1", update="rows"),
     "fsdp1_leaves_factored": lambda: train_and_compare("fsdp1", leaves=True, update="factored"),

@@ -30,6 +30,11 @@ AVERAGING = {
     2: ["fsdp1_factored", "fsdp1_leaves_factored", "fsdp1_rows"],
     4: ["fsdp1_factored", "fsdp1_hybrid_factored"],
 }
+#: Modes of update="averaged", whose means are evaluated.
+MEANS = {
+    2: ["ddp_averaged", "fsdp2_averaged", "tp_averaged"],
+    4: ["hsdp_averaged", "fsdp2_tp_averaged"],
+}
 #: Mode -> all_to_alls in a step: one per mesh dimension and back, for those on both dimensions and those on one.
 ORTHOGONAL = {
     2: {"ddp_orthogonal": 0, "fsdp2_orthogonal": 2, "tp_orthogonal": 2},
@@ -51,6 +56,7 @@ TWO = [
     *ORTHOGONAL[2],
     *ROUNDS[2],
     *AVERAGING[2],
+    *MEANS[2],
     *BF16[2],
     *BF16_MOMENTUM[2],
     *ROUNDING[2],
@@ -76,6 +82,7 @@ FOUR = [
     *ORTHOGONAL[4],
     *ROUNDS[4],
     *AVERAGING[4],
+    *MEANS[4],
     *BF16[4],
     *BF16_MOMENTUM[4],
     *ROUNDING[4],
@@ -143,6 +150,14 @@ def test_rules_that_average_over_slices_equal_one_process_with_one_all_reduce_a_
         for counts in result[mode]["collectives"][2:]:  # before, the A matrices are still to be measured
             assert counts.keys() == {"allreduce_"}
             assert len(counts["allreduce_"]) == 1
+
+
+@pytest.mark.parametrize(("world_size", "mode"), by_size(MEANS))
+def test_means_of_shards_and_copies_are_those_of_one_process(runs, world_size, mode):
+    for result in runs[world_size]:
+        assert result["world_size"] == world_size
+        assert result[mode]["gsnr"] <= 1e-6
+        assert result[mode]["loss"] <= 1e-5
 
 
 @pytest.mark.parametrize(("world_size", "mode"), by_size(ORTHOGONAL))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +85,7 @@ class Orthogonal(Published):
     def scale(self, gsnr: float, numel: int) -> float:
         return gsnr / math.sqrt(numel)
 
-    def portions(self, parts: Sequence[Part]) -> Iterator[Portion]:
+    def portions(self, parts: Sequence[Part], factors: Mapping[int, Sequence[Tensor]]) -> Iterator[Portion]:
         """Matrices of one size in batches: what each moves along, its momentum being advanced already."""
         for part in parts:
             self.allocate(part)
