@@ -133,7 +133,7 @@ def plan_files(run_dir: str | Path, *, include: Iterable[str] = (), secrets: Ite
             raise ValueError(f"{root / name} is damaged or not written to its end ({damage}); save it again")
         found = find_secret(root / name, name, hidden)
         if found is not None:
-            place = f"{redact_text(str(root / name))} ({found[0]})"
+            place = redact_text(f"{root / name} ({found[0]})")
             raise ValueError(f"{place} holds {found[1]}; take it out before it is public (and revoke it)")
     return PublishPlan(tuple(files), tuple(left_out))
 
