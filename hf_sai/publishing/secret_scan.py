@@ -56,9 +56,7 @@ _CODE = (
 #: On a line that holds no secret, though it looks so.
 _ALLOWED = "pragma: allowlist secret"
 #: What stands for a value in a program: a call, an attribute, a variable.
-_REFERENCE = re.compile(
-    r"[A-Za-z_]\w*(?:\.\w+)*[\[(].*|[A-Za-z_]+(?:\.[A-Za-z_]\w*)+|[a-z]+(?:_(?:[a-z]+|\d{1,3}))+"
-)
+_REFERENCE = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*[\[(].*|[A-Za-z_]+(?:\.[A-Za-z_]\w*)+|[a-z]+(?:_(?:[a-z]+|\d{1,3}))+")
 #: What stands for a value in an explanation.
 _PLACEHOLDER = re.compile(
     r"<.*>|\$\{.*\}|(?-i:\$[A-Z_][A-Z0-9_]*)|\$\d|\{.*\}|%\w+%|%s|%\(\w+\)s|.*(?:your|example|xxx|\.\.\.|\*\*\*).*",
