@@ -210,10 +210,9 @@ def _part_folders(root: Path) -> list[str]:
         folder = root / waiting.pop()
         pipeline = _index(folder / _PIPELINE_INDEX, "the index of a diffusers pipeline")
         modules = _index(folder / _MODULES, "a list of sentence-transformers' modules")
-        router = _index(folder / _ROUTER, "the settings of sentence-transformers' router", strict=False)
         names = [key for key, value in _items(pipeline) if isinstance(value, list)]
         names += [str(entry.get("path")) for entry in _entries(modules)]
-        names += [key for _, value in _items(router) for key, _ in _items(value)]
+        names += [name for name, _ in _routes(folder)]
         if modules is not None:  # its own names for them
             names += [path.name for path in sorted(folder.glob("[0-9]_*"))]
         for name in dict.fromkeys(names):
@@ -249,9 +248,14 @@ def _named_modules(root: Path) -> Iterator[str]:
     pipeline = dict(_items(_index(root / _PIPELINE_INDEX, "", strict=False))).get("_class_name")
     if isinstance(pipeline, list):
         yield str(pipeline[0] if pipeline else "")
-    router = dict(_items(_index(root / _ROUTER, "", strict=False))).get("types")
     kinds = [entry.get("type") for entry in _entries(_index(root / _MODULES, "", strict=False))]
-    yield from (str(kind).rpartition(".")[0] for kind in [*kinds, *(kind for _, kind in _items(router))])
+    yield from (str(kind).rpartition(".")[0] for kind in [*kinds, *(kind for _, kind in _routes(root))])
+
+
+def _routes(folder: Path) -> Iterator[tuple[str, Any]]:
+    """(folder, class) of what a router of sentence-transformers leads to; early ones wrote it into ``config.json``."""
+    for name in (_ROUTER, "config.json"):
+        yield from _items(dict(_items(_index(folder / name, "", strict=False))).get("types"))
 
 
 def _imported(path: Path, root: Path) -> Iterator[Path]:

@@ -68,7 +68,7 @@ _NO_SECRETS = ("", "true", "false", "none", "null")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _WORD = re.compile(r"[A-Za-z]{1,15}")
 #: As in "learning_rate", "train/data.json", "USER:" and "~/.ssh/id".
-_WORDS = re.compile(r"[~./]{0,3}[A-Za-z]{1,15}(?:[_./ -]{1,3}(?:[A-Za-z]{1,15}|\d{1,3}))*[:.,]?")
+_WORDS = re.compile(r"[~./_]{0,3}[A-Za-z]{1,15}(?:[_./ -]{1,3}(?:[A-Za-z]{1,15}|\d{1,3}))*[:.,_]{0,2}")
 #: Keys under which JSON puts what the key around them names.
 _VALUE_KEYS = ("value", "values", "default")
 
@@ -110,7 +110,7 @@ _OPTION = re.compile(
 #: ``"flag": "value"`` of JSON and Python, also escaped, ``flag = "value"`` of programs, ``some_flag: value``.
 _ENTRY = re.compile(
     r"(?<![\w.-])(?P<head>(?P<quote>\\?[\"'])(?P<name>[A-Za-z_][\w.-]*)(?P=quote)\]?\s*[:=]\s*"
-    r"|(?P<key>[A-Za-z_][\w.-]*)(?:[ \t]*:[ \t]*[\w.| \[\]]{1,40}?)?[ \t]*[:=]>?[ \t]*[rbuRBU]?(?=\\?[\"'])"
+    r"|(?P<key>[A-Za-z_][\w.-]*)(?:[ \t]*:[ \t]*[\w.| \[\]]{1,40}?)?[ \t]*[:=]>?[ \t]*[rbuRBU]?(?=\\?[\"'][^\s,)])"
     r"|(?P<plain>[A-Za-z]+(?:[_-][A-Za-z0-9]+)+):[ \t]+)" + _VALUE
 )
 #: ``<flag>value</flag>`` of XML.
