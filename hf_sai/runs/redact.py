@@ -102,19 +102,17 @@ _HEADER = re.compile(
 _PRIVATE_KEY = re.compile(
     r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z0-9 ]*-----|\Z)", re.DOTALL
 )
-_VALUE = r"(?P<value>\\\"[^\"\\]*\\\"|\"[^\"]*\"|'[^']*'(?:\"'\"'[^']*')*|[^\s\"'&,;}\])][^\s\"'&,;}\]]*)"
-#: ``--flag value``, ``--flag=value``, ``trainer.flag=value``, ``?flag=value``, ``NAME=value``.
-_OPTION = re.compile(
-    r"(?<![\w.-])(?P<head>(?P<name>-{1,2}[A-Za-z][\w.-]*)(?:=|\s+)|\+{0,2}(?P<key>[A-Za-z_][\w.-]*)=)" + _VALUE
-)
+#: ``--flag value``, ``--flag=value``, ``trainer.flag=value``, ``?flag=value``, ``NAME=value``, up to the value.
+_OPTION = re.compile(r"(?<![\w.-])(?:(?P<name>-{1,2}[A-Za-z][\w.-]*)(?:=|\s+)|\+{0,2}(?P<key>[A-Za-z_][\w.-]*)=)")
 #: ``"flag": "value"`` of JSON and Python, also escaped, ``flag = "value"`` of programs, ``some_flag: value``.
 _ENTRY = re.compile(
-    r"(?<![\w.-])(?P<head>(?P<quote>\\?[\"'])(?P<name>[A-Za-z_][\w.-]*)(?P=quote)\]?\s*[:=]\s*"
+    r"(?<![\w.-])(?:(?P<quote>\\?[\"'])(?P<name>[A-Za-z_][\w.-]*)(?P=quote)\]?\s*[:=]\s*"
     r"|(?P<key>[A-Za-z_][\w.-]*)(?:[ \t]*:[ \t]*[\w.| \[\]]{1,40}?)?[ \t]*[:=]>?[ \t]*[rbuRBU]?(?=\\?[\"'][^\s,)])"
-    r"|(?P<plain>[A-Za-z]+(?:[_-][A-Za-z0-9]+)+):[ \t]+)" + _VALUE
+    r"|(?P<plain>[A-Za-z]+(?:[_-][A-Za-z0-9]+)+):[ \t]+)"
 )
 #: ``<flag>value</flag>`` of XML.
-_TAG = re.compile(r"(?P<head><(?P<name>[A-Za-z_][\w.-]*)>)(?P<value>[^<>\s]+)(?=</)")
+_TAG = re.compile(r"<(?P<name>[A-Za-z_][\w.-]*)>(?=[^<>\s]+</)")
+_VALUE = re.compile(r"\\\"[^\"\\]*\\\"|\"[^\"]*\"|'[^']*'(?:\"'\"'[^']*')*|[^\s\"'&,;}\])](?:(?!</)[^\s\"'&,;}\]])*")
 #: What none of the above can do without; most strings of a record have none of it and are left at once.
 _MAYBE = re.compile(
     r"hf_|api_org|gh[pousr]_|github_pat|gl\w+-|sk-|wandb|AKIA|ASIA|AIza|GOCSPX|ya29|1//0|xox|xapp-|npm_|pypi-|eyJ"
@@ -225,7 +223,7 @@ def named_values(text: str) -> Iterator[tuple[int, str, str]]:
     A value has the quotes around it that it has in the text.
     """
     for pattern in (_OPTION, _ENTRY, _TAG):
-        yield from ((match.start(), _name(match), match["value"]) for match in _secret_matches(pattern, text))
+        yield from ((head.start(), name, value.group()) for head, name, value in _secret_values(pattern, text))
     for match in _HEADER.finditer(text):
         yield match.start(), match["head"].strip(" \t\r\n:=\\\"'"), f'"{match["secret"]}"'
 
@@ -311,23 +309,18 @@ def _clean(text: str, secrets: frozenset[str]) -> str:
     return _HEADER.sub(rf"\g<head>{REDACTED}", text)
 
 
-def _secret_matches(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
-    """The matches that hold a secret; what stands under another name may hold one in its turn."""
+def _secret_values(pattern: re.Pattern[str], text: str) -> Iterator[tuple[re.Match[str], str, re.Match[str]]]:
+    """(what stands before it, name, value); what stands under another name may hold one in its turn."""
     position = 0
-    while match := pattern.search(text, position):
-        is_secret = _is_secret(match)
-        position = match.end() if is_secret else match.end("head")
-        if is_secret:
-            yield match
+    while head := pattern.search(text, position):
+        position = head.end()
+        name = next(group for key, group in head.groupdict().items() if group and key != "quote")
+        if is_secret_name(name) and (value := _VALUE.match(text, position)) and _is_secret(name, value.group()):
+            yield head, name, value
+            position = value.end()
 
 
-def _name(match: re.Match[str]) -> str:
-    groups = match.groupdict()
-    return str(groups["name"] or groups.get("key") or groups.get("plain"))
-
-
-def _is_secret(match: re.Match[str]) -> bool:
-    name, value = _name(match), match["value"]
+def _is_secret(name: str, value: str) -> bool:
     bare = value.strip("\\\"'").rstrip("`)")
     if bare.startswith(REDACTED) or not is_secret_name(name, bare):
         return False
@@ -336,9 +329,9 @@ def _is_secret(match: re.Match[str]) -> bool:
 
 def _without_values(pattern: re.Pattern[str], text: str) -> str:
     parts, end = [], 0
-    for match in _secret_matches(pattern, text):
-        value = match["value"]
-        marks = value[: len(value) - len(value.lstrip("\\\"'"))] if value[0] in "\\\"'" else ""
-        parts += [text[end : match.start()], f"{match['head']}{marks}{REDACTED}{marks}"]
-        end = match.end()
+    for _, _, value in _secret_values(pattern, text):
+        shown = value.group()
+        marks = shown[: len(shown) - len(shown.lstrip("\\\"'"))] if shown[0] in "\\\"'" else ""
+        parts += [text[end : value.start()], f"{marks}{REDACTED}{marks}"]
+        end = value.end()
     return "".join([*parts, text[end:]])
