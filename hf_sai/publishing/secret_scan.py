@@ -60,7 +60,8 @@ _ALLOWED = "pragma: allowlist secret"
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*[\[(].*|[A-Za-z_]+(?:\.[A-Za-z_]\w*)+|[a-z]+(?:_(?:[a-z]+|\d{1,3}))+")
 #: What stands for a value in an explanation.
 _PLACEHOLDER = re.compile(
-    r"<.*>|\$\{.*\}|(?-i:\$[A-Z_][A-Z0-9_]*)|\$\d|\{.*\}|%\w+%|%s|%\(\w+\)s|.*(?:your|example|xxx|\.\.\.|…|\*\*\*).*",
+    r"<.*>|\$\{.*\}|(?-i:\$[A-Z_][A-Z0-9_]*)|\$\d|\{.*\}|%\w+%|%s|%\(\w+\)s|.*(?:your|example|\.\.\.|…|\*\*\*).*"
+    r"|(?:\w{1,12}[_-])?x{3,}|empty|dummy|todo|placeholder",
     re.IGNORECASE,
 )
 _MADE_UP = re.compile(r"your|example|(.)\1{5}", re.IGNORECASE)
@@ -130,7 +131,7 @@ def _shaped(text: str, secrets: tuple[str, ...], detectors: list[Any]) -> tuple[
     for detector in detectors:
         for value in detector.analyze_string(shortened):
             start = text.find(value)
-            if start >= 0 and _stands_alone(text, start, value) and not _is_made_up(value):
+            if start >= 0 and _stands_alone(text, start, value) and not (_is_made_up(value) or _is_harmless(value, "")):
                 found.append((start, f"what looks like one ({detector.secret_type})"))
     return min(found, default=None)
 

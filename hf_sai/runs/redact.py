@@ -67,8 +67,10 @@ _SPECIAL_VALUE = re.compile(r"<[^<>]{0,60}>|\[[^\[\]]{0,60}\]|<\|[^<>]{0,60}\|>|
 _NO_SECRETS = ("", "true", "false", "none", "null")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _WORD = re.compile(r"[A-Za-z]{1,15}")
-#: As in "learning_rate", "train/data.json", "USER:" and "~/.ssh/id".
-_WORDS = re.compile(r"[~./_]{0,3}[A-Za-z]{1,15}(?:[_./ -]{1,3}(?:[A-Za-z]{1,15}|\d{1,3}))*[:.,_]{0,2}")
+#: As in "learning_rate", "train/data.json", "USER:" and "~/.ssh/id"; "oauth2"; a date.
+_WORDS = re.compile(
+    r"[~./_]{0,3}[A-Za-z]{1,15}(?:[_./ -]{1,3}(?:[A-Za-z]{1,15}|\d{1,3}))*[:.,_]{0,2}|[A-Za-z]{4,15}\d|[\d.:/ -]{1,20}"
+)
 #: Keys under which JSON puts what the key around them names.
 _VALUE_KEYS = ("value", "values", "default")
 
@@ -106,12 +108,18 @@ _PRIVATE_KEY = re.compile(
 _OPTION = re.compile(r"(?<![\w.-])(?:(?P<name>-{1,2}[A-Za-z][\w.-]*)(?:=|\s+)|\+{0,2}(?P<key>[A-Za-z_][\w.-]*)=)")
 #: ``"flag": "value"`` of JSON and Python, also escaped, ``flag = "value"`` of programs, ``some_flag: value``.
 _ENTRY = re.compile(
-    r"(?<![\w.-])(?:(?P<quote>\\?[\"'])(?P<name>[A-Za-z_][\w.-]*)(?P=quote)\]?\s*[:=]\s*"
-    r"|(?P<key>[A-Za-z_][\w.-]*)(?:[ \t]*:[ \t]*[\w.| \[\]]{1,40}?)?[ \t]*[:=]>?[ \t]*[rbuRBU]?(?=\\?[\"'][^\s,)])"
+    r"(?<![\w.-])(?:(?P<quote>\\?[\"'])(?P<name>-{0,2}[A-Za-z_][\w.-]*)(?P=quote)"
+    r"(?:\]?\s*(?::=|=>|[:=])\s*\[{0,3}"
+    r"|,\s*(?:default\s*=\s*)?(?=[\"'](?=[^\"'\s]{0,40}?\d)[^\"'\s]{8}))"  # of os.environ.setdefault, of argparse
+    r"|(?P<key>[A-Za-z_][\w.-]*)(?:[ \t]*:[ \t]*[\w.| \[\]]{1,40}?)?[ \t]*(?::=|=>|[:=])[ \t]*"
+    r"(?:(?:[fF]ield)?\((?:default=)?)?[rbuRBU]?(?=\\?[\"'][^\s,)])"
     r"|(?P<plain>[A-Za-z]+(?:[_-][A-Za-z0-9]+)+):[ \t]+)"
 )
-#: ``<flag>value</flag>`` of XML.
-_TAG = re.compile(r"<(?P<name>[A-Za-z_][\w.-]*)>(?=[^<>\s]+</)")
+#: ``<flag>value</flag>`` of XML, and ``name="flag" value="value"`` of HTML and YAML.
+_TAG = re.compile(
+    r"<(?P<name>[A-Za-z_][\w.-]*)>(?=[^<>\s]+</)"
+    r"|\b(?:name|key)[\"']?\s*[:=]\s*[\"']?(?P<key>[A-Za-z_][\w.-]*)[\"']?,?\s*[\"']?value[\"']?\s*[:=]\s*"
+)
 _VALUE = re.compile(r"\\\"[^\"\\]*\\\"|\"[^\"]*\"|'[^']*'(?:\"'\"'[^']*')*|[^\s\"'&,;}\])](?:(?!</)[^\s\"'&,;}\]])*")
 #: What none of the above can do without; most strings of a record have none of it and are left at once.
 _MAYBE = re.compile(
