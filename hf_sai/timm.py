@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from hf_sai.imports import when_imported
+from hf_sai.optim.rules import RULES
 from hf_sai.optim.sgd_sai import SGDSaI
 from hf_sai.trainer.building import OPTIMIZER_NAMES
 from hf_sai.trainer.grouping import named_groups
@@ -23,7 +24,11 @@ __all__ = ["register"]
 _TIMM_MOMENTUM = 0.9
 
 # timm looks up what follows the last underscore, so that a name comes to its registry without one.
-_INSIDE = {name: name.replace("_", "") for name in OPTIMIZER_NAMES}
+# Its training script never asks an optimizer for the means that update="averaged" evaluates.
+_NAMES = {
+    name: options for name, options in OPTIMIZER_NAMES.items() if not RULES[options.get("update", "published")].averages
+}
+_INSIDE = {name: name.replace("_", "") for name in _NAMES}
 
 # timm gives its optimizers groups without names; here is the model that it has made them of.
 _MODEL: contextvars.ContextVar[nn.Module | None] = contextvars.ContextVar("_MODEL", default=None)
@@ -39,7 +44,7 @@ def _enter(factory: ModuleType) -> None:
     original = registry.create_optimizer
     if getattr(original, "_hf_sai", False):
         return
-    for name, options in OPTIMIZER_NAMES.items():
+    for name, options in _NAMES.items():
         description = f"SGD-SaI of hf-sai, --opt {name}"
         registry.register(
             factory.OptimInfo(_INSIDE[name], _build, description, has_momentum=True, defaults=dict(options))
@@ -47,7 +52,7 @@ def _enter(factory: ModuleType) -> None:
 
     @functools.wraps(original)
     def create_optimizer(model_or_params: Any, opt: str, *args: Any, **kwargs: Any) -> Any:
-        name = next((name for name in OPTIMIZER_NAMES if opt.lower().removeprefix("lookahead_") == name), None)
+        name = next((name for name in _NAMES if opt.lower().removeprefix("lookahead_") == name), None)
         if name is None:
             return original(model_or_params, opt, *args, **kwargs)
         own = OPTIMIZER_NAMES[name].get("momentum")

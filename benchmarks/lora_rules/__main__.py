@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
 
 import torch
-from scipy.stats import ttest_ind
+from scipy.stats import ttest_rel
 
 from benchmarks.lora_rules.rules import CANDIDATES
 from recipes.common.candidates import choose
@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> None:
             candidate = CANDIDATES[name]
             search(
                 name,
-                lambda lr, seed, build=candidate.build: task.run(build, lr, seed, report=seed > 0, **where),
+                lambda lr, seed, own=candidate: task.run(
+                    own.build, lr, seed, constant=own.constant, report=seed > 0, **where
+                ),
                 [float(f"{factor * module.LEARNING_RATE:.3g}") for factor in candidate.rates],
                 results,
                 growth=GROWTH,
@@ -79,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def table(results: Results, names: list[str]) -> str:
-    """One line a candidate, the best first; p is that of Welch's t-test on the test losses."""
+    """One line a candidate, the best first; p is that of the paired t-test on the test losses of the same seeds."""
     base = reported(results, BASELINE)
     rows = []
     for name in names:
@@ -111,10 +113,11 @@ def _spread(losses: list[float]) -> str:
 
 
 def _chance(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
-    if min(len(runs), len(base)) < 2:
+    losses, others = ({run["seed"]: run["test_loss"] for run in some} for some in (runs, base))
+    seeds = losses.keys() & others.keys()  # the same rows in the same order, from the same weights
+    if len(seeds) < 2:
         return "-"
-    losses = ([run["test_loss"] for run in some] for some in (runs, base))
-    return f"{ttest_ind(*losses, equal_var=False).pvalue:.1g}"
+    return f"{ttest_rel([losses[seed] for seed in seeds], [others[seed] for seed in seeds]).pvalue:.1g}"
 
 
 def _shown(loss: float | None) -> str:

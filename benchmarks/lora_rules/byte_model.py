@@ -47,9 +47,11 @@ class ByteModel:
         self.rows = [_columns(rows) for rows in (train, *(rows[:EVALUATED_ROWS] for rows in held_out))]
         self.task = self._adapting(RANK).settings() | {"alpha": ALPHA, "batch_size": BATCH_SIZE}
 
-    def run(self, build: Build, lr: float, seed: int, *, rank: int, steps: int, report: bool) -> dict[str, Any]:
+    def run(
+        self, build: Build, lr: float, seed: int, *, rank: int, steps: int, report: bool, constant: bool = False
+    ) -> dict[str, Any]:
         """Train once."""
-        rival = Rival(lambda model, settings: [build(model, settings["learning_rate"])], {}, {})
+        rival = Rival(lambda model, settings: [build(model, settings["learning_rate"])], {}, {}, constant=constant)
         settings = {"learning_rate": lr}
         begin = time.process_time()
         made = train_once(

@@ -149,11 +149,13 @@ class Candidate:
         build: Makes it from a model and a learning rate.
         rates: In units of AdamW's usual one for the task.
         rule: Its rule, if it is one of those above.
+        constant: Whether its learning rate stays after warmup, where the others follow the task's schedule.
     """
 
     build: Build
     rates: tuple[float, float] = (0.5, 1.0)
     rule: Rule | None = None
+    constant: bool = False
 
 
 def _ruled(rates: tuple[float, float] = (0.5, 1.0), **settings: Any) -> Candidate:
@@ -161,8 +163,17 @@ def _ruled(rates: tuple[float, float] = (0.5, 1.0), **settings: Any) -> Candidat
     return Candidate(lambda model, lr: PairOptimizer(pairs_of(model), lr, rule), rates, rule)
 
 
+def _schedule_free(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    from schedulefree import AdamWScheduleFree
+
+    return AdamWScheduleFree([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.6, 0.999))
+
+
 CANDIDATES: dict[str, Candidate] = {
     "adamw": Candidate(adamw(betas=(0.8, 0.999))),
+    "adamw, constant rate": Candidate(adamw(betas=(0.8, 0.999)), constant=True),
+    "adamw, schedule-free": Candidate(_schedule_free, constant=True),
+    "averaged": Candidate(sai(update="averaged", momentum=0.6), constant=True),
     "factored": Candidate(sai(update="factored", momentum=0.8)),
     "factored, B x 4": _ruled(ratio=4.0),
     "factored, A x 4": _ruled(ratio=0.25),

@@ -48,15 +48,18 @@ class SmolLM2(Task):
         settings = task_settings(args, model_args, training_args)
         self.task = {name: value for name, value in settings.items() if name not in varied}
 
-    def run(self, build: Build, lr: float, seed: int, *, rank: int, steps: int, report: bool) -> dict[str, Any]:
+    def run(
+        self, build: Build, lr: float, seed: int, *, rank: int, steps: int, report: bool, constant: bool = False
+    ) -> dict[str, Any]:
         """Train once."""
         self.model_args = copy.copy(self.model_args)
         self.model_args.lora_r = rank
         model = self.adapted(seed)
         optimizer = build(model, lr)
+        schedule = {"lr_scheduler_type": "constant_with_warmup"} if constant else {}
         trainer = CompletionTrainer(
             model=model,
-            args=self.settings(seed=seed, learning_rate=lr, max_steps=steps),
+            args=self.settings(seed=seed, learning_rate=lr, max_steps=steps, **schedule),
             train_dataset=self.train,
             eval_dataset=self.validation,
             processing_class=self.tokenizer,

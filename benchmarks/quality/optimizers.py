@@ -180,6 +180,7 @@ RIVALS = {
     "official": Rival(_official, {"momentum": 0.9}, MOMENTA, times_adamw=2.5),
     "published": Rival(_sai("published"), {"momentum": 0.9}, MOMENTA, times_adamw=2.5),
     "factored": Rival(_sai("factored"), {"momentum": 0.8}, MOMENTA),
+    "averaged": Rival(_sai("averaged"), {"momentum": 0.8}, {"momentum": (0.6, 0.8, 0.9)}, constant=True),
     "orthogonal": Rival(_sai("orthogonal"), {"momentum": 0.9}, MOMENTA, times_adamw=2),
 }
 

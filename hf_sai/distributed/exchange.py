@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from hf_sai.optim.layout import Part
 
 __all__ = ["Exchange", "exchanges", "owners_of"]
 
-#: About so many elements one rank puts together at a time: bounds its temporary memory.
+#: About so many elements one rank puts together at a time, while as many are on their way: bounds temporary memory.
 ROOM = 1 << 26
 
 
@@ -62,7 +62,13 @@ class Exchange:
             self._at[dim] = [owner % mesh.size(dim) for owner in owners]
             owners = [owner // mesh.size(dim) for owner in owners]
 
-    def collect(self, pieces: Sequence[tuple[int, Tensor, Sequence[int]]]) -> list[Tensor | None]:
+    def collect(self, pieces: Sequence[tuple[int, Tensor, Sequence[int]]]) -> Callable[[], list[Tensor | None]]:
+        collecting = self._collecting(pieces)
+        next(collecting)
+        return lambda: next(collecting)
+
+    def _collecting(self, pieces: Sequence[tuple[int, Tensor, Sequence[int]]]) -> Iterator[Any]:
+        """Yields None when the pieces are on their way along the first mesh dimension, then the whole tensors."""
         found: list[Tensor | None] = [tensor for _, tensor, _ in pieces]
         cuts = [self._cuts(index, kept) for index, _, kept in pieces]
         for place, (_, tensor, _) in enumerate(pieces):
@@ -86,15 +92,18 @@ class Exchange:
                 if there[index] == self._here[dim]:
                     for rank in ranks:
                         expected[rank].append((place, _piece(whole, along, len(ranks), rank), tensor.dtype))
+            received = _all_to_all(sent, expected, self._mesh.get_group(dim), pieces[0][1].device)
+            if depth == len(self._applied) - 1:
+                yield None
             came: dict[int, list[Tensor]] = defaultdict(list)
-            for place, piece in _all_to_all(sent, expected, self._mesh.get_group(dim), pieces[0][1].device):
+            for place, piece in received():
                 came[place].append(piece)
             for place, (index, _, _) in enumerate(pieces):
                 if there[index] != self._here[dim]:
                     found[place] = None
                 elif place in came:
                     found[place] = torch.cat(came[place], cuts[place][depth][2] or 0)
-        return found
+        yield found
 
     def hand_out(self, wholes: Sequence[tuple[int, Tensor | None, Sequence[int], torch.dtype]]) -> list[Tensor]:
         found = [tensor for _, tensor, _, _ in wholes]
@@ -112,7 +121,7 @@ class Exchange:
                 # Only where the later cuts' owner is this one, too: those along them have something to hand on.
                 if all(self._at[later][index] == self._here[later] for later in self._applied[depth + 1 :]):
                     expected[there[index]].append((place, mine, dtype))
-            for place, piece in _all_to_all(sent, expected, self._mesh.get_group(dim), device):
+            for place, piece in _all_to_all(sent, expected, self._mesh.get_group(dim), device)():
                 found[place] = piece
         return found  # type: ignore[return-value]
 
@@ -174,8 +183,13 @@ def _all_to_all(
     expected: Sequence[Sequence[tuple[int, tuple[int, ...], torch.dtype]]],
     group: dist.ProcessGroup,
     device: torch.device,
-) -> Iterable[tuple[int, Tensor]]:
-    """One all_to_all a dtype; yields (what was expected under this number, its tensor), ordered by sender."""
+) -> Callable[[], Iterator[tuple[int, Tensor]]]:
+    """Begin one all_to_all a dtype.
+
+    Returns:
+        What waits for them, and then yields (what was expected under this number, its tensor), ordered by sender.
+    """
+    begun: list[tuple[Any, Tensor, Tensor, list[list[tuple[int, tuple[int, ...]]]]]] = []
     dtypes = {t.dtype for of in sent for t in of} | {dtype for of in expected for _, _, dtype in of}
     for dtype in sorted(dtypes, key=str):
         flat = [
@@ -184,9 +198,18 @@ def _all_to_all(
         ]
         mine = [[(number, shape) for number, shape, of in wanted if of == dtype] for wanted in expected]
         sizes = [sum(math.prod(shape) for _, shape in wanted) for wanted in mine]
-        received = torch.empty(sum(sizes), dtype=dtype, device=device)
-        dist.all_to_all_single(received, torch.cat(flat), sizes, [of.numel() for of in flat], group=group)
-        rest = iter(received.split([math.prod(shape) for wanted in mine for _, shape in wanted]))
-        for wanted in mine:
-            for number, shape in wanted:
-                yield number, next(rest).view(shape)
+        outgoing, incoming = torch.cat(flat), torch.empty(sum(sizes), dtype=dtype, device=device)
+        work = dist.all_to_all_single(
+            incoming, outgoing, sizes, [of.numel() for of in flat], group=group, async_op=True
+        )
+        begun.append((work, outgoing, incoming, mine))  # what goes out must live until it has gone
+
+    def received() -> Iterator[tuple[int, Tensor]]:
+        for work, _, incoming, mine in begun:
+            work.wait()
+            rest = iter(incoming.split([math.prod(shape) for wanted in mine for _, shape in wanted]))
+            for wanted in mine:
+                for number, shape in wanted:
+                    yield number, next(rest).view(shape)
+
+    return received

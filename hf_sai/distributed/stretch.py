@@ -12,8 +12,9 @@ from hf_sai.optim.layout import Part
 __all__ = ["NOT_WHOLE", "Stretch"]
 
 NOT_WHOLE = (
-    ("orthogonal",),
-    "It needs whole matrices, which lie in stretches here: use FSDP2 (fsdp_version: 2) or DDP, or update='factored'.",
+    ("orthogonal", "averaged"),
+    "It needs tensors with their dimensions, which lie in stretches here: use FSDP2 (fsdp_version: 2) or DDP, or "
+    "update='factored'.",
 )
 
 

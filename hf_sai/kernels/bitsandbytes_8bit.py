@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,16 +10,20 @@ from torch import Tensor
 
 from hf_sai.optim.codes import code_values
 from hf_sai.optim.momentum import Momentum, QuantizedMomentum, has_bitsandbytes
-from hf_sai.optim.update import Choice, is_ordinary
+from hf_sai.optim.update import Choice, Takes, is_ordinary
 
-__all__ = ["takes", "update"]
+__all__ = ["offers", "update"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-    """Whether the kernel takes these: dense, of 16- or 32-bit float dtypes, the momentum in 8 bits."""
-    if choice.stochastic_rounding and p.dtype == torch.bfloat16:
+def offers(device: str, choice: Choice) -> Takes | None:
+    """It takes what is dense, of 16- or 32-bit float dtypes, the momentum in 8 bits."""
+    return functools.partial(_takes, rounding=choice.stochastic_rounding)
+
+
+def _takes(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], rounding: bool) -> bool:
+    if rounding and p.dtype == torch.bfloat16:
         return False
     if not (isinstance(m, QuantizedMomentum) and m.is_8bit and m.fits(p) and g.shape == p.shape):
         return False

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -19,9 +18,8 @@ from torch import Tensor
 
 from hf_sai.kernels import bitsandbytes_8bit, torch_fused
 from hf_sai.optim.layout import Part
-from hf_sai.optim.momentum import Momentum
 from hf_sai.optim.rules.factored import FASTER
-from hf_sai.optim.update import KERNELS, Choice, Kernel, is_ordinary
+from hf_sai.optim.update import KERNELS, Choice, Kernel, Takes, is_ordinary
 
 __all__ = ["compiled_module"]
 
@@ -55,23 +53,19 @@ def _compiled(
 ) -> Kernel:
     """A kernel in a module (of its name), which is imported when a tensor of its device first asks for it."""
     source = module_name or name
-    looks_at_factors = device_type == "cuda"
-    of_device = operator.attrgetter(f"is_{device_type}")
 
-    def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-        if choice.traced or not (of_device(p) and is_ordinary(p) and (when is None or when(choice))):
-            return False
+    def offers(device: str, choice: Choice) -> Takes | None:
+        if device != device_type or choice.traced or (when is not None and not when(choice)):
+            return None
         module = _imported(source)
-        if module is None:
-            return False
-        return module.can_update(p, g, m, factors) if looks_at_factors else module.can_update(p, g, m)
+        return None if module is None else module.can_update
 
     def update(*lists: Any, **options: Any) -> None:
         module = _imported(source)
         assert module is not None
         module.update(*lists, **options)
 
-    return Kernel(name, takes, update, **more)
+    return Kernel(name, offers, update, **more)
 
 
 def _if_asked(choice: Choice) -> bool:
@@ -84,8 +78,8 @@ KERNELS[:] = [
     _compiled("numba_lowbit", "cpu"),
     _compiled("triton_normalised", "cuda", _if_asked, "triton_step", unscales=True, multiplies=True, rounds=True),
     _compiled("triton_step", "cuda", _if_asked, unscales=True, rounds=True),
-    Kernel("bitsandbytes_8bit", bitsandbytes_8bit.takes, bitsandbytes_8bit.update),
-    Kernel("torch_fused", torch_fused.takes, torch_fused.update, unscales=True),
+    Kernel("bitsandbytes_8bit", bitsandbytes_8bit.offers, bitsandbytes_8bit.update),
+    Kernel("torch_fused", torch_fused.offers, torch_fused.update, unscales=True),
 ]
 
 

@@ -31,7 +31,7 @@ _FLOAT32 = torch.float32
 _PIECE = 1 << 20
 
 
-def can_update(p: Tensor, g: Tensor, m: Momentum | None) -> bool:
+def can_update(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor] = ()) -> bool:
     """Whether the kernel takes these: dense, of one dtype, float32 or float64, with a momentum."""
     return m is not None and p.numel() > 0 and numba_plain.can_update(p, g, m)
 

@@ -18,6 +18,7 @@ from hf_sai.kernels import numba_loops
 from hf_sai.kernels.numba_plain import addresses, coefficients, in_shares, is_dense
 from hf_sai.optim.codes import code_values
 from hf_sai.optim.momentum import Momentum
+from hf_sai.optim.update import is_ordinary
 
 __all__ = ["can_update", "nearest_code_tables", "update"]
 
@@ -31,9 +32,9 @@ _LOOPS: dict[str, Callable[..., None]] = {
 }
 
 
-def can_update(p: Tensor, g: Tensor, m: Momentum | None) -> bool:
+def can_update(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor] = ()) -> bool:
     """Whether the loops take these: dense, float32 with a float32 gradient; not for subclasses of Tensor."""
-    if m is None or p.dtype != torch.float32 or not is_dense(p, p) or not is_dense(g, p):
+    if m is None or p.dtype != torch.float32 or not is_ordinary(p) or not is_dense(p, p) or not is_dense(g, p):
         return False
     if isinstance(m, Tensor):
         return is_dense(m, p, torch.bfloat16)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_sai.kernels import numba_loops
 from hf_sai.optim.momentum import Momentum
+from hf_sai.optim.update import ORDINARY
 
 __all__ = ["addresses", "can_update", "coefficients", "in_shares", "is_dense", "shares", "update"]
 
@@ -36,11 +37,11 @@ def is_dense(tensor: Tensor, p: Tensor, dtype: torch.dtype | None = None) -> boo
     )
 
 
-def can_update(p: Tensor, g: Tensor, m: Momentum | None) -> bool:
+def can_update(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor] = ()) -> bool:
     """Whether the kernel takes these: dense, of one dtype and size, float32 or float64; not for Tensor's subclasses."""
     # Asked for every tensor in every step: no function calls that can be done without.
     dtype, size = p.dtype, p.numel()
-    if not (dtype in DTYPES and p.is_cpu and p.is_contiguous()):
+    if not (dtype in DTYPES and type(p) in ORDINARY and p.is_cpu and p.is_contiguous()):
         return False
     if not (g.dtype == dtype and g.numel() == size and g.is_cpu and g.is_contiguous()):
         return False

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hf_sai.optim.momentum import Momentum
-from hf_sai.optim.update import Choice, is_ordinary
+from hf_sai.optim.update import Choice, Takes, is_ordinary
 
-__all__ = ["takes", "update"]
+__all__ = ["offers", "update"]
 
 # What torch's fused SGD kernel updates rightly. On CPU it takes bfloat16 and float16 too, but up to torch 2.13 returns
 # wrong values for 32 elements or more (seen: torch.optim.SGD(fused=True) differs there from fused=False).
@@ -20,17 +21,28 @@ _DTYPES = {
 }
 
 
-def takes(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
-    """Whether the kernel updates this rightly: contiguous, of one dtype that it handles, no subclass of Tensor."""
-    if choice.automatic and (not p.is_cpu or choice.traced):
-        return False  # torch's multi-tensor operations
-    if choice.stochastic_rounding and p.dtype == torch.bfloat16:
+def offers(device: str, choice: Choice) -> Takes | None:
+    """It takes what it updates rightly: contiguous, of one dtype that it handles, no subclass of Tensor."""
+    if device not in _DTYPES or (choice.automatic and (device != "cpu" or choice.traced)):
+        return None  # torch's multi-tensor operations
+    return functools.partial(_takes, dtypes=_DTYPES[device], rounding=choice.stochastic_rounding)
+
+
+def _takes(
+    p: Tensor,
+    g: Tensor,
+    m: Momentum | None,
+    factors: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    rounding: bool,
+) -> bool:
+    if rounding and p.dtype == torch.bfloat16:
         return False
     if m is not None and not (
         isinstance(m, Tensor) and m.dtype == p.dtype and m.is_contiguous() and m.shape == p.shape
     ):
         return False
-    return is_ordinary(p) and p.is_contiguous() and p.dtype in _DTYPES.get(p.device.type, ()) and g.shape == p.shape
+    return is_ordinary(p) and p.is_contiguous() and p.dtype in dtypes and g.shape == p.shape
 
 
 def update(params, grads, momentum_buffers, scales, *, lr, momentum, weight_decay, maximize, grad_scale, found_inf):

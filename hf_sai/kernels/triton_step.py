@@ -29,6 +29,7 @@ from hf_sai.kernels.triton_device import (
 from hf_sai.kernels.triton_tables import float_bits, kept_table
 from hf_sai.optim.codes import QUANTIZED, code_values, midpoints
 from hf_sai.optim.momentum import Momentum, QuantizedMomentum
+from hf_sai.optim.update import is_ordinary
 
 __all__ = ["can_update", "factor_addresses", "update"]
 
@@ -51,6 +52,8 @@ def can_update(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tenso
         factors: What the gradient is to be multiplied by, as :mod:`hf_sai.optim.rules` gives it.
     """
     numel, device = p.numel(), p.device
+    if not is_ordinary(p):
+        return False
     if isinstance(m, QuantizedMomentum):
         kept = (m.codes, m.scales)
         if not (m.fits(p) and all(t.is_contiguous() and t.device == device for t in kept)):

@@ -63,6 +63,11 @@ def _sgd_sai_quantized(bits: int, block: int, weights: Iterable[Weight]) -> int:
     return total
 
 
+def _float32(weights: Iterable[Weight]) -> int:
+    """A mean of the weights' shape, in float32 or better: ``SGDSaI(update="averaged")``."""
+    return sum(weight.numel * max(4, weight.itemsize) for weight in weights)
+
+
 def _factored(momentum: Callable[[Iterable[Weight]], int], weights: Iterable[Weight]) -> int:
     """A momentum, and float32 running mean squares of rows, columns and the whole: ``SGDSaI(update="factored")``.
 
@@ -138,6 +143,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Weight]], int]] = {
     "sgd_sai_factored": partial(_factored, _sgd),
     "sgd_sai_factored_8bit": partial(_factored, partial(_sgd_sai_quantized, 8, 256)),
     "sgd_sai_factored_4bit": partial(_factored, partial(_sgd_sai_quantized, 4, 128)),
+    "sgd_sai_averaged": partial(_factored, _float32),
     "sgd_sai_orthogonal": partial(_orthogonal, _sgd),
     "sgd_sai_orthogonal_8bit": partial(_orthogonal, partial(_sgd_sai_quantized, 8, 256)),
     "sgd_sai_orthogonal_4bit": partial(_orthogonal, partial(_sgd_sai_quantized, 4, 128)),

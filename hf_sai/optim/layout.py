@@ -201,8 +201,12 @@ class Sharing(Protocol):
     by the dimensions it has in full (the others have length 1), and by the place of its part.
     """
 
-    def collect(self, pieces: Sequence[tuple[int, Tensor, Sequence[int]]]) -> list[Tensor | None]:
-        """Whole tensors where their part is this process's to work on, None elsewhere."""
+    def collect(self, pieces: Sequence[tuple[int, Tensor, Sequence[int]]]) -> Callable[[], list[Tensor | None]]:
+        """Begin to bring pieces together, which goes on beside other work.
+
+        Returns:
+            What waits for it: whole tensors where their part is this process's to work on, None elsewhere.
+        """
 
     def hand_out(self, wholes: Sequence[tuple[int, Tensor | None, Sequence[int], torch.dtype]]) -> list[Tensor]:
         """What lies here of tensors that are whole on one process, None on the others."""

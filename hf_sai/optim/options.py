@@ -128,7 +128,7 @@ _TABLE = (
     ),
     Option(
         "update", "published", f"one of {', '.join(RULES)}", _choice({rule: rule for rule in RULES}),
-        "The rule: the paper's, gradients of unit size per row or by a factored estimate, or orthogonal matrices.",
+        "The rule: the paper's; gradients of unit size by rows or factored, the latter also averaged; or orthogonal.",
     ),
     Option(
         "normalize", False, "true or false", _FLAG,

@@ -19,13 +19,14 @@ from hf_sai.optim.layout import UNMEASURED, Part, kind_of, local, whole_shapes
 from hf_sai.optim.momentum import BLOCK_KEY, MOMENTUM_KEYS, convert
 from hf_sai.optim.options import OPTIONS, upgrade_group
 from hf_sai.optim.rules import RULES
+from hf_sai.optim.rules.averaged import WEIGHT_SUM
 
 __all__ = ["Incoming", "read"]
 
 logger = logging.getLogger(__name__)
 
 _OURS = frozenset({"gsnr", *MOMENTUM_KEYS, BLOCK_KEY, *chain.from_iterable(rule.keys for rule in RULES.values())})
-_TENSORS = _OURS - {"gsnr", "averaged_steps", BLOCK_KEY}
+_TENSORS = _OURS - {"gsnr", "averaged_steps", WEIGHT_SUM, BLOCK_KEY}
 
 _FRESH = (
     "To train on with the saved weights and a fresh state, load the weights alone (Trainer: give the checkpoint as the "
@@ -94,6 +95,9 @@ def _checked(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> tu
         steps = state.get("averaged_steps", 0)
         if not isinstance(steps, Tensor) and not (type(steps) is int and 0 <= steps < 2**63):
             raise _damaged(name, "averaged_steps")
+        weight_sum = state.get(WEIGHT_SUM, 0.0)
+        if type(weight_sum) is not float or not 0.0 <= weight_sum < math.inf:
+            raise _damaged(name, WEIGHT_SUM)
         # Of keys that it did not save, torch.distributed.checkpoint's flat form makes empty dicts.
         state = {key: value for key, value in state.items() if key != BLOCK_KEY and not isinstance(value, dict)}
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}

@@ -24,6 +24,7 @@ from hf_sai.optim.gsnr import GSNRReport
 from hf_sai.optim.layout import UNMEASURED, Layout, Part, admit, find_layout, kind_of, name_of, whole_shapes
 from hf_sai.optim.options import DEFAULTS, OPTIONS, check_options, upgrade_group
 from hf_sai.optim.rules import RULES
+from hf_sai.optim.rules.averaged import show_means
 from hf_sai.optim.saved_state import Incoming, read
 from hf_sai.optim.stochastic import draw_alike, in_many_processes
 from hf_sai.optim.update import Choice, can_unscale, multiplied, sgd_sai
@@ -76,8 +77,8 @@ class SGDSaI(Optimizer):
         momentum: Coefficient in [0, 1). With 0 no buffer is kept.
         weight_decay: Decoupled decay per unit of learning rate, >= 0. It is not scaled by g-SNR.
         eps: Added to the standard deviation, at most 0.5 % of it, in units of the gradient, >= 0.
-        update: The rule: ``"published"``, the paper's; ``"rows"`` and ``"factored"``, with gradients of unit size; or
-            ``"orthogonal"``, as Muon moves hidden matrices. Learning rates of the last three are AdamW's.
+        update: The rule: ``"published"``, the paper's; ``"rows"`` and ``"factored"``, with gradients of unit size;
+            ``"averaged"``, which also averages the weights; or ``"orthogonal"``, as Muon moves hidden matrices.
         normalize: Divide every g-SNR by the largest of this optimizer, or of the groups that share a
             ``normalize_over`` (the paper's Algorithm 1, line 14; the official code does not).
         maximize: Ascend instead of descend.
@@ -257,6 +258,32 @@ class SGDSaI(Optimizer):
             self._releases.clear()
         super().zero_grad(set_to_none)
 
+    def train(self) -> None:
+        """With ``update="averaged"`` make the parameters those that are trained; else nothing. Trainer calls it."""
+        self._show_means(False)
+
+    def eval(self) -> None:
+        """With ``update="averaged"`` make the parameters their means, to evaluate and save; else nothing.
+
+        Trainer calls it before it evaluates; a loop of your own must, and :meth:`train` before it goes on.
+        """
+        self._show_means(True)
+
+    @torch.no_grad()
+    def _show_means(self, shown: bool) -> None:
+        for group in self.param_groups:
+            if RULES[group["update"]].averages and group.get("means_shown", False) != shown:
+                for p in group["params"]:
+                    if p in self.state:
+                        show_means(kind_of(p).at_rest(p, group, self.state[p]), shown)
+                group["means_shown"] = shown
+
+    def _refuse_means(self) -> None:
+        if any(group.get("means_shown") for group in self.param_groups):
+            raise ValueError(
+                "The weights are the means of update='averaged'; call optimizer.train() before training on."
+            )
+
     @property
     def layout(self) -> Layout:
         """How the parameters lie in this process, found anew when groups or states have changed."""
@@ -299,6 +326,7 @@ class SGDSaI(Optimizer):
                 loss = closure()
         if self._releases is not None:
             self._releases.clear()
+        self._refuse_means()
         for group in self.param_groups:
             if group["stochastic_rounding"]:  # of all processes alike, however many and whatever they hold of the group
                 group["rounding_step"] = group.get("rounding_step", 0) + 1
@@ -345,7 +373,7 @@ class SGDSaI(Optimizer):
                 if part.fresh or "momentum_buffer" not in part.state:
                     part.grad = multiplied(part.grad, factors[part.number])
                     factors[part.number] = ()
-                    momenta.start(part)
+                    RULES[part.group["update"]].start(part)
         # --- m = mu m + (1 - mu) g, theta = (1 - lr wd) theta - lr G m
         largest = self._largest_gsnr()
         for of in by_group.values():
@@ -365,21 +393,23 @@ class SGDSaI(Optimizer):
         names = ("lr", "weight_decay", "maximize", "stochastic_rounding", "foreach", "fused")
         options: dict[str, Any] = {**{name: group[name] for name in names}, **of_scaler}
         alike = group["stochastic_rounding"] and in_many_processes()
-        for portion in rule.portions(parts):
+        whole = {"lr": 1.0, "weight_decay": 0.0, "maximize": False}
+        for portion in rule.portions(parts, factors):
+            of_portion = {**options, **(whole if portion.whole else {}), "momentum": portion.momentum}
             lists = (
                 [part.param for part in portion.parts],
                 portion.gradients,
                 portion.momenta,
-                [rule.scale(part.gsnr, part.shape.numel()) / unit for part in portion.parts],
-                [factors[part.number] for part in portion.parts],
+                [1.0 if portion.whole else rule.scale(part.gsnr, part.shape.numel()) / unit for part in portion.parts],
+                portion.factors or [()] * len(portion.parts),
             )
             if not alike:
-                sgd_sai(*lists[:4], grad_factors=lists[4], momentum=portion.momentum, **options)
+                sgd_sai(*lists[:4], grad_factors=lists[4], **of_portion)
                 continue
             # One by one: of a sharded parameter ranks may draw fewer numbers, and replicas must be rounded alike.
             for part, *one, own in zip(portion.parts, *lists, strict=True):
                 with draw_alike(part.param.device, part.gsnr, part.number, group["rounding_step"], part.place):
-                    sgd_sai(*([value] for value in one), grad_factors=[own], momentum=portion.momentum, **options)
+                    sgd_sai(*([value] for value in one), grad_factors=[own], **of_portion)
 
     def _unscale(self, parts: Sequence[Part], grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Undo GradScaler's scale; False if an infinity was found and the step is to be skipped."""
@@ -393,6 +423,7 @@ class SGDSaI(Optimizer):
     @torch.no_grad()
     def update_released(self, p: Tensor, group: dict[str, Any]) -> None:
         """Update one parameter by itself, for ``gradient_release``; its gradient may be freed afterwards."""
+        self._refuse_means()
         part = self.layout.part(p, group)
         self._advance([part], self.layout.unmeasured([part]), {})
 

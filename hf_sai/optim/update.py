@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_sai.optim.momentum import QUANTIZED, Momentum, QuantizedMomentum, load, store
 from hf_sai.optim.stochastic import stochastically_rounded
 
-__all__ = ["KERNELS", "Choice", "Kernel", "can_unscale", "is_ordinary", "multiplied", "sgd_sai"]
+__all__ = ["KERNELS", "ORDINARY", "Choice", "Kernel", "Takes", "can_unscale", "is_ordinary", "multiplied", "sgd_sai"]
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,18 @@ class Choice:
         return self.foreach is None and self.fused is None
 
 
+#: Whether a kernel updates a parameter with this gradient, momentum or None, and factors of the gradient.
+Takes = Callable[[Tensor, Tensor, Momentum | None, Sequence[Tensor]], bool]
+
+
 @dataclass(frozen=True, eq=False)
 class Kernel:
     """A way to make the update: one of those at this file's end, or a faster one.
 
     Attributes:
         name: For messages and tests.
-        takes: Whether it updates (parameter, gradient, momentum or None, factors of the gradient, choice).
+        offers: Asked once a step with a type of device and the choice; what is asked for each tensor there then, or
+            None where the kernel takes none.
         update: Called with lists and options as the functions below are.
         unscales: Whether it takes ``grad_scale`` and ``found_inf``, too.
         multiplies: It is for gradients with factors: takes ``grad_factors``, too, and leaves the gradient as it is.
@@ -53,14 +58,20 @@ class Kernel:
     """
 
     name: str
-    takes: Callable[[Tensor, Tensor, Momentum | None, Sequence[Tensor], Choice], bool]
+    offers: Callable[[str, Choice], Takes | None]
     update: Callable[..., None]
     unscales: bool = False
     multiplies: bool = False
     rounds: bool = False
 
+    def takes(self, p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
+        """Whether it updates these."""
+        takes = self.offers(p.device.type, choice)
+        return takes is not None and takes(p, g, m, factors)
 
-_ORDINARY = (Tensor, torch.nn.Parameter)
+
+#: What is no subclass of Tensor, such as a DTensor or a quantised weight.
+ORDINARY = (Tensor, torch.nn.Parameter)
 
 # Elements of a piece of a tensor that is updated with temporary copies.
 _PIECE = 1 << 22
@@ -131,11 +142,14 @@ def sgd_sai(
         tensor([0.5000, 1.5000])
     """
     choice = Choice(foreach, fused, stochastic_rounding, torch.compiler.is_compiling())
-    kernels = KERNELS if choice.kernels else ()
     all_factors = grad_factors or [()] * len(params)
+    offers: dict[torch.device, list[tuple[Kernel, Takes]]] = {}
     buckets: dict[tuple[Kernel, torch.device], list[int]] = defaultdict(list)
     for i, (p, g, m, factors) in enumerate(zip(params, grads, momentum_buffers, all_factors, strict=True)):
-        buckets[_path(p, g, None if momentum == 0 else m, factors, choice, kernels), p.device].append(i)
+        device = p.device
+        if device not in offers:
+            offers[device] = _offers(device, choice)
+        buckets[_path(p, g, None if momentum == 0 else m, factors, choice, offers[device]), device].append(i)
     unscaling = {"grad_scale": grad_scale, "found_inf": found_inf}
     if any(value is not None for value in unscaling.values()) and not all(path.unscales for path, _ in buckets):
         raise ValueError(
@@ -166,15 +180,26 @@ def can_unscale(p: Tensor, choice: Choice) -> bool:
 
 def is_ordinary(tensor: Tensor) -> bool:
     """Whether this is no subclass of Tensor, such as a DTensor or a quantised weight."""
-    return type(tensor) in _ORDINARY
+    return type(tensor) in ORDINARY
+
+
+def _offers(device: torch.device, choice: Choice) -> list[tuple[Kernel, Takes]]:
+    """The kernels that may update tensors of a device."""
+    offered = ((kernel, kernel.offers(device.type, choice)) for kernel in KERNELS if choice.kernels)
+    return [(kernel, takes) for kernel, takes in offered if takes is not None]
 
 
 def _path(
-    p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice, kernels: Sequence[Kernel]
+    p: Tensor,
+    g: Tensor,
+    m: Momentum | None,
+    factors: Sequence[Tensor],
+    choice: Choice,
+    offers: Sequence[tuple[Kernel, Takes]],
 ) -> Kernel:
     """The kernel, or the way below, that updates this tensor."""
-    for kernel in kernels:
-        if (factors or not kernel.multiplies) and kernel.takes(p, g, m, factors, choice):
+    for kernel, takes in offers:
+        if (factors or not kernel.multiplies) and takes(p, g, m, factors):
             return kernel
     if g.shape != p.shape or (m is not None and m.shape != p.shape):
         shapes = f"gradient {tuple(g.shape)} and momentum {'none' if m is None else tuple(m.shape)}"
@@ -293,11 +318,11 @@ def _pieces(p: Tensor, g: Tensor, m: Momentum | None) -> Iterator[tuple[Tensor, 
             yield p[own], g[own], None if m is None else m[own]
 
 
-def _always(*_: Any) -> bool:
-    return True
+def _all(*_: Any) -> Takes:
+    return lambda *_: True
 
 
 # Every tensor has one of these ways, so nobody asks them.
-_SINGLE_TENSOR = Kernel("single_tensor", _always, _single_tensor)
-_MULTI_TENSOR = Kernel("multi_tensor", _always, _multi_tensor)
-_WIDENED = Kernel("widened", _always, _widened, rounds=True)
+_SINGLE_TENSOR = Kernel("single_tensor", _all, _single_tensor)
+_MULTI_TENSOR = Kernel("multi_tensor", _all, _multi_tensor)
+_WIDENED = Kernel("widened", _all, _widened, rounds=True)

@@ -28,17 +28,21 @@ logger = logging.getLogger(__name__)
 _RULES: dict[str, dict[str, Any]] = {
     "sgd_sai": {},
     "sgd_sai_factored": {"update": "factored", "momentum": 0.8},
+    "sgd_sai_averaged": {"update": "averaged", "momentum": 0.6},
     "sgd_sai_orthogonal": {"update": "orthogonal"},
 }
 _MOMENTA: dict[str, dict[str, Any]] = {"": {}, "_8bit": {"momentum_dtype": "8bit"}, "_4bit": {"momentum_dtype": "4bit"}}
 
 #: Name of an optimizer for Trainer -> the options of ``SGDSaI`` that it stands for.
 OPTIMIZER_NAMES: dict[str, dict[str, Any]] = {
-    rule + momentum: {**_RULES[rule], **_MOMENTA[momentum]} for rule in _RULES for momentum in _MOMENTA
+    rule + momentum: {**_RULES[rule], **_MOMENTA[momentum]}
+    for rule in _RULES
+    for momentum in _MOMENTA
+    if not (momentum and rule == "sgd_sai_averaged")
 }
 
 # What a name says itself, and optim_args cannot change: which part of the name to leave out for that.
-_SAID_BY_NAME = {"update": ("_factored", "_orthogonal"), "momentum_dtype": ("_8bit", "_4bit")}
+_SAID_BY_NAME = {"update": ("_factored", "_averaged", "_orthogonal"), "momentum_dtype": ("_8bit", "_4bit")}
 
 
 def optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[type[SGDSaI], dict[str, Any]]:

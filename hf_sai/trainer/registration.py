@@ -134,6 +134,9 @@ def _wrap_trainer(trainer: ModuleType) -> None:
         optimizer = create(self, *args, **kwargs)
         if self.args.optim in OPTIMIZER_NAMES:
             add_new_parameters(self, created=created)
+        from hf_sai.trainer.means import show_means_in  # which imports transformers
+
+        show_means_in(self)
         return optimizer
 
     get_optimizer_cls_and_kwargs._hf_sai = True  # type: ignore[attr-defined]

@@ -56,6 +56,9 @@ CANDIDATES = {
     "adamw, beta1 0.8": Candidate(adamw(betas=(0.8, 0.999)), (2e-3, 4e-3, 8e-3)),
     "sgd_sai, factored gradient": Candidate(sai(update="factored"), (2e-3, 4e-3, 8e-3)),
     "sgd_sai, factored gradient, momentum 0.8": Candidate(sai(update="factored", momentum=0.8), (2e-3, 4e-3, 8e-3)),
+    "sgd_sai, averaged": Candidate(
+        sai(update="averaged", momentum=0.6), (2e-3, 4e-3, 8e-3), {"lr_scheduler_type": "constant_with_warmup"}
+    ),
     # 0.1 is what the paper takes for a diffusion LoRA.
     "sgd_sai": Candidate(sai(), (0.0125, 0.025, 0.05, 0.1)),
     "official sgd-sai": Candidate(
@@ -97,6 +100,8 @@ class Task:
         """Train as train.py does, and return what came out."""
         args = copy.copy(self.args)
         args.seed = seed
+        for name, value in candidate.settings.items():
+            setattr(args, name, value)
         model = self.adapted(seed)
         optimizer = candidate.build(model, lr)
         schedule = make_schedule(optimizer, args)
@@ -106,8 +111,10 @@ class Task:
             run = Run(args, self.accelerator, self.parts, self.data, self.empty, *prepared, schedule, recorder)
             start = time.perf_counter()
             run.model.train()
+            run.optimizer.train()
             losses = [take_step(run, step, measure=False)[0].item() for step in range(1, args.max_steps + 1)]
             seconds = time.perf_counter() - start
+            run.optimizer.eval()
         self.accelerator.free_memory()
         return {
             "eval_loss": self.evaluate(model),

@@ -98,6 +98,7 @@ def test_every_candidate_learns_with_a_and_b(name):
     factors = [factor for pair in pairs_of(model) for factor in pair]
     start = [factor.detach().clone() for factor in factors]
     optimizer = CANDIDATES[name].build(model, 1e-2 * CANDIDATES[name].rates[1])
+    getattr(optimizer, "train", lambda: None)()  # a schedule-free one asks for it
     x = torch.randn(64, 12, generator=torch.Generator().manual_seed(1))
     y = x[:, :7].tanh()
     losses = []
@@ -116,7 +117,8 @@ class Stub:
 
     task = {}  # noqa: RUF012
 
-    def run(self, build, lr, seed, *, rank, steps, report):
+    def run(self, build, lr, seed, *, rank, steps, report, constant):
+        assert not constant
         assert report == (seed > 0)
         loss = abs(lr - 4) + 0.01 * seed
         return {"eval_loss": loss, "state_bytes": rank, "train_seconds": 0.0} | ({"test_loss": loss} if report else {})

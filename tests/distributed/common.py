@@ -143,12 +143,16 @@ def train(
 ) -> list[float]:
     """Train on this rank's part of each global batch; returns the trained model's losses on three global batches."""
     losses = []
+    if isinstance(optimizer, SGDSaI):
+        optimizer.train()
     for step in steps:
         optimizer.zero_grad()
         loss_of(model, my_batch(step, rank, world_size)).backward()
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
+    if isinstance(optimizer, SGDSaI):
+        optimizer.eval()
     with torch.no_grad():
         for step in range(3):
             losses.append(loss_of(model, my_batch(step, rank, world_size)))

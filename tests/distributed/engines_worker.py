@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -51,7 +52,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 from hf_sai import SGDSaI
-from hf_sai.distributed import copies
+from hf_sai.distributed import copies, exchange
 from hf_sai.distributed.ddp import ASKED
 from hf_sai.groups.param_groups import no_decay_names
 from hf_sai.optim.layout import whole_shapes as full_shapes
@@ -140,6 +141,25 @@ def shared_orthogonal(mode):
         wholes = [t.full_tensor() if isinstance(t, DTensor) else t.detach() for t in tensors]
         result = {**largest_difference(got, reference(update="orthogonal")), "collectives": per_step}
         return {**result, "same": all(map(same_on_all_ranks, wholes)), "worked_on": worked_on(optimizer)}
+
+
+def in_rounds(mode):
+    """The same in rounds of one matrix a rank, and in which order a step brings them together and hands them out."""
+    order = []
+
+    def noted(name, method):
+        def noting(*args):
+            order.append(name)
+            return method(*args)
+
+        return noting
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "ROOM", 1)
+        for name in ("collect", "hand_out"):
+            patch.setattr(exchange.Exchange, name, noted(name, getattr(exchange.Exchange, name)))
+        result = train_and_compare(mode, update="orthogonal")
+    return {**result, "order": order[: len(order) // STEPS]}
 
 
 @contextlib.contextmanager
@@ -425,8 +445,13 @@ CHECKS = {
         for mode in ("ddp", "fsdp2", "tp", "hsdp", "fsdp2_tp")
     },
     **{f"{mode}_shared": (lambda mode=mode: shared_orthogonal(mode)) for mode in ("ddp", "hsdp")},
+    **{f"{mode}_rounds": (lambda mode=mode: in_rounds(mode)) for mode in ("fsdp2", "fsdp2_tp")},
     "disagree": disagree,
     "different_states": different_states,
+    **{
+        f"{mode}_averaged": (lambda mode=mode: train_and_compare(mode, update="averaged"))
+        for mode in ("ddp", "fsdp2", "tp", "hsdp", "fsdp2_tp")
+    },
     "fsdp1_factored": lambda: train_and_compare("fsdp1", update="factored"),
     "fsdp1_rows": lambda: train_and_compare("fsdp1", update="rows"),
     "fsdp1_leaves_factored": lambda: train_and_compare("fsdp1", leaves=True, update="factored"),

@@ -30,11 +30,18 @@ AVERAGING = {
     2: ["fsdp1_factored", "fsdp1_leaves_factored", "fsdp1_rows"],
     4: ["fsdp1_factored", "fsdp1_hybrid_factored"],
 }
+#: Modes of update="averaged", whose means are evaluated.
+MEANS = {
+    2: ["ddp_averaged", "fsdp2_averaged", "tp_averaged"],
+    4: ["hsdp_averaged", "fsdp2_tp_averaged"],
+}
 #: Mode -> all_to_alls in a step: one per mesh dimension and back, for those on both dimensions and those on one.
 ORTHOGONAL = {
     2: {"ddp_orthogonal": 0, "fsdp2_orthogonal": 2, "tp_orthogonal": 2},
     4: {"hsdp_orthogonal": 2, "fsdp2_orthogonal": 2, "fsdp2_tp_orthogonal": 6},
 }
+#: Modes with matrices in so many rounds as a rank has of them.
+ROUNDS = {2: ["fsdp2_rounds"], 4: ["fsdp2_tp_rounds"]}
 #: Modes whose ranks have copies of the hidden matrices -> collectives in a step: to share the work on these out.
 SHARED = {
     2: {"ddp_shared": {"_allgather_base_": 1}},
@@ -47,7 +54,9 @@ TWO = [
     *EXACT[2],
     *SHARED[2],
     *ORTHOGONAL[2],
+    *ROUNDS[2],
     *AVERAGING[2],
+    *MEANS[2],
     *BF16[2],
     *BF16_MOMENTUM[2],
     *ROUNDING[2],
@@ -71,7 +80,9 @@ FOUR = [
     *EXACT[4],
     *SHARED[4],
     *ORTHOGONAL[4],
+    *ROUNDS[4],
     *AVERAGING[4],
+    *MEANS[4],
     *BF16[4],
     *BF16_MOMENTUM[4],
     *ROUNDING[4],
@@ -141,6 +152,14 @@ def test_rules_that_average_over_slices_equal_one_process_with_one_all_reduce_a_
             assert len(counts["allreduce_"]) == 1
 
 
+@pytest.mark.parametrize(("world_size", "mode"), by_size(MEANS))
+def test_means_of_shards_and_copies_are_those_of_one_process(runs, world_size, mode):
+    for result in runs[world_size]:
+        assert result["world_size"] == world_size
+        assert result[mode]["gsnr"] <= 1e-6
+        assert result[mode]["loss"] <= 1e-5
+
+
 @pytest.mark.parametrize(("world_size", "mode"), by_size(ORTHOGONAL))
 def test_whole_matrices_are_put_together_on_one_rank_each_and_train_as_in_one_process(runs, world_size, mode):
     for result in runs[world_size]:
@@ -156,6 +175,18 @@ def test_whole_matrices_are_put_together_on_one_rank_each_and_train_as_in_one_pr
             assert all(elements <= 0.6 * HIDDEN for elements in sent)
             groups = GROUPS.get(mode.removesuffix("_orthogonal"), 1)
             assert len(counts.get("allreduce_", [])) <= 2 * groups  # whether all is finite; the factored rule's sums
+
+
+@pytest.mark.parametrize(("world_size", "mode"), by_size(ROUNDS))
+def test_a_round_is_on_its_way_while_the_one_before_it_is_made_orthogonal(runs, world_size, mode):
+    for result in runs[world_size]:
+        assert result[mode]["gsnr"] <= 1e-6
+        assert result[mode]["loss"] <= 1e-5
+        order = result[mode]["order"]
+        rounds = len(order) // 2
+        if mode == "fsdp2_rounds":  # of the other each of two meshes has one round
+            assert rounds > 2
+            assert order == ["collect", *["collect", "hand_out"] * (rounds - 1), "hand_out"]
 
 
 @pytest.mark.parametrize(("world_size", "mode"), by_size(SHARED))

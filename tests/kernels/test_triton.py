@@ -30,11 +30,11 @@ ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 def triton_alone(monkeypatch):
     """Every step by Triton's kernels, also on the CPU; what they do not take has no other kernel."""
 
-    def takes(p, g, m, factors, asked):
-        return asked.fused and triton_step.can_update(p, g, m, factors)
+    def offers(device, asked):
+        return triton_step.can_update if asked.fused else None
 
     kernels = [
-        update.Kernel("triton", takes, triton_step.update, unscales=True, rounds=True, multiplies=multiplies)
+        update.Kernel("triton", offers, triton_step.update, unscales=True, rounds=True, multiplies=multiplies)
         for multiplies in (True, False)
     ]
     monkeypatch.setattr(update, "KERNELS", kernels)

@@ -25,7 +25,10 @@ def use_triton_on_cpu(monkeypatch):
     from hf_sai.kernels import triton_step
 
     kernel = update.Kernel(
-        "triton", lambda p, g, m, *_: triton_step.can_update(p, g, m), triton_step.update, unscales=True
+        "triton",
+        lambda *_: lambda p, g, m, factors: triton_step.can_update(p, g, m),
+        triton_step.update,
+        unscales=True,
     )
     monkeypatch.setattr(update, "KERNELS", [kernel])
 
@@ -167,8 +170,8 @@ def test_paths_that_cannot_unscale_say_so_and_change_nothing():
 
 def path_of(p, g=None, m=None, factors=(), foreach=None, fused=None, stochastic_rounding=False):
     asked = update.Choice(foreach, fused, stochastic_rounding)
-    kernels = update.KERNELS if asked.kernels else ()
-    taken = update._path(p, p if g is None else g, p if m is None else m, factors, asked, kernels)
+    offers = update._offers(p.device, asked)
+    taken = update._path(p, p if g is None else g, p if m is None else m, factors, asked, offers)
     return taken.name
 
 
@@ -242,7 +245,7 @@ def test_what_lies_on_another_device_goes_to_that_of_the_tensors():
     assert update._on(torch.ones(1), there).device == there
     seen = []
     kernel = update.Kernel(
-        "spy", lambda *_: True, lambda params, *_, **more: seen.append((params, more)), unscales=True
+        "spy", lambda *_: lambda *_: True, lambda params, *_, **more: seen.append((params, more)), unscales=True
     )
     on_cpu, on_meta = torch.zeros(3), torch.zeros(3, device=there)
     with pytest.MonkeyPatch.context() as patch:

@@ -100,6 +100,7 @@ REAL = {
     "sgd_sai_factored": lambda model: SGDSaI(model.named_parameters(), update="factored"),
     "sgd_sai_factored_8bit": lambda model: SGDSaI(model.named_parameters(), update="factored", momentum_dtype="8bit"),
     "sgd_sai_factored_4bit": lambda model: SGDSaI(model.named_parameters(), update="factored", momentum_dtype="4bit"),
+    "sgd_sai_averaged": lambda model: SGDSaI(model.named_parameters(), update="averaged", momentum_dtype=torch.float32),
     "sgd_sai_orthogonal": lambda model: orthogonal(model),
     "sgd_sai_orthogonal_8bit": lambda model: orthogonal(model, momentum_dtype="8bit"),
     "sgd_sai_orthogonal_4bit": lambda model: orthogonal(model, momentum_dtype="4bit"),

@@ -236,7 +236,9 @@ def test_the_effective_rate_is_the_learning_rate_times_the_ratio():
 
 @pytest.mark.parametrize("wrong", ["columns", "tensor", True, 1, None])
 def test_other_values_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"update must be one of published, rows, factored, orthogonal, but is"):
+    with pytest.raises(
+        ValueError, match=r"update must be one of published, rows, factored, averaged, orthogonal, but is"
+    ):
         SGDSaI(make_params(), update=wrong)
 
 

@@ -50,8 +50,11 @@ def test_right_arguments_become_typed_options(given, expected):
         ("matrices=c_fc:maybe", "matrices must be expression:true or expression:false"),
         ("normalize_gradient=factored", "normalize_gradient is called update now; write update=factored"),
         ({"normalize_gradient": None}, "write update=published"),
-        ("normalize_gradient=tensor", "must be one of published, rows, factored, orthogonal; there is no 'tensor'"),
-        ("update=tensor", "update must be one of published, rows, factored, orthogonal, but is 'tensor'"),
+        (
+            "normalize_gradient=tensor",
+            "must be one of published, rows, factored, averaged, orthogonal; there is no 'tensor'",
+        ),
+        ("update=tensor", "update must be one of published, rows, factored, averaged, orthogonal, but is 'tensor'"),
         ("momentum=1.5", r"momentum must be a number in \[0, 1\), but is '1.5'"),
         ("betas=(0.9,0.99)", r"'0.99\)' in 'betas=\(0.9,0.99\)' is not of the form key=value"),
         ("momentum=high", r"momentum must be a number in \[0, 1\), but is 'high'"),

@@ -119,9 +119,10 @@ print(args.optim.value, Trainer.get_optimizer_cls_and_kwargs(args)[1]["momentum_
     assert done.stdout.split() == ["sgd_sai_factored_8bit", "8bit"], done.stderr
 
 
-def test_nine_names_stand_for_three_rules_and_three_momenta():
+def test_nine_names_stand_for_three_rules_and_three_momenta_and_one_for_the_mean():
     rules = ("sgd_sai", "sgd_sai_factored", "sgd_sai_orthogonal")
-    assert set(OPTIMIZER_NAMES) == {rule + momentum for rule in rules for momentum in ("", "_4bit", "_8bit")}
+    nine = {rule + momentum for rule in rules for momentum in ("", "_4bit", "_8bit")}
+    assert set(OPTIMIZER_NAMES) == nine | {"sgd_sai_averaged"}
     assert set(OPTIMIZER_NAMES) <= {name.value for name in OptimizerNames}
     assert OptimizerNames.SGD_SAI is OptimizerNames("sgd_sai") is OptimizerNames["SGD_SAI"]
     assert OptimizerNames.SGD_SAI_FACTORED_4BIT.value == "sgd_sai_factored_4bit"

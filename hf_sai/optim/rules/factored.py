@@ -40,7 +40,7 @@ class Factored(Rows):
     """State: ``MEAN_SQUARES``, with as many dimensions as the parameter, and ``averaged_steps``, an int."""
 
     name = "factored"
-    keys = (*MEAN_SQUARES, "averaged_steps")
+    keys: tuple[str, ...] = (*MEAN_SQUARES, "averaged_steps")
 
     def kept(self, part: Part) -> dict[str, tuple[int, ...]]:
         dims = tuple(range(len(part.shape)))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +85,7 @@ class Orthogonal(Published):
     def scale(self, gsnr: float, numel: int) -> float:
         return gsnr / math.sqrt(numel)
 
-    def portions(self, parts: Sequence[Part]) -> Iterator[Portion]:
+    def portions(self, parts: Sequence[Part], factors: Mapping[int, Sequence[Tensor]]) -> Iterator[Portion]:
         """Matrices of one size in batches: what each moves along, its momentum being advanced already."""
         for part in parts:
             self.allocate(part)
@@ -130,8 +130,12 @@ class Orthogonal(Published):
             own = [rest[index] for index in batch]
             matrices = [Matrices(_advanced(part, usable), *_running(part)) for part in own]
             yield own, _orthogonal(matrices)
-        for own, sharing in type(cut[0]).sharing(cut) if cut else ():
-            yield own, _shared(own, sharing, [_advanced(part, usable) for part in own])
+        rounds = (_Round(own, sharing, usable) for own, sharing in (type(cut[0]).sharing(cut) if cut else ()))
+        current = next(rounds, None)
+        while current is not None:
+            following = next(rounds, None)  # its pieces travel while this one's matrices are made orthogonal
+            yield current.parts, current.orthogonal()
+            current = following
 
 
 class Matrices(NamedTuple):
@@ -224,33 +228,47 @@ def _orthogonal(own: Sequence[Matrices]) -> list[tuple[Tensor, Tensor]]:
     return results
 
 
-def _shared(parts: Sequence[Part], sharing: Sharing, advanced: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """The same of matrices in pieces: each is made whole and orthogonal on one process, and handed out again."""
-    places = range(len(parts))
-    dtype = _dtype(advanced[0].device)
-    every = [tuple(range(len(part.shape))) for part in parts]
-    rows = [FORMS[part.group["matrices"]] for part in parts]
-    running = [_running(part)[0] for part in parts]
-    wholes = sharing.collect(
-        [(i, advanced[i].to(dtype), every[i]) for i in places] + [(i, running[i], rows[i]) for i in places]
-    )
-    mine: dict[int, Matrices] = {}
-    for i in places:
-        tensor, means = wholes[i], wholes[i + len(parts)]
-        if tensor is not None and means is not None:
-            mine[i] = Matrices(tensor, means, parts[i].group["matrices"])
-    numbers, found = list(mine), dict[int, tuple[Tensor, Tensor]]()
-    for batch in _batches([(mine[i].tensor, mine[i].form) for i in numbers]):
-        own = [numbers[index] for index in batch]
-        found |= zip(own, _orthogonal([mine[i] for i in own]), strict=True)
-    handed = sharing.hand_out(
-        [(i, found[i][0] if i in found else None, every[i], dtype) for i in places]
-        + [(i, found[i][1] if i in found else None, rows[i], torch.float32) for i in places]
-        + [(i, mine[i].running if i in mine else None, rows[i], torch.float32) for i in places]
-    )
-    for i in places:
-        running[i].copy_(handed[i + 2 * len(parts)])
-    return [(handed[i], handed[i + len(parts)]) for i in places]
+class _Round:
+    """Matrices in pieces that are made whole and orthogonal at once, each on one process, and handed out again.
+
+    Args:
+        parts: Their parts.
+        sharing: What brings them together, which begins here.
+        usable: See :func:`_usable`; their momenta are advanced.
+    """
+
+    def __init__(self, parts: list[Part], sharing: Sharing, usable: dict[int, Tensor]) -> None:
+        self.parts, self._sharing = parts, sharing
+        advanced = [_advanced(part, usable) for part in parts]
+        self._dtype = _dtype(advanced[0].device)
+        self._every = [tuple(range(len(part.shape))) for part in parts]
+        self._rows = [FORMS[part.group["matrices"]] for part in parts]
+        self._running = [_running(part)[0] for part in parts]
+        self._collected = sharing.collect(
+            [(i, tensor.to(self._dtype), self._every[i]) for i, tensor in enumerate(advanced)]
+            + [(i, running, self._rows[i]) for i, running in enumerate(self._running)]
+        )
+
+    def orthogonal(self) -> list[tuple[Tensor, Tensor]]:
+        """What :func:`_orthogonal` says, of what lies here of each part."""
+        wholes, places = self._collected(), range(len(self.parts))
+        mine: dict[int, Matrices] = {}
+        for i in places:
+            tensor, means = wholes[i], wholes[i + len(places)]
+            if tensor is not None and means is not None:
+                mine[i] = Matrices(tensor, means, self.parts[i].group["matrices"])
+        numbers, found = list(mine), dict[int, tuple[Tensor, Tensor]]()
+        for batch in _batches([(mine[i].tensor, mine[i].form) for i in numbers]):
+            own = [numbers[index] for index in batch]
+            found |= zip(own, _orthogonal([mine[i] for i in own]), strict=True)
+        handed = self._sharing.hand_out(
+            [(i, found[i][0] if i in found else None, self._every[i], self._dtype) for i in places]
+            + [(i, found[i][1] if i in found else None, self._rows[i], torch.float32) for i in places]
+            + [(i, mine[i].running if i in mine else None, self._rows[i], torch.float32) for i in places]
+        )
+        for i in places:
+            self._running[i].copy_(handed[i + 2 * len(places)])
+        return [(handed[i], handed[i + len(places)]) for i in places]
 
 
 def _dtype(device: torch.device) -> torch.dtype:

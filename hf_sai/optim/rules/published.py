@@ -6,14 +6,14 @@ r"""The published rule: the gradient as it is, scaled by its g-SNR. arXiv 2412.1
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_sai.optim.layout import Part
-from hf_sai.optim.momentum import Momentum, momentum_of
+from hf_sai.optim.momentum import Momentum, momentum_of, start
 
 __all__ = ["Portion", "Published"]
 
@@ -26,12 +26,16 @@ class Portion(NamedTuple):
         gradients: What comes into the momentum of each; without a momentum what the step goes along.
         momenta: Their momenta, None without one.
         momentum: The momentum's coefficient.
+        factors: What each gradient is still to be multiplied by, one factor after the other; none for 1.
+        whole: The gradients are steps already: rate, scale, decay and sign are in them.
     """
 
     parts: Sequence[Part]
     gradients: Sequence[Any]
     momenta: Sequence[Momentum | None]
     momentum: float
+    factors: Sequence[Sequence[Tensor]] = ()
+    whole: bool = False
 
 
 class Published:
@@ -41,6 +45,9 @@ class Published:
 
     #: Keys of what the rule keeps in a parameter's state beside ``gsnr`` and the momentum.
     keys: tuple[str, ...] = ()
+
+    #: Whether the weights that are trained are others than the mean ones, which are to be evaluated.
+    averages = False
 
     def check(self, group: dict[str, Any], shapes: Sequence[torch.Size]) -> None:
         """Raise ValueError for a group that the rule cannot update.
@@ -80,12 +87,18 @@ class Published:
         """
         return gsnr
 
-    def portions(self, parts: Sequence[Part]) -> Iterable[Portion]:
+    def start(self, part: Part) -> None:
+        """Start a part's momentum in its first step, with the gradient that goes into it."""
+        start(part)
+
+    def portions(self, parts: Sequence[Part], factors: Mapping[int, Sequence[Tensor]]) -> Iterable[Portion]:
         """What a group's parts are updated with, in as many portions as the rule has use for.
 
         Args:
             parts: Of one group, measured, their momenta started.
+            factors: What :meth:`factors` said, by the parts' numbers.
         """
         momentum = parts[0].group["momentum"]
         momenta = [momentum_of(part) if momentum != 0 else None for part in parts]
-        yield Portion(parts, [part.grad for part in parts], momenta, momentum)
+        own = [factors[part.number] for part in parts]
+        yield Portion(parts, [part.grad for part in parts], momenta, momentum, own)

@@ -1,0 +1,95 @@
+r"""Factored gradients, and in the momentum's place the mean of all weights so far: Schedule-Free, arXiv 2405.15682.
+
+.. math::
+    u_t = \gamma_t \Big(\frac{G}{\sqrt n}\, \hat g_t + \lambda y_t\Big), \qquad z_{t+1} = z_t - u_t, \qquad
+    x_{t+1} = (1 - c_{t+1})\, x_t + c_{t+1} z_{t+1}, \qquad y_{t+1} = (1 - \beta)\, z_{t+1} + \beta x_{t+1}
+
+with the factored rule's gradient :math:`\hat g` at y, :math:`c_t = \gamma_t^2 / \sum_i \gamma_i^2` and the group's
+``momentum`` as :math:`\beta`. The parameters are y in training and the mean x in evaluation (``optimizer.eval()``).
+What is kept is :math:`e = x - z`, since then y, z and x follow from any one of them:
+
+.. math::
+    y_{t+1} = y_t - c\beta e_t - (1 - \beta (1 - c))\, u_t, \qquad e_{t+1} = (1 - c)(e_t + u_t), \qquad
+    x = y + (1 - \beta)\, e
+
+The mean takes the place of a decaying learning rate, which must stay constant after its warmup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sai.optim import momentum as momenta
+from hf_sai.optim.layout import Part
+from hf_sai.optim.rules.factored import Factored
+from hf_sai.optim.rules.published import Portion
+from hf_sai.optim.update import multiplied
+
+__all__ = ["WEIGHT_SUM", "Averaged", "show_means"]
+
+#: Key of the sum of the squares of all learning rates so far, a float.
+WEIGHT_SUM = "weight_sum"
+
+
+class Averaged(Factored):
+    """State: the factored rule's, ``WEIGHT_SUM``, and x - z as ``momentum_buffer``."""
+
+    name = "averaged"
+    keys: tuple[str, ...] = (*Factored.keys, WEIGHT_SUM)
+    averages = True
+
+    def check(self, group: dict[str, Any], shapes: Sequence[torch.Size]) -> None:
+        if group["momentum"] == 0:
+            raise ValueError(
+                "update='averaged' needs a momentum above 0: it is how near to their mean the weights are trained."
+            )
+        kept = group["momentum_dtype"]
+        coarse = [p.dtype for p in group["params"] if (kept or p.dtype) not in (torch.float32, torch.float64)]
+        if isinstance(kept, str) or coarse:
+            raise ValueError(
+                f"update='averaged' adds up small steps, which are lost in {kept if kept is not None else coarse[0]}: "
+                "use momentum_dtype=torch.float32 (optim_args: momentum_dtype=float32)."
+            )
+
+    def allocate(self, part: Part) -> None:
+        super().allocate(part)
+        part.state.setdefault(WEIGHT_SUM, 0.0)
+
+    def start(self, part: Part) -> None:
+        momenta.allocate(part)
+        part.fresh = False
+
+    def portions(self, parts: Sequence[Part], factors: Mapping[int, Sequence[Tensor]]) -> Iterator[Portion]:
+        """Whole steps, one part at a time, in the gradients' memory where their dtype is the mean's."""
+        if torch.compiler.is_compiling():
+            raise ValueError("update='averaged' counts on the host, so that every step would be compiled anew.")
+        group = parts[0].group
+        lr, beta, sign = float(group["lr"]), group["momentum"], -1.0 if group["maximize"] else 1.0
+        for part in parts:
+            e = momenta.momentum_of(part)
+            assert isinstance(e, Tensor)
+            if WEIGHT_SUM not in part.state:  # until now the momentum of another rule
+                e.zero_()
+            self.allocate(part)
+            part.state[WEIGHT_SUM] += lr**2
+            c = lr**2 / part.state[WEIGHT_SUM] if lr else 0.0
+            u = multiplied(part.grad, factors[part.number]).to(e.dtype)
+            u.mul_(sign * lr * self.scale(part.gsnr, part.shape.numel()))
+            if group["weight_decay"]:
+                u.add_(part.param, alpha=lr * group["weight_decay"])
+            e.add_(u)
+            u.mul_(1 - beta).add_(e, alpha=c * beta)  # 1 - beta (1 - c) less c beta, which e has now
+            e.mul_(1 - c)
+            yield Portion([part], [u], [None], 0.0, whole=True)
+
+
+def show_means(part: Part, shown: bool) -> None:
+    """Bring a parameter from y to the mean x, or back; one that has not started yet stays as it is."""
+    if "momentum_buffer" in part.state:
+        e = momenta.momentum_of(part)
+        assert isinstance(e, Tensor)
+        part.param.add_(e.to(part.param.dtype), alpha=(1 if shown else -1) * (1 - part.group["momentum"]))
