@@ -39,8 +39,8 @@ _MODEL = (
     *("quantize_config.json", "quantization_config.json"),
     *_TOKENIZER,
 )
-#: What may lie in the folder of a part that an index names: every library has files of its own there.
-_PART = (*_MODEL, "*.json", "*.txt", "*.py")
+#: What goes along of the folder of a part that an index names: every library has settings and code of its own there.
+_PART = (*_MODEL, "*.json", "*.py")
 #: Code of a model's own, by the names that transformers' documentation gives it.
 _CODE = (
     *("configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py", "image_processing_*.py"),
