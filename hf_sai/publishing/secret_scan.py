@@ -232,7 +232,8 @@ def _json(text: str) -> Any:
 
 def _position(text: str, value: str, key: str) -> int:
     """Where a value of JSON stands, or its key."""
-    written = (json.dumps(value, ensure_ascii=False), json.dumps(value), json.dumps(key))
+    number = [value] if value.isdigit() else []
+    written = [json.dumps(value, ensure_ascii=False), json.dumps(value), *number, json.dumps(key)]
     return next((position for position in map(text.find, written) if position >= 0), 0)
 
 
