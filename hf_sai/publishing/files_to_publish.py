@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import fnmatch
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from hf_sai.runs.files import read_text
 from hf_sai.runs.record import RECORD_FILE
 from hf_sai.runs.redact import known_secrets, redact_text
 
-__all__ = ["ALLOWED", "NEVER", "PublishPlan", "adapter_folder", "is_tokenizer", "plan_files"]
+__all__ = ["ALLOWED", "NEVER", "PublishPlan", "adapter_folder", "is_tokenizer", "plan_files", "worth_telling"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +28,8 @@ _TOKENIZER = (
     *("vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json", "word_shape.json"),
     *("word_pronunciation.json", "normalizer.json", "audio_tokenizer_config.json"),
     *("*.spm", "*.tiktoken", "tokenizer.model", "spiece.model", "spm.model", "spm_char.model", "tiktoken.model"),
-    *("sentencepiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"),
+    *("sentencepiece.model", "sentencepiece.bpe.model", "prophetnet.tokenizer", "tekken.json"),
+    *("chat_template.jinja", "chat_template.json"),
 )
 #: What a model, or one part of a pipeline, is loaded from.
 _MODEL = (
@@ -36,6 +39,8 @@ _MODEL = (
     *("quantize_config.json", "quantization_config.json"),
     *_TOKENIZER,
 )
+#: What goes along of the folder of a part that an index names: every library has settings and code of its own there.
+_PART = (*_MODEL, "*.json", "*.py")
 #: Code of a model's own, by the names that transformers' documentation gives it.
 _CODE = (
     *("configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py", "image_processing_*.py"),
@@ -46,15 +51,22 @@ _CODE = (
 _PIPELINE_INDEX = "model_index.json"
 #: Lists the modules of sentence-transformers, each in a folder of its own.
 _MODULES = "modules.json"
+#: Says which of them a text goes through.
+_ROUTER = "router_config.json"
 _MAX_INDEX_BYTES = 2**20
+_MOST_NAMES = 20
 #: What is uploaded beside the parts that a model names itself, as patterns of paths below the run's directory. ``*``
 #: does not reach into folders.
 ALLOWED = (
     *_MODEL,
     *_CODE,
+    "custom_generate/requirements.txt",
     "additional_chat_templates/*.jinja",
+    # What a processor saves beside its first tokenizer: InstructBLIP's others, Bark's voices.
+    *(f"*_tokenizer/{name}" for name in _TOKENIZER),
+    *("speaker_embeddings_path.json", "speaker_embeddings/*.npy", "speaker_embeddings/*/*.npy"),
     _PIPELINE_INDEX,
-    *(_MODULES, "config_sentence_transformers.json", "sentence_bert_config.json"),
+    *(_MODULES, _ROUTER, "config_sentence_transformers.json", "sentence_*_config.json", "idf.json"),
     *("README.md", "LICENSE", "LICENSE.txt", "NOTICE"),
     RECORD_FILE,
     *("pictures/*.png", "images/*.png", "samples/*.txt", "samples/*.png", "sample.txt"),
@@ -66,6 +78,11 @@ NEVER = (
     *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "credential*", "secret*", "*secrets.*", "*credentials.*"),
     *("client_secret*", "service_account*.json", "kaggle.json", "passwords*", "token", "tokens.txt"),
     *("training_args.bin", "*.before-hf-sai.md", "*.part"),
+)
+#: What a training keeps to go on with, and logs of it: nobody misses it in an upload.
+_OF_TRAINING = re.compile(
+    r"(?:.*/)?(?:optimizer\.(?:pt|bin)|scheduler\.(?:pt|bin)|scaler\.pt|rng_state\w*\.pth|random_states_\d+\.pkl"
+    r"|trainer_state\.json|training_args\.bin|\..*)|(?:checkpoint-\d+|runs|wandb|\.[^/]*)/.*|.*\.before-hf-sai\.md"
 )
 
 
@@ -106,7 +123,10 @@ def plan_files(run_dir: str | Path, *, include: Iterable[str] = (), secrets: Ite
     if not root.is_dir():
         raise ValueError(f"{root} is not a directory: give the directory of a finished run")
     include = tuple(include)
-    allowed = (*ALLOWED, *_parts(root), *_own_code(root), *include)
+    parts = _part_folders(root)
+    in_parts = (f"{folder}/{name}" for folder in parts for name in _PART)
+    in_adapters = (f"{folder}/{name}" for folder in _adapter_folders(root) for name in _MODEL)
+    allowed = (*ALLOWED, *in_parts, *in_adapters, *_own_code(root, parts), *include)
     files, left_out = [], []
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
@@ -133,9 +153,25 @@ def plan_files(run_dir: str | Path, *, include: Iterable[str] = (), secrets: Ite
             raise ValueError(f"{root / name} is damaged or not written to its end ({damage}); save it again")
         found = find_secret(root / name, name, hidden)
         if found is not None:
-            place = f"{redact_text(str(root / name))} ({found[0]})"
+            place = redact_text(f"{root / name} ({found[0]})")
             raise ValueError(f"{place} holds {found[1]}; take it out before it is public (and revoke it)")
     return PublishPlan(tuple(files), tuple(left_out))
+
+
+def worth_telling(plan: PublishPlan) -> str | None:
+    """What an upload leaves out that somebody may miss, in one sentence; None where it is only a training's own.
+
+    Args:
+        plan: What publishing would upload.
+    """
+    names = [name for name, _ in plan.left_out if not _OF_TRAINING.fullmatch(name)]
+    if not names:
+        return None
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return (
+        f"left out of the upload: {', '.join(names[:_MOST_NAMES])}{more}; --include PATTERN (include=[PATTERN]) takes "
+        "in what is to be public and has no secret's name"
+    )
 
 
 def adapter_folder(directory: str | Path) -> str | None:
@@ -166,50 +202,90 @@ def _adapter_folders(root: Path) -> list[str]:
     ]
 
 
-def _parts(root: Path) -> Iterator[str]:
-    """Patterns for the folders in which a pipeline, sentence-transformers or PEFT keep parts of what they load."""
-    folders = _adapter_folders(root)
-    index = _index(root / _PIPELINE_INDEX, "the index of a diffusers pipeline")
-    if isinstance(index, dict):
-        folders += [key for key, value in index.items() if isinstance(value, list)]
-    modules = _index(root / _MODULES, "a list of sentence-transformers' modules")
-    if isinstance(modules, list):
-        folders += [str(entry.get("path")) for entry in modules if isinstance(entry, dict) and entry.get("path")]
-    if modules is not None:  # its own names for them
-        folders += [path.name for path in sorted(root.glob("[0-9]_*")) if path.is_dir()]
-    for name in dict.fromkeys(folders):
-        if re.fullmatch(r"\w[\w-]*", name):
+def _part_folders(root: Path) -> list[str]:
+    """The folders in which a pipeline or sentence-transformers keep parts of what they load, also within each other."""
+    found: list[str] = []
+    waiting = [""]
+    while waiting:
+        folder = root / waiting.pop()
+        pipeline = _index(folder / _PIPELINE_INDEX, "the index of a diffusers pipeline")
+        modules = _index(folder / _MODULES, "a list of sentence-transformers' modules")
+        names = [key for key, value in _items(pipeline) if isinstance(value, list)]
+        names += [str(entry.get("path")) for entry in _entries(modules)]
+        names += [name for name, _ in _routes(folder)]
+        if modules is not None:  # its own names for them
+            names += [path.name for path in sorted(folder.glob("[0-9]_*"))]
+        for name in dict.fromkeys(names):
             # Names are no patterns here: \w has none of their signs.
-            yield from (f"{name}/{file}" for file in _MODEL)
-            yield from (f"{name}/{file}" for file in _CODE if "/" not in file)
+            path = folder / name
+            if re.fullmatch(r"\w[\w-]*", name) and path.is_dir() and not path.is_symlink():
+                found.append(path.relative_to(root).as_posix())
+                waiting.append(found[-1])
+    return found
 
 
-def _own_code(root: Path) -> set[str]:
-    """The files that ``auto_map`` names, and those that these import from beside them."""
-    found: set[str] = set()
-    waiting = []
+def _own_code(root: Path, parts: Iterable[str]) -> set[str]:
+    """A model's own code, and the files that it imports from beside it."""
+    waiting = [path for pattern in _CODE for path in root.glob(pattern)]
+    waiting += [path for folder in parts for path in (root / folder).glob("*.py")]
+    waiting += [_file_of(root, name) for name in _named_modules(root) if re.fullmatch(r"\w+(\.\w+)*", name)]
+    found: set[Path] = set()
+    while waiting:
+        path = waiting.pop()
+        if path not in found and path.is_file() and not path.is_symlink():
+            found.add(path)
+            waiting += _imported(path, root)
+    return {path.relative_to(root).as_posix() for path in found}
+
+
+def _named_modules(root: Path) -> Iterator[str]:
+    """Modules that a configuration or an index names as this model's own, or that may be installed ones."""
     for file in sorted(root.glob("*config.json")):
-        content = _index(file, "a configuration", strict=False)
-        named = content.get("auto_map") if isinstance(content, dict) else None
-        for value in named.values() if isinstance(named, dict) else ():
+        for _, value in _items(dict(_items(_index(file, "a configuration", strict=False))).get("auto_map")):
             for reference in value if isinstance(value, list) else [value]:
                 if isinstance(reference, str) and "--" not in reference:
-                    waiting.append(reference.rpartition(".")[0])
-    while waiting:
-        module = waiting.pop()
-        path = root / f"{module.replace('.', '/')}.py"
-        name = path.relative_to(root).as_posix()
-        if name in found or not re.fullmatch(r"\w+(\.\w+)*", module) or not path.is_file() or path.is_symlink():
-            continue
-        found.add(name)
-        try:
-            source = read_text(path, _MAX_INDEX_BYTES)
-        except ValueError:
-            continue
-        waiting += re.findall(r"^\s*from\s+\.(\w[\w.]*)\s+import", source, re.MULTILINE)
-        for names in re.findall(r"^\s*from\s+\.\s+import\s+([\w, ]+)", source, re.MULTILINE):
-            waiting += [part.split()[0] for part in names.split(",") if part.split()]
-    return found
+                    yield reference.rpartition(".")[0]
+    pipeline = dict(_items(_index(root / _PIPELINE_INDEX, "", strict=False))).get("_class_name")
+    if isinstance(pipeline, list):
+        yield str(pipeline[0] if pipeline else "")
+    kinds = [entry.get("type") for entry in _entries(_index(root / _MODULES, "", strict=False))]
+    yield from (str(kind).rpartition(".")[0] for kind in [*kinds, *(kind for _, kind in _routes(root))])
+
+
+def _routes(folder: Path) -> Iterator[tuple[str, Any]]:
+    """(folder, class) of what a router of sentence-transformers leads to; early ones wrote it into ``config.json``."""
+    for name in (_ROUTER, "config.json"):
+        yield from _items(dict(_items(_index(folder / name, "", strict=False))).get("types"))
+
+
+def _imported(path: Path, root: Path) -> Iterator[Path]:
+    """Where the modules would lie that a file imports from its own package."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in somebody's strings
+            tree = ast.parse(read_text(path, _MAX_INDEX_BYTES))
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and 0 < node.level <= len(path.relative_to(root).parts):
+            package = path.parents[node.level - 1]
+            module = node.module or ""
+            for name in (module, *(f"{module}.{alias.name}".strip(".") for alias in node.names)):
+                yield _file_of(package, name)
+                parts = name.split(".")
+                yield from (package.joinpath(*parts[:end], "__init__.py") for end in range(len(parts) + 1))
+
+
+def _file_of(folder: Path, module: str) -> Path:
+    return folder / f"{module.replace('.', '/')}.py"
+
+
+def _items(content: Any) -> Iterable[tuple[str, Any]]:
+    return content.items() if isinstance(content, dict) else ()
+
+
+def _entries(content: Any) -> list[dict[str, Any]]:
+    return [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []
 
 
 def _index(path: Path, what: str, strict: bool = True) -> Any:

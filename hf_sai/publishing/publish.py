@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_sai.publishing.card_merge import words_of_a_person
 from hf_sai.publishing.cards import CARD_FILE, base_model, card_for_hub
-from hf_sai.publishing.files_to_publish import plan_files
+from hf_sai.publishing.files_to_publish import plan_files, worth_telling
 from hf_sai.runs.files import read_text
 from hf_sai.runs.paths import hide_paths, is_local_path
 from hf_sai.runs.record import MAX_RECORD_BYTES, RECORD_FILE, RunRecord
@@ -95,6 +95,8 @@ def publish(
     commit = _call(
         lambda: api.create_commit(repo_id, operations, commit_message=message, revision=revision), repo_id, token
     )
+    if told := worth_telling(plan):
+        logger.warning("%s: %s.", run_dir, told)
     logger.info("Published %d files (%d bytes) as %s", len(plan.files), plan.total_bytes, commit.commit_url)
     return str(commit.commit_url)
 

@@ -1,12 +1,15 @@
 """What goes to the Hub: all that loading needs, in every library's layout, and nothing that is somebody's own."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
-from hf_sai.publishing.files_to_publish import plan_files
+from hf_sai.publishing.files_to_publish import is_tokenizer, plan_files, worth_telling
 
 LAYOUTS = {
     "marian": ["source.spm", "target.spm", "vocab.json", "tokenizer_config.json"],
@@ -19,11 +22,26 @@ LAYOUTS = {
     "phobert, gpt-sw3, wav2vec2": [
         *("bpe.codes", "vocab.txt", "spiece.model", "feature_extractor_config.json", "normalizer.json"),
     ],
+    "sentence-transformers, a router": [
+        *("modules.json", "router_config.json", "idf.json", "sentence_roberta_config.json"),
+        *("query_0_SparseStaticEmbedding/idf.json", "document_0_MLMTransformer/sentence_bert_config.json"),
+        *("0_WordEmbeddings/wordembedding_config.json", "0_WordEmbeddings/whitespacetokenizer_config.json"),
+    ],
+    "a pipeline with a part of its own": ["model_index.json", "unet/my_unet.py", "unet/config.json", "my_pipeline.py"],
+    "instructblip, bark, mistral": [
+        *("qformer_tokenizer/tokenizer.json", "qformer_tokenizer/tokenizer_config.json", "tekken.json"),
+        *("speaker_embeddings_path.json", "speaker_embeddings/v2/en_1_coarse.npy"),
+    ],
+    "custom generation": ["custom_generate/generate.py", "custom_generate/requirements.txt"],
     "several chat templates": ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"],
     "two adapters": ["adapter_config.json", "style/adapter_config.json", "style/adapter_model.safetensors"],
     "an adapter with a name of its own": ["style/adapter_config.json", "style/adapter_model.safetensors"],
 }
-MODULES = [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}, {"idx": 2, "path": "2_Dense"}]
+INDEXES = {
+    "modules.json": [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}, {"idx": 2, "path": "2_Dense"}],
+    "router_config.json": {"types": {"query_0_SparseStaticEmbedding": "a.B", "document_0_MLMTransformer": "a.C"}},
+    "model_index.json": {"_class_name": ["my_pipeline", "P"], "unet": ["my_unet", "MyUNet"]},
+}
 
 
 def write(folder, name, content="{}"):
@@ -32,7 +50,7 @@ def write(folder, name, content="{}"):
     if name.endswith(".safetensors"):
         save_file({"x": torch.zeros(1)}, path)
     else:
-        path.write_text(json.dumps(MODULES) if name == "modules.json" else content)
+        path.write_text(json.dumps(INDEXES[name]) if content == "{}" and name in INDEXES else content)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -57,6 +75,50 @@ def test_code_that_a_configuration_names_goes_with_what_it_imports(tmp_path):
         write(tmp_path, name, "x = 1\n")
     plan = plan_files(tmp_path)
     assert {name for name, _ in plan.files} == {"model.safetensors", "config.json", "net.py", "parts.py", "layers.py"}
+
+
+def test_imports_of_a_models_code_are_followed_over_lines_and_folders(tmp_path):
+    write(tmp_path, "model.safetensors")
+    write(tmp_path, "config.json", '{"auto_map": {"AutoModel": "net.Net"}}')
+    write(tmp_path, "modules.json", '[{"path": "", "type": "own.Module"}]')
+    write(tmp_path, "own.py", "from .shared import x")
+    write(
+        tmp_path,
+        "net.py",
+        "from . import (\n    a,\n    b as c,\n)\nif True:\n    from .sub.mod import (\n  x,\n  y)\n",
+    )
+    write(tmp_path, "sub/mod.py", "from .deep import z\nfrom ..top import z\nfrom ...outside import z\n")
+    write(tmp_path, "custom_generate/generate.py", "from .steps import step")
+    used = ["a.py", "b.py", "shared.py", "top.py", "sub/__init__.py", "sub/deep.py", "custom_generate/steps.py"]
+    for name in (*used, "train.py", "sub/unused.py", "../outside.py"):
+        write(tmp_path, name, "x = 1\n")
+    assert [name for name, _ in plan_files(tmp_path).left_out] == ["sub/unused.py", "train.py"]
+
+
+def test_code_that_cannot_be_read_goes_alone(tmp_path):
+    write(tmp_path, "model.safetensors")
+    write(tmp_path, "modeling_my.py", "from .a import (")
+    write(tmp_path, "a.py", "x = 1")
+    assert dict(plan_files(tmp_path).left_out) == {"a.py": "not on the list; --include it if it is to be public"}
+
+
+def test_the_vocabulary_of_every_tokenizer_of_transformers_is_on_the_list():
+    names = set()
+    for file in Path(transformers.__file__).parent.glob("models/*/tokenization_*.py"):
+        for found in re.findall(r"VOCAB_FILES_NAMES = \{(.*?)\}", file.read_text(), re.DOTALL):
+            names |= set(re.findall(r":\s*\"([^\"]+)\"", found))
+    assert len(names) > 15
+    assert [name for name in sorted(names) if not is_tokenizer(name)] == []
+
+
+def test_what_somebody_may_miss_is_told_and_what_a_training_keeps_is_not(tmp_path):
+    write(tmp_path, "model.safetensors")
+    for name in ("optimizer.pt", "rng_state_0.pth", "training_args.bin", "checkpoint-5/x.bin", "runs/events", ".cache"):
+        write(tmp_path, name)
+    assert worth_telling(plan_files(tmp_path)) is None
+    write(tmp_path, "notes.txt")
+    write(tmp_path, "tokens.txt")
+    assert worth_telling(plan_files(tmp_path)).startswith("left out of the upload: notes.txt, tokens.txt; --include")
 
 
 NEVER = [

@@ -269,6 +269,13 @@ def test_what_make_model_cards_leaves_is_published_as_it_is(finished, hub, tmp_p
     assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
 
 
+def test_what_stays_out_is_named_when_it_is_published(finished, hub, caplog):
+    publish(finished, "tester/counting")
+    assert f"{finished}: left out of the upload: " in caplog.text
+    assert "notes.txt" in caplog.text
+    assert "optimizer.pt" not in caplog.text
+
+
 def test_a_directory_without_weights_is_refused(tmp_path, capsys):
     assert main(["publish", str(tmp_path), "x"]) == 1
     assert "holds no weights" in capsys.readouterr().err

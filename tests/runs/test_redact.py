@@ -29,6 +29,29 @@ def test_variables_that_only_sound_like_secrets_are_left_alone(name, monkeypatch
     assert SECRET not in known_secrets()
 
 
+FINGERPRINT = "7169605F62C751356D054A26A821E680E5FA6305"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("GPG_KEY", FINGERPRINT),
+        ("SORT_KEY", "learning_rate"),
+        ("SSH_PUBLIC_KEY", SECRET),
+        ("SECRET_NAME", "my-weights"),
+    ],
+)
+def test_what_a_variable_holds_that_reads_like_words_or_is_public_stays(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    assert redact_text(f"it is {value}, really") == f"it is {value}, really"
+
+
+@pytest.mark.parametrize(("name", "value"), [("GPG_KEY", "bm90" * 20), ("SORT_KEY", SECRET)])
+def test_a_key_that_does_not_look_harmless_is_hidden(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    assert value not in redact_text(f"it is {value}, really")
+
+
 @pytest.mark.parametrize("value", ["password", "Postgres", "transformers"])
 def test_a_password_that_is_a_common_word_does_not_hide_the_word(value, monkeypatch):
     monkeypatch.setenv("DB_PASSWORD", value)
@@ -48,6 +71,7 @@ FLAGS = (
         "db_pass",
         "aws_session_token",
     ),
+    *("hf_token_2", "password2", "API_KEY_1", "HF_TOKEN_WRITE", "secret_value", "creds"),
 )
 
 
@@ -89,6 +113,45 @@ def test_headers_that_let_somebody_in_are_hidden(text):
     assert SECRET not in redact_text(text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"machine api.wandb.ai login user password {SECRET}",
+        "wandb login " + "0a1b2c3d" * 5,
+        f'hub_token: str = "{SECRET}"',
+        f'os.environ["HF_TOKEN"] = "{SECRET}"',
+        f'"note": "its api_key: {SECRET}"',
+        f"<password>{SECRET}</password>",
+        f'<add key="ApiKey" value="{SECRET}"/>',
+        f"- name: HF_TOKEN\n  value: {SECRET}",
+        f'os.environ.setdefault("HF_TOKEN", "{SECRET}")',
+        f'parser.add_argument("--hub_token", default="{SECRET}")',
+        f'password: str = field(default="{SECRET}")',
+        f'password := ("{SECRET}")',
+        f"'password' => '{SECRET}'",
+        f'{{"password": [["{SECRET}"]]}}',
+        "https://hooks.slack.com/services/T01A2B3C4/B01A2B3C4/" + "a1B2" * 6,
+        "https://discord.com/api/webhooks/123456789012345678/" + "a1B2" * 17,
+        "https://x.blob.core.windows.net/c?sv=2022-11-02&sig=" + "a1B2" * 10 + "%3D",
+    ],
+)
+def test_other_ways_to_write_a_secret_down_are_known(text):
+    shown = redact_text(text)
+    assert "<redacted>" in shown
+    assert not any(part in shown for part in (SECRET, "0a1b2c3d", "a1B2a1B2"))
+
+
+def test_what_stands_deeper_under_a_secrets_name_is_hidden():
+    settings = {
+        "auth": {"token": {"value": SECRET}},
+        "api_keys": [SECRET],
+        "env": [{"name": "HF_TOKEN", "value": SECRET}, {"name": "LR", "value": "1e-3"}],
+    }
+    shown = redact(settings)
+    assert SECRET not in str(shown)
+    assert shown["env"][1] == {"name": "LR", "value": "1e-3"}
+
+
 SHAPES = (
     *(
         "hf_" + "a1B2" * 8,
@@ -98,6 +161,13 @@ SHAPES = (
         "sk-proj-" + "a1B2" * 9,
     ),
     *("AKIA" + "A1B2" * 4, "AIza" + "a1B2c" * 7, "xoxb-1234567890-" + "a1B2" * 4, "GOCSPX-" + "a1B2" * 7),
+    *(
+        "xapp-1-A0123456789-1234567890123-" + "ab12" * 16,
+        "hvs." + "a1B2" * 24,
+        "r8_" + "a1B2" * 9 + "x",
+        "gsk_" + "a1B2" * 13,
+    ),
+    *("nvapi-" + "a1B2" * 16, "xai-" + "a1B2" * 20, "dapi" + "0a1b" * 8, "KGAT_" + "0a1b" * 8, "sk_live_" + "a1B2" * 6),
 )
 
 
@@ -115,6 +185,11 @@ HARMLESS = (
     '{"eos_token": "</s>", "image_token": "<image>", "token": 50256}',
     "The password is asked for, the token: it names the secret of tokens.",
     "Bearer of bad news, basic training",
+    "bearer of_good_news_to_everybody_here",
+    "--user_token <|user|> --bot_token <bot> --api_token <api> --storage_key weights --s3_key train/data.json",
+    "--client_key client_id --hf_key text --auth basic --cookie no --ssh_key ~/.ssh/id --token 5 --pass 2",
+    '"user_token": "USER:", "bot_token": "BOT:"',
+    "sk-small-language-model-v1-base and task-sk-small-and-well-trained-model",
 )
 
 
