@@ -166,14 +166,14 @@ def _ruled(rates: tuple[float, float] = (0.5, 1.0), **settings: Any) -> Candidat
 def _schedule_free(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     from schedulefree import AdamWScheduleFree
 
-    return AdamWScheduleFree([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.6, 0.999))
+    return AdamWScheduleFree([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.8, 0.999))
 
 
 CANDIDATES: dict[str, Candidate] = {
     "adamw": Candidate(adamw(betas=(0.8, 0.999))),
     "adamw, constant rate": Candidate(adamw(betas=(0.8, 0.999)), constant=True),
     "adamw, schedule-free": Candidate(_schedule_free, constant=True),
-    "averaged": Candidate(sai(update="averaged", momentum=0.6), constant=True),
+    "averaged": Candidate(sai(update="averaged", momentum=0.8), constant=True),
     "factored": Candidate(sai(update="factored", momentum=0.8)),
     "factored, B x 4": _ruled(ratio=4.0),
     "factored, A x 4": _ruled(ratio=0.25),

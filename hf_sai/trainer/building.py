@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _RULES: dict[str, dict[str, Any]] = {
     "sgd_sai": {},
     "sgd_sai_factored": {"update": "factored", "momentum": 0.8},
-    "sgd_sai_averaged": {"update": "averaged", "momentum": 0.6},
+    "sgd_sai_averaged": {"update": "averaged", "momentum": 0.8},
     "sgd_sai_orthogonal": {"update": "orthogonal"},
 }
 _MOMENTA: dict[str, dict[str, Any]] = {"": {}, "_8bit": {"momentum_dtype": "8bit"}, "_4bit": {"momentum_dtype": "4bit"}}

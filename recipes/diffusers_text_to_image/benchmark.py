@@ -57,7 +57,7 @@ CANDIDATES = {
     "sgd_sai, factored gradient": Candidate(sai(update="factored"), (2e-3, 4e-3, 8e-3)),
     "sgd_sai, factored gradient, momentum 0.8": Candidate(sai(update="factored", momentum=0.8), (2e-3, 4e-3, 8e-3)),
     "sgd_sai, averaged": Candidate(
-        sai(update="averaged", momentum=0.6), (2e-3, 4e-3, 8e-3), {"lr_scheduler_type": "constant_with_warmup"}
+        sai(update="averaged", momentum=0.8), (2e-3, 4e-3, 8e-3), {"lr_scheduler_type": "constant_with_warmup"}
     ),
     # 0.1 is what the paper takes for a diffusion LoRA.
     "sgd_sai": Candidate(sai(), (0.0125, 0.025, 0.05, 0.1)),

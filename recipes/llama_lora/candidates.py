@@ -36,7 +36,7 @@ CANDIDATES = {
     "sgd_sai, factored gradient": Candidate(sai(update="factored"), (2.5e-3, 5e-3, 1e-2)),
     "sgd_sai, factored gradient, momentum 0.8": Candidate(sai(update="factored", momentum=0.8), (2.5e-3, 5e-3, 1e-2)),
     "sgd_sai, averaged": Candidate(
-        sai(update="averaged", momentum=0.6), (2.5e-3, 5e-3, 1e-2), {"lr_scheduler_type": "constant_with_warmup"}
+        sai(update="averaged", momentum=0.8), (2.5e-3, 5e-3, 1e-2), {"lr_scheduler_type": "constant_with_warmup"}
     ),
     "sgd_sai, 8-bit momentum": Candidate(sai(momentum_dtype="8bit"), (2e-2, 4e-2, 8e-2)),
     "sgd_sai, 4-bit momentum": Candidate(sai(momentum_dtype="4bit"), (2e-2, 4e-2, 8e-2)),
