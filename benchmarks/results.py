@@ -22,7 +22,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes.common lies in the repository's root
 
+from benchmarks.lora_rules.__main__ import table as lora_table
+from benchmarks.lora_rules.rules import CANDIDATES
 from benchmarks.quality.optimizers import RIVALS, VARIANTS
+from benchmarks.quality.tables import reported as quality_reported
 from benchmarks.quality.tables import tables as quality_tables
 from hf_sai.cli.main import SUBCOMMANDS
 from hf_sai.optim.options import OPTIONS
@@ -38,8 +41,8 @@ BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- /results -->)", re.D
 ADAMW, SHORT, PUBLISHED = "adamw", "adamw, beta1 0.8", "sgd_sai"
 FACTORED, PRESET = "sgd_sai, factored gradient", "sgd_sai, factored gradient, momentum 0.8"
 PRESET_8BIT = PRESET + ", 8 bits"
-ORTHOGONAL = "sgd_sai, orthogonal"
-RULES_AND_ADAMW = {"adamw", "published", "factored", "orthogonal"}
+ORTHOGONAL, AVERAGED = "sgd_sai, orthogonal", "sgd_sai, averaged"
+RULES_AND_ADAMW = {"adamw", "published", "factored", "averaged", "orthogonal"}
 #: What the settings of a GPT-2 sweep are called elsewhere; the runs were made when `update` was `normalize_gradient`.
 GPT2_SWEEP = {
     "demo_adamw": {"": ADAMW, "--adam_beta1 0.8": SHORT},
@@ -207,7 +210,7 @@ def linked(task: str, *, folder: str = "../recipes") -> str:
 
 def speed_rows(model: str) -> dict[str, dict]:
     rows = {}
-    for name in ("orthogonal_speed", "step_speed"):  # the baseline is the latter's
+    for name in ("orthogonal_speed", "averaged_speed", "step_speed"):  # the baseline is the latter's
         report = json.loads((ROOT / "docs" / "research" / f"{name}.json").read_text())
         found = next((entry["rows"] for entry in report["models"] if entry["model"] == model), [])
         rows |= {row["optimizer"]: row for row in found}
@@ -224,21 +227,28 @@ def headline(results: dict) -> str:
     }
     rows = []
     for task, title in titles.items():
-        names = (ADAMW, best_adamw(results, task), ORTHOGONAL, PRESET, PUBLISHED)
+        names = (ADAMW, best_adamw(results, task), ORTHOGONAL, AVERAGED, PRESET, PUBLISHED)
         if task == "vit_classification":
             rows.append([title, *bold_best([accuracy(results, name) for name in names], max)])
         else:
             rows.append([title, *bold_best([loss(results, task, name) for name in names])])
-    gpt2 = speed_rows("gpt2")
-    adamw, *ours = (
-        gpt2[name] for name in ("torch AdamW, fused", "SGD-SaI, orthogonal", "SGD-SaI, factored gradient", "SGD-SaI")
+    tuned = ("adamw", "orthogonal", "averaged", "factored", "published")
+    rows.append(
+        [
+            "a ViT that AdamW pretrained, fine-tuned, test loss",
+            "",
+            *bold_best([test_loss("vit_full", n) for n in tuned]),
+        ]
     )
+    gpt2 = speed_rows("gpt2")
+    kinds = ("orthogonal", "averaged", "factored gradient")
+    adamw, *ours = (gpt2[name] for name in ("torch AdamW, fused", *(f"SGD-SaI, {kind}" for kind in kinds), "SGD-SaI"))
     bytes_each = [f"{row['state_bytes_per_parameter']:.2f}" for row in (adamw, adamw, *ours)]
     rows.append(["optimizer state, bytes per parameter", *bytes_each])
     ratios = ["1", "1", *(f"{row['ratio']['median']:.{0 if row['ratio']['median'] > 10 else 2}f}" for row in ours)]
     rows.append(["time of the step on a CPU, GPT-2 small", *ratios])
     settings = {setting(best_adamw(results, task)) for task in titles}
-    ours = ("`sgd_sai_orthogonal`", "`sgd_sai_factored`", "`sgd_sai`, published")
+    ours = ("`sgd_sai_orthogonal`", "`sgd_sai_averaged`", "`sgd_sai_factored`", "`sgd_sai`, published")
     best = f"AdamW, {settings.pop()}" if len(settings) == 1 else "AdamW, its best setting"
     return markdown_table(["evaluation loss", "AdamW", best, *ours], rows)
 
@@ -252,6 +262,7 @@ def which_update(results: dict) -> str:
     """docs/which_update.md: every choice of the page on every task, AdamW's best setting named in its cell."""
     ours = {
         "sgd_sai_orthogonal": ORTHOGONAL,
+        "sgd_sai_averaged": AVERAGED,
         "sgd_sai_factored": PRESET,
         "sgd_sai_factored_8bit": PRESET_8BIT,
         "sgd_sai": PUBLISHED,
@@ -472,17 +483,40 @@ def options(results: dict) -> str:
     return table.replace("--:", ":--")
 
 
+def of_quality(task: str, names: Iterable[str]) -> tuple[dict[str, Results], dict[str, int]]:
+    """What benchmarks/quality has kept of a task, by the optimizer, and the task's own steps and rows in a step."""
+    folder = ROOT / "benchmarks" / "quality" / "results" / task
+    files = [file for name in sorted(names) if (file := folder / f"{name}.json").is_file()]
+    stores = {file.stem: Results(file, {}) for file in files}
+    lengths = [(run["steps"], run["batch_size"]) for store in stores.values() for run in store.runs]
+    steps, rows = max(set(lengths), key=lengths.count)  # other lengths are tried less
+    return stores, {"steps": steps, "batch_size": rows}
+
+
+def test_loss(task: str, name: str) -> str:
+    """Mean and standard deviation on the test rows, at the best settings, over the seeds that chose nothing."""
+    stores, own = of_quality(task, [name])
+    losses = [run["test_loss"] for run in quality_reported(stores[name], name, **own)]
+    return f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+
+
 def rivals(task: str, names: Iterable[str]) -> Callable[[dict], str]:
     """What benchmarks/quality measured on a task: every optimizer that was repeated with the seeds that report."""
 
     def table(_: dict) -> str:
-        folder = ROOT / "benchmarks" / "quality" / "results" / task
-        files = [file for name in sorted(names) if (file := folder / f"{name}.json").is_file()]
-        stores = {file.stem: Results(file, {}) for file in files}
-        lengths = [(run["steps"], run["batch_size"]) for store in stores.values() for run in store.runs]
-        steps, rows = max(set(lengths), key=lengths.count)  # the task's own: other lengths are tried less
-        lines = quality_tables(stores, steps=steps, batch_size=rows).split("\n\n")[0].splitlines()
+        stores, own = of_quality(task, names)
+        lines = quality_tables(stores, **own).split("\n\n")[0].splitlines()
         return "\n".join(line for line in lines if "not yet" not in line)
+
+    return table
+
+
+def lora_rules(steps: int) -> Callable[[dict], str]:
+    """What benchmarks/lora_rules measured on SmolLM2 in so many steps."""
+
+    def table(_: dict) -> str:
+        file = ROOT / "benchmarks" / "lora_rules" / "results" / f"smollm2_rank_8_steps_{steps}.json"
+        return lora_table(Results(file, {}), list(CANDIDATES))
 
     return table
 
@@ -502,6 +536,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "step-speed": step_speed,
     "options": options,
     **{task.replace("_", "-"): search_table(task) for task in TASKS},
+    **{f"lora-rules-{steps}": lora_rules(steps) for steps in (60, 300)},
     "variants-vit": rivals("vit", RULES_AND_ADAMW | VARIANTS.keys()),
     **{f"rivals-{task.replace('_', '-')}": rivals(task, RIVALS) for task in ("gpt2", "vit", "vit_full", "bert_class")},
 }

@@ -110,6 +110,7 @@ OPTIMIZERS: dict[str, Callable[[Named], torch.optim.Optimizer]] = {
     "SGD-SaI, foreach": sai(foreach=True),
     "SGD-SaI, plain loop": sai(foreach=False),
     "SGD-SaI, factored gradient": sai(update="factored"),
+    "SGD-SaI, averaged": sai(update="averaged"),
     "SGD-SaI, orthogonal": orthogonal,
     "SGD-SaI, bfloat16 momentum": sai(momentum_dtype=torch.bfloat16),
     "SGD-SaI, 8-bit momentum": sai(momentum_dtype="8bit"),

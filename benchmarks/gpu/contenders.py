@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sai import SGDSaI, param_groups
+from hf_sai.optim import rules
 from hf_sai.optim.update import KERNELS, Kernel
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "OFFICIAL",
     "PATHS",
     "RIVALS",
+    "RULES",
     "SGD",
     "Contender",
     "TorchMuon",
@@ -29,6 +31,9 @@ __all__ = [
 ]
 
 ADAMW, SGD, MUON = "torch AdamW, fused", "torch SGD with momentum, fused", "torch Muon (AdamW elsewhere)"
+
+#: Those that kernels of ours update; "averaged" is torch's own operations, with its mean in float32.
+RULES = [name for name, rule in rules.RULES.items() if not rule.averages]
 
 #: How an update of full precision can be made -> (options, kernels that are left out).
 PATHS: dict[str, tuple[dict[str, Any], str]] = {

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.contenders import PATHS, groups_of, kernels
+from benchmarks.gpu.contenders import PATHS, RULES, groups_of, kernels
 from benchmarks.gpu.part import ROOT, Part
 from hf_sai import SGDSaI, sgd_sai
-from hf_sai.optim.rules import RULES
 
 sys.path.append(str(ROOT / "tests"))
 from reference import ReferenceSGDSaI

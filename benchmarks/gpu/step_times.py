@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.gpu.contenders import ADAMW, MUON, OFFICIAL, PATHS, RIVALS, SGD, Contender, kernels, sai
+from benchmarks.gpu.contenders import ADAMW, MUON, OFFICIAL, PATHS, RIVALS, RULES, SGD, Contender, kernels, sai
 from benchmarks.gpu.models import causal_lm, layers_that_fit, with_gradients
 from benchmarks.gpu.part import Part
-from hf_sai.optim.rules import RULES
 from hf_sai.runs.meters import state_bytes
 from recipes.common.comparison import step_time_ratio
 

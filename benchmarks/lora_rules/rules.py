@@ -174,6 +174,8 @@ CANDIDATES: dict[str, Candidate] = {
     "adamw, constant rate": Candidate(adamw(betas=(0.8, 0.999)), constant=True),
     "adamw, schedule-free": Candidate(_schedule_free, constant=True),
     "averaged": Candidate(sai(update="averaged", momentum=0.8), constant=True),
+    "averaged, momentum 0.6": Candidate(sai(update="averaged", momentum=0.6), constant=True),
+    "averaged, decaying rate": Candidate(sai(update="averaged", momentum=0.8)),
     "factored": Candidate(sai(update="factored", momentum=0.8)),
     "factored, B x 4": _ruled(ratio=4.0),
     "factored, A x 4": _ruled(ratio=0.25),

@@ -55,7 +55,9 @@ def completed(p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
     return {**state, SHAPE_KEY: torch.empty((*p.shape, 0), device=p.device)}
 
 
-def read(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Incoming]:
+def read(
+    state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], *, flat: bool = False
+) -> tuple[dict[str, Any], Incoming]:
     """Check a state dict, all of whose load hooks have run, and part it into what torch loads and what it must not.
 
     Where saved and present parameters have the same names in another order, the state goes by the names; else, as
@@ -64,6 +66,7 @@ def read(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[
     Args:
         state_dict: As ``Optimizer.state_dict()`` gives it.
         groups: The optimizer's parameter groups as they are.
+        flat: Whether their tensors are many parameters each, which have a list of g-SNRs.
 
     Returns:
         The state dict without tensors, and these; every one has been brought into its form.
@@ -72,7 +75,7 @@ def read(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[
         ValueError: It was written by another optimizer, or for other parameters.
     """
     try:
-        return _checked(state_dict, groups)
+        return _checked(state_dict, groups, flat)
     except torch.OutOfMemoryError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
@@ -80,7 +83,9 @@ def read(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[
         raise ValueError(f"The state is damaged, or none that an optimizer saves ({told}). {_FRESH}") from error
 
 
-def _checked(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Incoming]:
+def _checked(
+    state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], flat: bool
+) -> tuple[dict[str, Any], Incoming]:
     saved_groups = state_dict["param_groups"]
     if any("momentum" not in group or "eps" not in group for group in saved_groups):
         keys = ", ".join(sorted(map(str, saved_groups[0].keys() - {"params", "param_names"})))
@@ -105,7 +110,7 @@ def _checked(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> tu
         if not state:
             continue
         _require_ours(name, state)
-        if isinstance(state.get("gsnr"), list) and p.dim() != 1:  # only of a flat tensor
+        if isinstance(state.get("gsnr"), list) and not flat:
             raise _damaged(name, "gsnr")
         steps = state.get("averaged_steps", 0)
         if not isinstance(steps, Tensor) and not (type(steps) is int and 0 <= steps < 2**63):

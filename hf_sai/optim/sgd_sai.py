@@ -246,7 +246,7 @@ class SGDSaI(Optimizer):
         """
 
         def part(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            loaded, self._incoming = read(loaded, self.param_groups)
+            loaded, self._incoming = read(loaded, self.param_groups, flat=not self.layout.whole)
             return loaded
 
         hook = self.register_load_state_dict_pre_hook(part)  # the last one: it sees what all others have made

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import correctness, report, step_times
-from benchmarks.gpu.contenders import ADAMW, RIVALS
-from hf_sai.optim.rules import RULES
+from benchmarks.gpu.contenders import ADAMW, RIVALS, RULES
 
 pytestmark = pytest.mark.timeout(1800)  # whichever test comes first runs all parts
 

@@ -111,6 +111,7 @@ STATES = [
     {},
     {"update": "factored"},
     {"update": "rows"},
+    {"update": "averaged"},
     {"momentum_dtype": "8bit"},
     {"momentum_dtype": torch.bfloat16},
 ]

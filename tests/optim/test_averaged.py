@@ -190,3 +190,16 @@ def test_a_damaged_sum_of_weights_is_refused(value):
     state["state"][0]["weight_sum"] = value
     with pytest.raises(ValueError, match="weight_sum"):
         optimizer_of(Tiny()).load_state_dict(state)
+
+
+def test_a_list_of_gsnrs_is_refused_where_no_tensor_is_flat():
+    """Only ZeRO's flat tensors have one; a vector that got it failed in its first step."""
+    model = Tiny()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(2))
+    state = optimizer.state_dict()
+    state["state"][1]["gsnr"] = [1.0, 2.0]
+    fresh = optimizer_of(Tiny())
+    with pytest.raises(ValueError, match="gsnr"):
+        fresh.load_state_dict(state)
+    assert not fresh.state
