@@ -3,11 +3,12 @@
 import pytest
 from launch import run_ranks
 
+from hf_sai.distributed.stretch import NOT_WHOLE
 from hf_sai.optim.rules import RULES
 
 CASES = [
     *((engine, rule) for engine in ("ddp", "fsdp2") for rule in RULES),
-    *(("fsdp1", rule) for rule in RULES if rule != "orthogonal"),
+    *(("fsdp1", rule) for rule in RULES if rule not in NOT_WHOLE[0]),
 ]
 
 
