@@ -95,9 +95,9 @@ def main(argv: list[str] | None = None) -> dict:
     checkpoint = find_checkpoint(args, args.restart, marker=STATE_FILE)
     optimizer_settings = read_settings(args)
     accelerator = make_accelerator(args)
+    set_seed(args.seed)  # before the parts: a new UNet draws its weights
     parts = load_parts(args)
     splits = load_splits(args)
-    set_seed(args.seed)
     model = make_trainable(parts, args, accelerator)
     optimizer = build_optimizer(optimizer_settings, model)
     schedule = make_schedule(optimizer, args)

@@ -95,6 +95,14 @@ def test_lora_loads_with_diffusers_and_changes_the_images(arguments, tiny, tmp_p
     assert all(value.abs().max() > 0 for value in found)  # B begins at zero
 
 
+def test_new_unet_begins_with_the_seed_s_weights(arguments):
+    more = ["--train", "full", "--new_unet", "true", "--max_steps", "1", "--restart", "true"]
+    first = train.main([*arguments, *more])
+    assert train.main([*arguments, *more]) == first
+    other = train.main([*arguments, *more, "--seed", "1"])
+    assert other["before"] != first["before"]
+
+
 def test_gradient_checkpointing_gives_the_same_weights(arguments, tmp_path):
     more = ["--train_text_encoder", "true", "--max_steps", "2", "--restart", "true"]
     train.main([*arguments, *more])
