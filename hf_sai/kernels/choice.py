@@ -19,7 +19,7 @@ from torch import Tensor
 from hf_sai.kernels import bitsandbytes_8bit, torch_fused
 from hf_sai.optim.layout import Part
 from hf_sai.optim.rules.factored import FASTER
-from hf_sai.optim.update import KERNELS, Choice, Kernel, Takes, is_ordinary
+from hf_sai.optim.update import KERNELS, ORDINARY, Choice, Kernel, Takes
 
 __all__ = ["compiled_module"]
 
@@ -86,7 +86,7 @@ KERNELS[:] = [
 def _wanted(part: Part) -> str | None:
     """The module whose kernels make the factors of a part, if it is one that they could take and options allow them."""
     p, group = part.param, part.group
-    if part.grad is None or not is_ordinary(p):
+    if part.grad is None or type(p) not in ORDINARY:
         return None
     if type(part) is not Part and (part.holders() or part.boxes(part.grad) is not None):
         return None

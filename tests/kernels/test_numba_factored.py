@@ -42,6 +42,14 @@ def factors_of(g, how):
     return RULES[how].factors(parts)[0]
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 3)], ids=str)
+def test_tensors_of_no_elements_are_updated_like_any_other(shape):
+    p, g, m = (torch.ones(shape) for _ in range(3))
+    ones = torch.ones([1] * len(shape))
+    sgd_sai([p], [g], [m], [1.0], grad_factors=[(ones, ones)], lr=0.1, momentum=0.9, weight_decay=0.1)
+    assert p.shape == m.shape == shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("piece", [1 << 20, 70], ids=["one piece", "pieces"])
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf, 1e30], ids=str)
