@@ -141,7 +141,8 @@ def _shaped(text: str, secrets: tuple[str, ...], detectors: list[Any]) -> tuple[
             start = text.find(value)
             if start >= 0 and _stands_alone(text, start, value) and not (_is_made_up(value) or _is_harmless(value, "")):
                 found.append((start, f"what looks like one ({detector.secret_type})"))
-    return min((*own, *(find for find in found if _ALLOWED not in _line(text, find[0]))), default=None)
+    either = sorted([*own, *found])
+    return next((find for find in either if find in own or _ALLOWED not in _line(text, find[0])), None)
 
 
 def _stands_alone(text: str, start: int, value: str) -> bool:

@@ -33,7 +33,7 @@ _SECRET_NAME = re.compile(
 _SECRET_VARIABLE = re.compile(r"(?:^|_)(?:SECRET|PASSWD|PASS|PWD|PASSPHRASE)$|PASSWORD$|^PG\w*PASS$")
 #: Names whose value is a secret unless it reads like words, of which no service makes a key.
 _DOUBTFUL_NAME = re.compile(
-    r"(?:^|[_.-])(?:secrets|passwords|credentials?|creds|authorization|auth|bearer|cookie"
+    r"(?:^|[_.-])(?:secrets|passwords|credentials?|creds|authorization|auth|bearer|cookie|pw"
     r"|(?:storage|account|service|master|license|ssh|admin|client|deploy|hub|hf|azure|aws|gcp|google|s3)"
     r"[_-]?keys?(?:[_-]id)?)$",
     re.IGNORECASE,
@@ -129,6 +129,7 @@ _TAG = re.compile(
     r"|\b(?:name|key)[\"']?\s*[:=]\s*[\"']?(?P<key>[A-Za-z_][\w.-]*)[\"']?,?\s*[\"']?value[\"']?\s*[:=]\s*"
     r"|(?:\bsetenv|\bsetx|\bset -\w+|\bENV|%env)[ ]+(?P<variable>[A-Za-z_]\w*)[ ]+(?=[^\s=])"
 )
+_FLAG = re.compile(r"--?[A-Za-z][\w.-]*")
 _VALUE = re.compile(r"\\\"[^\"\\]*\\\"|\"[^\"]*\"|'[^']*'(?:\"'\"'[^']*')*|[^\s\"'&,;}\])](?:(?!</)[^\s\"'&,;}\]])*")
 #: What none of the above can do without; most strings of a record have none of it and are left at once.
 _MAYBE = re.compile(
@@ -222,7 +223,7 @@ def redact_words(words: Sequence[str]) -> list[str]:
     shown: list[str] = []
     for before, word in zip(["", *words], words, strict=False):
         name, equals, value = word.partition("=")
-        if before.startswith("-") and "=" not in before and is_secret_name(before, word) and not word.startswith("--"):
+        if _FLAG.fullmatch(before) and is_secret_name(before, word) and not word.startswith("--"):
             shown.append(REDACTED)
         elif equals and value and re.fullmatch(r"[+-]*[A-Za-z_][\w.-]*", name) and is_secret_name(name, value):
             shown.append(f"{name}={REDACTED}")
@@ -260,7 +261,7 @@ def named_entries(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from named_entries(value, _key_of(content, str(inner), key))
     elif isinstance(content, list):
         for before, value in zip([None, *content], content, strict=False):
-            is_flag = isinstance(before, str) and re.match(r"--?[A-Za-z][\w.-]*$", before)
+            is_flag = isinstance(before, str) and _FLAG.fullmatch(before)
             yield from named_entries(value, before if is_flag and isinstance(value, str) else key)
     elif isinstance(content, str) or _is_password_of_digits(key, content):
         yield key, str(content)
@@ -307,9 +308,8 @@ def _is_password_of_digits(key: str, value: Any) -> bool:
 
 
 def _items(value: Sequence[Any]) -> Sequence[Any]:
-    """A list of words may be a command's, where a flag's value follows it; what has blanks is a text."""
-    are_words = all(isinstance(item, str) and " " not in item for item in value)
-    return redact_words(value) if are_words else value
+    """A list of texts may be a command's words, where a flag's value follows it."""
+    return redact_words(value) if all(isinstance(item, str) for item in value) else value
 
 
 def _is_telling(name: str, value: str) -> bool:

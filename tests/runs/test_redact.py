@@ -146,6 +146,13 @@ def test_other_ways_to_write_a_secret_down_are_known(text):
     assert not any(part in shown for part in (SECRET, "0a1b2c3d", "a1B2a1B2"))
 
 
+def test_a_flags_value_is_hidden_in_a_list_of_words_some_of_which_have_blanks():
+    shown = redact({"argv": ["train.py", "--prompt", "a photo", "--password", SECRET, "--pw", f"{SECRET} b"]})
+    assert shown == {"argv": ["train.py", "--prompt", "a photo", "--password", "<redacted>", "--pw", "<redacted>"]}
+    texts = {"notes": ["- hub_token", "read from the environment", "-- password", "asked for at the prompt"]}
+    assert redact(texts) == texts
+
+
 def test_what_stands_deeper_under_a_secrets_name_is_hidden():
     settings = {
         "auth": {"token": {"value": SECRET}},
