@@ -99,7 +99,7 @@ class PublishPlan:
 
     files: tuple[tuple[str, int], ...]
     left_out: tuple[tuple[str, str], ...]
-    written: tuple[int, ...] = ()
+    written: tuple[int, ...]
 
     @property
     def total_bytes(self) -> int:

@@ -308,8 +308,11 @@ def _is_password_of_digits(key: str, value: Any) -> bool:
 
 
 def _items(value: Sequence[Any]) -> Sequence[Any]:
-    """A list of texts may be a command's words, where a flag's value follows it."""
-    return redact_words(value) if all(isinstance(item, str) for item in value) else value
+    """A list of texts may be a command's words, where a flag's value follows it; ``a=b c`` is left to ``_clean``."""
+    if not all(isinstance(item, str) for item in value):
+        return value
+    shown = zip(value, redact_words(value), strict=True)
+    return [item if " " in item and clean != REDACTED else clean for item, clean in shown]
 
 
 def _is_telling(name: str, value: str) -> bool:
