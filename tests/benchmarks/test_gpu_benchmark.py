@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,9 +30,38 @@ KILLED = FINE.replace('"fine"', '"killed"') + "    import os, signal; os.kill(os
 ENDLESS = "import time; time.sleep(600)"
 
 
-def run(*arguments):
-    environment = {**os.environ, "PYTHON": sys.executable}
-    return subprocess.run([RUN, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=900)
+#: In Python's place: tells its own number and its arguments, then does what a test wants.
+STAND_IN = """#!/bin/bash
+cd {folder}; echo $$ >>pids; echo "$2" >>begun
+{does}
+"""
+
+
+def run(*arguments, python=sys.executable, script=RUN, **more):
+    environment = {**os.environ, "PYTHON": str(python), **more}
+    command = [script, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def stand_in(folder, does):
+    path = folder / "python"
+    path.write_text(STAND_IN.format(folder=folder, does=does))
+    path.chmod(0o755)
+    return path
+
+
+def until(true, seconds=60):
+    last = time.monotonic() + seconds
+    while not true() and time.monotonic() < last:
+        time.sleep(0.05)
+    assert true()
+
+
+def lives(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +155,79 @@ def test_options_that_mean_nothing_are_refused(tmp_path):
     for arguments, said in (
         (["--rehears"], "--rehears is no option"),
         ([tmp_path, "quality"], "quality is no PART:SECONDS"),
+        ([tmp_path, "quality:-5"], "quality:-5 is no PART:SECONDS"),
+        ([tmp_path, "quality:08"], "quality:08 is no PART:SECONDS"),
+        ([tmp_path, "quality:99999999999999999999"], "is no PART:SECONDS"),
         ([tmp_path, "speed:5"], "there is no part speed"),
+        ([tmp_path, "models:5"], "there is no part models"),  # a file beside the parts, which measures nothing
+        ([tmp_path, "run.sh:5"], "there is no part run.sh"),
     ):
         ran = run(*arguments)
         assert ran.returncode == 2
         assert said in ran.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.longer
+def test_what_an_earlier_run_left_is_not_taken_for_this_one(tmp_path):
+    for name in ("correctness", "engines"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    ran = run(tmp_path, "correctness:0")
+    assert "correctness: cut off after 0 seconds" in ran.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["engines.json", "log.txt"]
+
+
+@pytest.mark.longer
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_what_was_started_and_a_second_run_waits_for_no_part(number, status, tmp_path):
+    python, out = stand_in(tmp_path, "exec sleep 600"), tmp_path / "out put"
+    command = [RUN, "out put", "quality:600"]
+    environment = {**os.environ, "PYTHON": str(python)}
+    ran = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    until(lambda: (tmp_path / "pids").is_file())
+    second = run(out, "engines:5", python=python)
+    assert (second.returncode, second.stderr.splitlines()[0]) == (2, f"run.sh: another run still writes into {out}")
+    ran.send_signal(number)
+    assert ran.wait(60) == status
+    for process in (tmp_path / "pids").read_text().split():
+        until(lambda process=process: not lives(process))
+    assert (out / "log.txt").read_text().endswith("== ended by a signal\n")
+
+
+@pytest.mark.longer
+def test_the_text_is_made_before_anything_is_timed_and_takes_no_more_than_its_time(tmp_path):
+    does = 'if [[ $2 == *.text ]]; then sleep 2; touch made; else [[ $2 == *.correctness || -f made ]]; fi'
+    parts = ("correctness:60", "step_times:60", "quality:60")
+    ran = run(tmp_path / "out", *parts, python=stand_in(tmp_path, does))
+    assert ran.stdout.count(": complete") == 3, ran.stdout
+    ran = run(tmp_path / "out", "quality:2", python=stand_in(tmp_path, "exec sleep 600"))
+    assert "quality: cut off after 0 seconds" in ran.stdout
+    for process in (tmp_path / "pids").read_text().split():
+        until(lambda process=process: not lives(process))
+
+
+@pytest.mark.longer
+def test_wheels_that_cannot_be_installed_stop_no_part(tmp_path):
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "broken-1-py3-none-any.whl").write_text("no archive")
+    for name in ("benchmarks", "hf_sai", "recipes", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "fine.py").write_text(FINE)
+    script = tmp_path / "benchmarks" / "gpu" / "run.sh"
+    ran = run("--rehearse", tmp_path / "out", f"{tmp_path}/fine.py:60", script=script)
+    assert ran.returncode == 1
+    assert "wheels/ cannot be installed here" in ran.stdout
+    assert json.loads((tmp_path / "out" / "fine.json").read_text())["status"] == "complete"
+
+
+@pytest.mark.longer
+def test_the_log_is_whole_when_the_run_has_ended(tmp_path):
+    (tmp_path / "tee").write_text('#!/bin/sh\nsleep 1\nexec /usr/bin/tee "$@"\n')
+    (tmp_path / "tee").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with open(os.devnull, "w") as nowhere:  # a pipe would be waited for
+        subprocess.run([RUN, tmp_path / "out", "engines:0"], env=environment, stdout=nowhere, stderr=nowhere)
+    assert "1 parts, 1 failed or cut off" in (tmp_path / "out" / "log.txt").read_text()
 
 
 # --- the page
