@@ -196,7 +196,7 @@ def test_a_signal_ends_what_was_started_and_a_second_run_waits_for_no_part(numbe
 
 @pytest.mark.longer
 def test_the_text_is_made_before_anything_is_timed_and_takes_no_more_than_its_time(tmp_path):
-    does = 'if [[ $2 == *.text ]]; then sleep 2; touch made; else [[ $2 == *.correctness || -f made ]]; fi'
+    does = "if [[ $2 == *.text ]]; then sleep 2; touch made; else [[ $2 == *.correctness || -f made ]]; fi"
     parts = ("correctness:60", "step_times:60", "quality:60")
     ran = run(tmp_path / "out", *parts, python=stand_in(tmp_path, does))
     assert ran.stdout.count(": complete") == 3, ran.stdout
