@@ -27,13 +27,13 @@ __all__ = [
     "TorchMuon",
     "groups_of",
     "kernels",
+    "needed",
     "sai",
 ]
 
 ADAMW, SGD, MUON = "torch AdamW, fused", "torch SGD with momentum, fused", "torch Muon (AdamW elsewhere)"
 
-#: Those that kernels of ours update; "averaged" is torch's own operations, with its mean in float32.
-RULES = [name for name, rule in rules.RULES.items() if not rule.averages]
+RULES = list(rules.RULES)
 
 #: How an update of full precision can be made -> (options, kernels that are left out).
 PATHS: dict[str, tuple[dict[str, Any], str]] = {
@@ -72,6 +72,11 @@ def groups_of(
     return param_groups(model, lr=lr, weight_decay=weight_decay, update=rule, **more)
 
 
+def needed(rule: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The options without which a rule does not train parameters of a dtype: a mean of them is kept in float32."""
+    return {"momentum_dtype": torch.float32} if rules.RULES[rule].averages and dtype != torch.float32 else {}
+
+
 def sai(rule: str, label: str = "", without: str = "", **options: Any) -> Contender:
     """SGD-SaI.
 
@@ -84,7 +89,8 @@ def sai(rule: str, label: str = "", without: str = "", **options: Any) -> Conten
 
     def build(model: nn.Module, lr: float, weight_decay: float) -> SGDSaI:
         groups = groups_of(model, rule, lr, weight_decay)
-        optimizer = SGDSaI(groups, lr=lr, weight_decay=weight_decay, update=rule, **options)
+        of_rule = needed(rule, next(model.parameters()).dtype)
+        optimizer = SGDSaI(groups, lr=lr, weight_decay=weight_decay, update=rule, **of_rule, **options)
         if without:
             original = optimizer.step
 

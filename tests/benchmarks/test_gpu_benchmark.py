@@ -92,7 +92,7 @@ def test_the_rehearsal_finds_every_rule_and_path_right(rehearsal):
     for rule in RULES:
         assert {f"{rule}, {path}, bfloat16" for path in correctness.PATHS} <= set(cases)
         assert {f"{rule}, default, {what}" for what in ("no step waits", "two streams", "graph capture")} <= set(cases)
-    assert "published, torch.compile of the step" in cases
+        assert rule == "averaged" or f"{rule}, torch.compile of the step" in cases
 
 
 @pytest.mark.longer
@@ -283,8 +283,67 @@ def test_a_file_of_a_part_that_was_cut_off_at_once_makes_a_page():
         for name in report.PARTS
     }  # fmt: skip
     text = report.page(results)
-    assert "- a row: OutOfMemoryError: x" in text
-    assert "- quality: cut off" in text
+    assert "- a row: `OutOfMemoryError: x`" in text
+    assert "- quality: `cut off`" in text
+    assert "None" not in text
+
+
+def measured(folder, name, **more):
+    machine = dict.fromkeys(("card", "date", "python", "torch", "cuda", "triton", "transformers", "numba"), "x")
+    environment = {**machine, "bitsandbytes": "x", **more.pop("environment", {})}
+    content = {"part": name, "status": "complete", "seconds": 1.0, "rehearsal": False, "environment": environment,
+               "results": {}, "not_measured": {}, "warnings": [], **more}  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "quality.json is no JSON"),
+        ("[]", "quality.json is no JSON of a part"),
+        ("{}", "quality.json was not written by the part quality"),
+        ('{"part": "engines"}', "quality.json was not written by the part quality"),
+        ('{"part": "quality"}', "holds what no part of this version writes \\(KeyError: 'environment'\\)"),
+    ],
+)
+def test_a_file_that_no_part_has_written_is_refused_and_nothing_is_written(content, said, tmp_path):
+    measured(tmp_path / "in", "correctness")
+    (tmp_path / "in" / "quality.json").write_text(content)
+    with pytest.raises(SystemExit, match=said):
+        report.main([str(tmp_path / "in"), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_two_machines_are_not_mixed(tmp_path):
+    measured(tmp_path, "correctness")
+    measured(tmp_path, "quality", environment={"card": "another", "date": "y"})
+    with pytest.raises(SystemExit, match=r"card of correctness\.json is x, of quality\.json another"):
+        report.main([str(tmp_path), "--output", str(tmp_path)])
+    measured(tmp_path, "quality", environment={"date": "y"})
+    report.main([str(tmp_path), "--output", str(tmp_path)])
+    assert "x, x and y; python x" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_rehearsal_does_not_reach_the_docs_by_another_spelling_of_their_folder(tmp_path, monkeypatch):
+    measured(tmp_path, "correctness", rehearsal=True)
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="holds a rehearsal"):
+        report.main([".", "--output", "docs"])
+    assert not list((tmp_path / "docs").iterdir())
+
+
+def test_a_message_on_the_page_breaks_no_table_and_counts_as_no_words(tmp_path):
+    message = "a | b <x> `c`\n" + "long " * 30
+    case = {"case": "one", "outcome": "failed", "reason": message}
+    measured(tmp_path, "correctness", results={"cases": [case]}, status=f"failed: {message}", warnings=[message])
+    report.main([str(tmp_path), "--output", str(tmp_path)])
+    text = (tmp_path / "gpu.md").read_text()
+    assert "| one | failed | `a \\| b <x> 'c' long" in text
+    assert "| correctness | `failed: a \\| b <x> 'c' long" in text
+    assert "- warning: `a | b <x> 'c' long" in text
 
 
 # --- the cases of correctness
