@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Shard", "is_dtensor"]
 
+_ORDINARY = (Tensor, torch.nn.Parameter)
 
-def is_dtensor(tensor: Tensor) -> bool:
+
+def is_dtensor(p: Tensor) -> bool:
     """Whether this is a DTensor."""
-    if type(tensor) in (Tensor, torch.nn.Parameter):  # asked several times for each parameter in each step
+    if type(p) in _ORDINARY:  # asked several times for each parameter in each step
         return False
     module = sys.modules.get("torch.distributed.tensor")  # if nothing has imported it, there can be no DTensor
-    return module is not None and isinstance(tensor, module.DTensor)
+    return module is not None and isinstance(p, module.DTensor)
 
 
 @register_part
@@ -39,9 +41,7 @@ class Shard(Part):
     kind = "sharded parameters (DTensor: FSDP2, tensor parallelism)"
     parted = True
 
-    @staticmethod
-    def recognises(p: Tensor) -> bool:
-        return is_dtensor(p)
+    recognises = staticmethod(is_dtensor)
 
     @classmethod
     def local(cls, tensor: Tensor) -> Tensor | None:

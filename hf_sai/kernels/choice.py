@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from hf_sai.kernels import bitsandbytes_8bit, torch_fused
 from hf_sai.optim.layout import Part
-from hf_sai.optim.rules.factored import FASTER
-from hf_sai.optim.update import KERNELS, Choice, Kernel, Takes, is_ordinary
+from hf_sai.optim.rules import averaged, factored
+from hf_sai.optim.rules.averaged import Step
+from hf_sai.optim.update import KERNELS, ORDINARY, Choice, Kernel, Takes
 
 __all__ = ["compiled_module"]
 
@@ -86,7 +88,7 @@ KERNELS[:] = [
 def _wanted(part: Part) -> str | None:
     """The module whose kernels make the factors of a part, if it is one that they could take and options allow them."""
     p, group = part.param, part.group
-    if part.grad is None or not is_ordinary(p):
+    if part.grad is None or type(p) not in ORDINARY:
         return None
     if type(part) is not Part and (part.holders() or part.boxes(part.grad) is not None):
         return None
@@ -109,4 +111,15 @@ def _factors(parts: Sequence[Part]) -> dict[int, Sequence[Tensor]]:
     return found
 
 
-FASTER[:] = [_factors]
+def _average(steps: list[Step]) -> list[Step]:
+    """Make the steps of ``update="averaged"`` that numba's kernel takes; returns the others."""
+    asked = [_wanted(step.part) == "numba_factored" for step in steps]
+    module = compiled_module("numba_factored") if any(asked) else None
+    if module is None:
+        return steps
+    left = module.average(list(itertools.compress(steps, asked)))
+    return [*left, *(step for step, ours in zip(steps, asked, strict=True) if not ours)]
+
+
+factored.FASTER[:] = [_factors]
+averaged.FASTER[:] = [_average]

@@ -7,6 +7,7 @@ those of the others. Neither the number of threads nor where their parts begin c
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 
 from hf_sai.kernels import numba_loops, numba_plain
-from hf_sai.kernels.numba_plain import DTYPES, addresses, by_dtype, coefficients, in_shares
+from hf_sai.kernels.numba_plain import DTYPES, addresses, coefficients, in_shares, of_one_dtype
 from hf_sai.optim.layout import Part
 from hf_sai.optim.momentum import Momentum
+from hf_sai.optim.rules.averaged import Step
 from hf_sai.optim.rules.factored import KEPT, MEAN_SQUARES
 
-__all__ = ["Factors", "can_update", "factors", "update"]
+__all__ = ["Factors", "average", "can_update", "factors", "update"]
 
 _WHOLE, _ROWS, _COLUMNS = MEAN_SQUARES
 
@@ -69,15 +71,32 @@ def update(
     maximize: bool,
 ) -> None:
     """One step of :func:`hf_sai.sgd_sai`, whose arguments these are; tensors that :func:`can_update` accepts."""
-    for dtype, indices in by_dtype(params).items():
-        own = [_factors(grads[i], grad_factors[i]) for i in indices]  # keeps what is made here for as long as needed
-        table = np.empty((len(indices), 6), dtype=np.int64)
-        table[:, :3] = addresses(*([of_kind[i] for i in indices] for of_kind in (params, grads, momentum_buffers)))
-        table[:, 3:] = [each.place for each in own]
-        sign = -1.0 if maximize else 1.0
-        numbers = coefficients(dtype, [scales[i] for i in indices], lr, momentum, weight_decay, sign)
-        sizes = [params[i].numel() for i in indices]
-        in_shares(sizes, lambda share: numba_loops.step_factored(table, numbers, share))  # noqa: B023
+    sign = -1.0 if maximize else 1.0
+    for dtype, lists in of_one_dtype(params, params, grads, momentum_buffers, grad_factors, scales):
+        *tensors, own_scales = lists
+        _step(tensors, coefficients(dtype, own_scales, lr, momentum, weight_decay, sign))
+
+
+def average(steps: Sequence[Step]) -> list[Step]:
+    """Make those steps of ``update="averaged"`` that the kernel takes; returns the others."""
+    own: list[Step] = []
+    others: list[Step] = []
+    for step in steps:
+        (own if can_update(step.part.param, step.part.grad, step.e) else others).append(step)
+    params = [step.part.param for step in own]
+    for dtype, (mine,) in of_one_dtype(params, own):
+        tensors = zip(*((step.part.param, step.part.grad, step.e, step.factors) for step in mine), strict=True)
+        _step(list(tensors), np.array([step.numbers for step in mine], dtype=dtype))
+    return others
+
+
+def _step(lists: Sequence[Sequence[Any]], numbers: np.ndarray) -> None:
+    params, grads, momenta, factors = lists
+    own = list(map(_factors, grads, factors))  # keeps what is made here for as long as needed
+    table = np.empty((len(own), 6), dtype=np.int64)
+    table[:, :3] = addresses(params, grads, momenta)
+    table[:, 3:] = [each.place for each in own]
+    in_shares([p.numel() for p in params], lambda share: numba_loops.step_factored(table, numbers, share))
 
 
 def _addresses_of_means(state: Mapping[str, Any], shape: torch.Size) -> tuple[int, ...]:
@@ -112,21 +131,23 @@ def _factors_of_one_dtype(parts: Sequence[Part], means: Sequence[tuple[int, ...]
             room.counts, lambda share: numba_loops.add_squares(of_squares, shapes, _in_pieces(share), like), _PIECE
         )
     table[room.vectors, 0] = gradients[room.vectors]
-    corrections = []
-    for part in parts:
-        steps = part.state["averaged_steps"]
-        part.state["averaged_steps"] = steps + 1
-        corrections.append(_corrections(steps))
-    numba_loops.running_factors(table, room.shapes, np.array(corrections), KEPT, like)
+    corrections = np.empty((len(parts), 2))
+    for steps, indices in _count(parts).items():
+        corrections[indices] = 1 - KEPT**steps, 1 - KEPT ** (steps + 1)
+    numba_loops.running_factors(table, room.shapes, corrections, KEPT, like)
     table[room.vectors, 0] = _ONE[dtype].data_ptr()  # a vector is one row, of factor 1
     table[:, 2] = room.shapes[:, 1]
     return [Factors(sums, views, place) for place, views in zip(table[:, :3].tolist(), room.views, strict=True)]
 
 
-@functools.lru_cache(maxsize=64)
-def _corrections(steps: int) -> tuple[float, float]:
-    """The share of their start at 0 that running means are without, after so many steps and after one more."""
-    return 1 - KEPT**steps, 1 - KEPT ** (steps + 1)
+def _count(parts: Sequence[Part]) -> dict[int, list[int]]:
+    """Count a step of each part; steps before it -> the indices of the parts that had made so many."""
+    indices: dict[int, list[int]] = defaultdict(list)
+    for index, part in enumerate(parts):
+        steps = part.state["averaged_steps"]
+        part.state["averaged_steps"] = steps + 1
+        indices[steps].append(index)
+    return indices
 
 
 class Factors(Sequence[Tensor]):

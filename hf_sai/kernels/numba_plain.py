@@ -6,7 +6,8 @@ thread or part of a vector it falls to: the number of threads changes no bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from threading import Thread
 from typing import Any
 
@@ -18,7 +19,7 @@ from hf_sai.kernels import numba_loops
 from hf_sai.optim.momentum import Momentum
 from hf_sai.optim.update import ORDINARY
 
-__all__ = ["addresses", "can_update", "coefficients", "in_shares", "is_dense", "shares", "update"]
+__all__ = ["addresses", "can_update", "coefficients", "in_shares", "is_dense", "of_one_dtype", "shares", "update"]
 
 #: numpy's dtype for each of torch's that the kernels take.
 DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
@@ -67,19 +68,19 @@ def update(
     if found_inf is not None and found_inf.item() > 0:
         return
     sign = (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else grad_scale.item())
-    lists: list[Sequence[Any]] = [params, grads] if momentum == 0 else [params, grads, momentum_buffers]
-    for dtype, indices in by_dtype(params).items():
-        table = addresses(*([of_kind[i] for i in indices] for of_kind in lists))
-        numbers = coefficients(dtype, [scales[i] for i in indices], lr, momentum, weight_decay, sign)
-        in_shares([params[i].numel() for i in indices], lambda share: numba_loops.step_plain(table, numbers, share))  # noqa: B023
+    tensors = [params, grads] if momentum == 0 else [params, grads, momentum_buffers]
+    for dtype, (own_scales, *own) in of_one_dtype(params, scales, *tensors):
+        table = addresses(*own)
+        numbers = coefficients(dtype, own_scales, lr, momentum, weight_decay, sign)
+        in_shares([p.numel() for p in own[0]], lambda share: numba_loops.step_plain(table, numbers, share))  # noqa: B023
 
 
-def by_dtype(params: Sequence[Tensor]) -> dict[Any, list[int]]:
-    """numpy's dtype -> the indices of the parameters that have it."""
-    result: dict[Any, list[int]] = {}
-    for index, p in enumerate(params):
-        result.setdefault(DTYPES[p.dtype], []).append(index)
-    return result
+def of_one_dtype(params: Sequence[Tensor], *lists: Sequence[Any]) -> Iterator[tuple[Any, Sequence[Sequence[Any]]]]:
+    """For each of numpy's dtypes that parameters have, the lists of what belongs to these parameters."""
+    dtypes = [p.dtype for p in params]
+    for dtype in dict.fromkeys(dtypes):
+        mine = [each == dtype for each in dtypes]
+        yield DTYPES[dtype], lists if all(mine) else [list(itertools.compress(each, mine)) for each in lists]
 
 
 def addresses(*lists: Sequence[Tensor]) -> np.ndarray:
@@ -112,7 +113,7 @@ def in_shares(sizes: Sequence[int], run: Callable[[np.ndarray], None], alignment
     threads = torch.get_num_threads() if sum(sizes) >= _MIN_ELEMENTS_FOR_THREADS else 1
     if threads == 1:
         share = np.zeros((len(sizes), 3), dtype=np.int64)
-        share[:, 0], share[:, 2] = range(len(sizes)), sizes
+        share[:, 0], share[:, 2] = np.arange(len(sizes)), sizes
         run(share)
         return
     parts = [np.array(share, dtype=np.int64) for share in shares(sizes, threads, alignment) if share]

@@ -355,10 +355,6 @@ class SGDSaI(Optimizer):
         for part in new:
             if part.grad is not None:
                 _allocate(part)
-        by_group: dict[int, list[Part]] = defaultdict(list)
-        for part in parts:
-            if part.gsnr != UNMEASURED:
-                by_group[id(part.group)].append(part)
         # --- the rule's gradient
         by_rule: dict[str, list[Part]] = {name: [] for name in RULES}
         for part in self.layout.together(parts):
@@ -368,6 +364,10 @@ class SGDSaI(Optimizer):
         for name, own in by_rule.items():
             factors |= zip([part.number for part in own], RULES[name].factors(own), strict=True)
         # --- m = g at first
+        by_group: dict[int, list[Part]] = defaultdict(list)
+        for part in parts:
+            if part.number in factors:
+                by_group[id(part.group)].append(part)
         for of in by_group.values():
             if of[0].group["momentum"] == 0:
                 for part in of:

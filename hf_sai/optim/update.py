@@ -143,19 +143,20 @@ def sgd_sai(
     """
     choice = Choice(foreach, fused, stochastic_rounding, torch.compiler.is_compiling())
     all_factors = grad_factors or [()] * len(params)
-    offers: dict[torch.device, list[tuple[Kernel, Takes]]] = {}
-    buckets: dict[tuple[Kernel, torch.device], list[int]] = defaultdict(list)
+    by_device: dict[torch.device, tuple[list[tuple[Kernel, Takes]], dict[Kernel, list[int]]]] = {}
     for i, (p, g, m, factors) in enumerate(zip(params, grads, momentum_buffers, all_factors, strict=True)):
         device = p.device
-        if device not in offers:
-            offers[device] = _offers(device, choice)
-        buckets[_path(p, g, None if momentum == 0 else m, factors, choice, offers[device]), device].append(i)
+        if device not in by_device:
+            by_device[device] = _offers(device, choice), defaultdict(list)
+        offers, by_path = by_device[device]
+        by_path[_path(p, g, None if momentum == 0 else m, factors, choice, offers)].append(i)
+    buckets = [(path, device, own) for device, (_, by_path) in by_device.items() for path, own in by_path.items()]
     unscaling = {"grad_scale": grad_scale, "found_inf": found_inf}
-    if any(value is not None for value in unscaling.values()) and not all(path.unscales for path, _ in buckets):
+    if any(value is not None for value in unscaling.values()) and not all(path.unscales for path, *_ in buckets):
         raise ValueError(
             "grad_scale and found_inf need tensors that a fused kernel takes; unscale the gradients before."
         )
-    for (path, device), indices in buckets.items():
+    for path, device, indices in buckets:
         lists: list[Any] = [params, grads, momentum_buffers, scales, all_factors]
         if len(indices) < len(params):
             lists = [[of[i] for i in indices] for of in lists]
@@ -185,7 +186,7 @@ def is_ordinary(tensor: Tensor) -> bool:
 
 def _offers(device: torch.device, choice: Choice) -> list[tuple[Kernel, Takes]]:
     """The kernels that may update tensors of a device."""
-    offered = ((kernel, kernel.offers(device.type, choice)) for kernel in KERNELS if choice.kernels)
+    offered = [(kernel, kernel.offers(device.type, choice)) for kernel in KERNELS] if choice.kernels else []
     return [(kernel, takes) for kernel, takes in offered if takes is not None]
 
 
