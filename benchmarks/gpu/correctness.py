@@ -132,8 +132,8 @@ def built(model: nn.Module, rule: str, lr: float | Tensor | None = None, **optio
     if rule == "orthogonal":
         more["matrices"] = {f"^{name}$": p.ndim == 2 for name, p in model.named_parameters()}
     groups = groups_of(model, rule, lr, WEIGHT_DECAY, **more)
-    of_rule = needed(rule, next(model.parameters()).dtype)
-    return SGDSaI(groups, lr=lr, weight_decay=WEIGHT_DECAY, update=rule, **of_rule, **options)
+    options = {**needed(rule, next(model.parameters()).dtype), **options}
+    return SGDSaI(groups, lr=lr, weight_decay=WEIGHT_DECAY, update=rule, **options)
 
 
 def trained(

@@ -140,7 +140,8 @@ def _begin(results: Results) -> str:
 
 def _bars(results: Results) -> str:
     rows = []
-    steps = _of_model(results, "gpt2-xl")
+    model = _of_model(results, "gpt2-xl")
+    steps = model.get("rows", [])
     sgd = next((row["ratio"]["median"] for row in steps if row["optimizer"] == SGD), None)
     for what, rule, most, over in (
         ("published step / fused AdamW's", "published", 0.75, 1.0),
@@ -154,7 +155,8 @@ def _bars(results: Results) -> str:
     shown = "not measured" if ratio is None else f"{ratio:.3f}"
     rows.append(["orthogonal, whole training step / AdamW's", "1.05", shown, "", passed])
     table = markdown_table(["bar", "at most", "by default", "fastest path", "passed"], rows)
-    return f"## Bars\n\nSteps with 1.5 billion float32 parameters; the training step with GPT-2 small.\n\n{table}"
+    many = f"{model.get('parameters', 1.5e9) / 1e9:.1f}"
+    return f"## Bars\n\nSteps with {many} billion float32 parameters; the training step with GPT-2 small.\n\n{table}"
 
 
 def _judged(steps: list[dict[str, Any]], rule: str, most: float, over: float | None) -> list[str]:
@@ -170,9 +172,9 @@ def _judged(steps: list[dict[str, Any]], rule: str, most: float, over: float | N
     return [f"{found['default']:.2f}", f"{found[fastest]:.2f} ({fastest})", passed]
 
 
-def _of_model(results: Results, name: str) -> list[dict[str, Any]]:
+def _of_model(results: Results, name: str) -> dict[str, Any]:
     models = results.get("step_times", {}).get("results", {}).get("models", [])
-    return next((model["rows"] for model in models if model["model"] == name), [])
+    return next((model for model in models if model["model"] == name), {})
 
 
 # --- parts

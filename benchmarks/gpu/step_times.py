@@ -40,9 +40,7 @@ def contenders(dtype: torch.dtype) -> list[Contender]:
     ]
     rules = [rule for rule in RULES if rule != "published"]
     of_rules = [sai(rule) for rule in rules]
-    of_rules += [
-        sai(rule, "fused", fused=True) for rule in rules if rule != "averaged"
-    ]  # which has no kernel of its own
+    of_rules += [sai(rule, "fused", fused=True) for rule in rules if rule != "averaged"]
     low = [
         sai("published", "8-bit momentum", momentum_dtype="8bit"),
         sai("factored", "8-bit momentum", momentum_dtype="8bit"),

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import correctness, report, step_times
-from benchmarks.gpu.contenders import ADAMW, RIVALS, RULES
+from benchmarks.gpu.contenders import ADAMW, RIVALS, RULES, kernels
+from hf_sai.optim.rules import factored
 
 pytestmark = pytest.mark.timeout(1800)  # whichever test comes first runs all parts
 
@@ -270,6 +271,9 @@ def test_the_bars_judge_what_users_get_and_name_a_path_that_would_pass():
     ]
     assert bars(ratios(published=0.75))[0][2:] == ["0.75", "0.75 (default)", "yes |"]
     assert bars(ratios(published=0.76))[0][2:] == ["0.76", "0.76 (default)", "no |"]
+    smaller = ratios(published=0.75)  # where not all layers fit
+    smaller["step_times"]["results"]["models"][0]["parameters"] = 600_000_000
+    assert "Steps with 0.6 billion float32 parameters" in report._bars(smaller)
     whole = {"rows": [{"optimizer": "SGD-SaI orthogonal", "ratio": ratio} for ratio in (1.06,)]}
     assert bars({"quality": {"results": {"whole_steps": whole}}})[3][2:] == ["1.060", "", "no |"]
 
@@ -361,6 +365,21 @@ def test_a_case_fails_if_a_step_is_a_little_wrong(monkeypatch):
     wrong = correctness.judged(work)
     assert wrong["outcome"] == "failed"
     assert wrong["off"] > 1
+
+
+def test_a_case_without_a_kernel_is_without_what_that_makes_beside_the_update():
+    parts_made = []
+    faster = factored.FASTER[:]
+    factored.FASTER[:] = [lambda parts: parts_made.append(parts) or {}]
+    try:
+        for without, made in (("", 1), ("triton", 0)):
+            parts_made.clear()
+            with kernels(without):
+                factored.Factored().factors([])
+            assert len(parts_made) == made
+            assert len(factored.FASTER) == 1
+    finally:
+        factored.FASTER[:] = faster
 
 
 def test_what_is_not_installed_is_no_failure():
