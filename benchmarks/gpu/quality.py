@@ -94,6 +94,7 @@ class Task:
         ).train()
         self._start = [p.detach().clone() for p in self.model.parameters()]
         windows = (len(self._train) - 1) // self.length
+        self.validation_batches = (len(self._validation) - 1) // (self.length * self.batch)
         self._order = torch.randperm(windows, generator=torch.Generator().manual_seed(0)).to(self.device.torch)
         self._loss = torch.compile(self._plain_loss, backend="eager" if part.rehearse else "inductor")
         self.compiled = self._try_compiled()
@@ -112,9 +113,8 @@ class Task:
 
     def validation_loss(self, batches: int) -> float:
         """Of the first batches of the validation text. Gradients stay enabled, so that nothing is compiled anew."""
-        most = (len(self._validation) - 1) // (self.length * self.batch)
         losses = []
-        for index in range(min(batches, most)):
+        for index in range(batches):
             windows = torch.arange(self.batch, device=self._order.device) + index * self.batch
             losses.append(self._loss(*self._windows(self._validation, windows)).detach())
         return torch.stack(losses).mean().item()
@@ -226,7 +226,8 @@ def train(
             last = step == steps or over
             if one.averages:
                 optimizer.eval()
-            evaluation = task.validation_loss(40 if last else 8)
+            batches = min(40 if last else 8, task.validation_batches)
+            evaluation = task.validation_loss(batches)
             if one.averages:
                 optimizer.train()
             points.append(
@@ -235,7 +236,7 @@ def train(
                     "seconds": spent,
                     "train_loss": torch.stack(losses).mean().item(),
                     "eval_loss": evaluation,
-                    "eval_batches": 40 if last else 8,
+                    "eval_batches": batches,
                 }
             )
             run |= {"steps": step, "state_bytes": state_bytes(optimizer)}

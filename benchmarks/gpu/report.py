@@ -267,7 +267,8 @@ def _quality(found: dict[str, Any]) -> str:
             f"GPT-2 small ({task['parameters']:,} parameters), float32 weights under bfloat16 autocast, torch.compile: "
             f"{task['compiled']}. {task['tokens_a_step']:,} tokens a step, of {task['text']['train_tokens']:,} from "
             "the sources of the installed packages. Each rate is the best of short runs; one seed. "
-            "Rates rise, then fall to zero; that of averaged stays, and its losses are its mean's."
+            "Rates rise, then fall to zero; that of averaged stays, and its losses are its mean's. "
+            "Seconds are those of training alone."
         )
     rows = []
     for run in found.get("runs", []):

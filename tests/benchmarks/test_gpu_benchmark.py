@@ -111,6 +111,7 @@ def test_the_rehearsal_measures_every_contender(rehearsal):
         losses = [one["learning_rate"] for one in one["search"]]
         assert one["learning_rate"] in losses
         assert one["long"]["points"][-1]["eval_loss"] < one["long"]["points"][0]["eval_loss"]
+        assert one["long"]["points"][-1]["eval_batches"] <= quality["task"]["text"]["validation_tokens"] // 128
     assert {row["optimizer"] for row in quality["whole_steps"]["rows"]} == {one["optimizer"] for one in quality["runs"]}
     engines = part(rehearsal, "engines")["results"]["rows"]
     alone = {row["optimizer"]: row["losses"] for row in engines if row["engine"] == "none"}
