@@ -9,7 +9,7 @@
 #
 # Each part is a process, which writes its JSON with every result. One that fails or is cut off stops none of the
 # others. Time that a part leaves goes to the next. Packages from wheels/ (see wheels.sh) are installed for the parts.
-# What an earlier run left of the same parts is removed first, so that no part's results pass for this run's.
+# What an earlier run left of the same parts goes to OUTPUT/before first, so that it does not pass for this run's.
 set -uo pipefail
 unset CDPATH
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -50,7 +50,8 @@ exec 9>>"$output/log.txt" || exit
 flock --nonblock 9 || usage "another run still writes into $output"
 cd "$root" || exit
 for part in "${parts[@]}"; do
-    [[ $part == /* ]] || rm -f "$output/${part%:*}.json"
+    old=$output/${part%:*}.json
+    [[ $part != /* && -f $old ]] && mkdir -p "$output/before" && mv "$old" "$output/before/"
 done
 exec > >(tee --ignore-interrupts "$output/log.txt") 2>&1
 log=$!

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu import correctness, report, step_times
 from benchmarks.gpu.contenders import ADAMW, RIVALS, RULES, kernels
@@ -176,7 +177,8 @@ def test_what_an_earlier_run_left_is_not_taken_for_this_one(tmp_path):
         (tmp_path / f"{name}.json").write_text("{}")
     ran = run(tmp_path, "correctness:0")
     assert "correctness: cut off after 0 seconds" in ran.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["engines.json", "log.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["before", "engines.json", "log.txt"]
+    assert (tmp_path / "before" / "correctness.json").read_text() == "{}"
 
 
 @pytest.mark.longer
@@ -359,13 +361,38 @@ def test_a_case_fails_if_a_step_is_a_little_wrong(monkeypatch):
     from hf_sai.optim.rules import RULES
 
     device = Device(rehearse=True)
-    work = lambda: correctness.trained(device, "published", correctness.torch.float32)  # noqa: E731
+    work = lambda: correctness.trained(device, "published", torch.float32)  # noqa: E731
     assert correctness.judged(work)["outcome"] == "passed"
     right = RULES["published"].scale
     monkeypatch.setattr(RULES["published"], "scale", lambda *args: 1.001 * right(*args))
     wrong = correctness.judged(work)
     assert wrong["outcome"] == "failed"
     assert wrong["off"] > 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"foreach": False}, {"momentum_dtype": "8bit"}, {"momentum_dtype": "4bit"}, {"stochastic_rounding": True}],
+    ids=str,
+)
+def test_no_step_after_the_first_reads_a_number_from_the_device(rule, dtype, options):
+    """On tensors without data, of which nothing can be read, and which are on no CPU, steps go GPUs' ways."""
+    if rule == "averaged" and "momentum_dtype" in options:
+        pytest.skip("its mean is in float32")
+    model = correctness.Tensors(torch.device("meta"), dtype)
+    optimizer = correctness.built(model, rule, **options)
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+        if p.numel():
+            optimizer.state[p]["gsnr"] = 1.0  # as the first step would measure it
+    for _ in range(3):
+        optimizer.step()
+    states = [value for p in model.parameters() for value in optimizer.state[p].values()]
+    assert {value.device.type for value in states if isinstance(value, torch.Tensor)} == {"meta"}
+    with pytest.raises(RuntimeError):
+        next(model.parameters()).sum().item()
 
 
 def test_a_case_without_a_kernel_is_without_what_that_makes_beside_the_update():
@@ -391,13 +418,13 @@ def test_what_is_not_installed_is_no_failure():
 
 
 def test_without_a_gpu_there_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(correctness.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="There is no CUDA device here"):
         correctness.Part("correctness", None, ["--output", str(tmp_path)])
 
 
 def test_rivals_are_torchs_own():
-    model = correctness.Tensors(correctness.torch.device("cpu"), shapes=[(4, 3), (5,)])
+    model = correctness.Tensors(torch.device("cpu"), shapes=[(4, 3), (5,)])
     for contender in RIVALS.values():
         optimizer = contender.build(model, 1e-3, 0.1)
         assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(map(id, model.parameters()))
