@@ -47,7 +47,8 @@ done
 mkdir -p "$output" || exit
 output=$(cd "$output" && pwd)
 exec 9>>"$output/log.txt" || exit
-flock --nonblock 9 || usage "another run still writes into $output"
+flock --nonblock --conflict-exit-code 9 9 2>/dev/null # where nothing can be locked, nothing is refused
+(($? == 9)) && usage "another run still writes into $output"
 cd "$root" || exit
 for part in "${parts[@]}"; do
     old=$output/${part%:*}.json
