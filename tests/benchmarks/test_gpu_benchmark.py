@@ -1,18 +1,22 @@
 """The measurement on a GPU, rehearsed on the CPU in tiny sizes: every part leaves JSON, and a page is made of it."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.gpu import correctness, report, step_times
-from benchmarks.gpu.contenders import ADAMW, RIVALS, RULES, kernels
+from benchmarks.gpu import correctness, quality, report, step_times
+from benchmarks.gpu.contenders import ADAMW, RIVALS, RULES, Contender, kernels, sai
+from benchmarks.gpu.device import Device
+from benchmarks.gpu.part import Part
 from hf_sai.optim.rules import factored
 
 pytestmark = pytest.mark.timeout(1800)  # whichever test comes first runs all parts
@@ -353,11 +357,80 @@ def test_a_message_on_the_page_breaks_no_table_and_counts_as_no_words(tmp_path):
     assert "- warning: `a | b <x> 'c' long" in text
 
 
+# --- step times and quality
+
+
+def test_each_optimizer_finds_new_gradients(monkeypatch, tmp_path):
+    """Rules change gradients in place; without any, later optimizers would have nothing to do."""
+    least = []
+
+    def measured(part, model, contender, baseline):
+        least.append(min(p.grad.abs().max().item() for p in model.parameters()))
+        for p in model.parameters():
+            p.grad.zero_()
+        raise TimeoutError
+
+    monkeypatch.setattr(step_times, "measured", measured)
+    with Part("step_times", None, ["--rehearse", "--output", str(tmp_path)]) as part:
+        part.results |= {"copy_bytes_per_second": 1.0, "models": []}
+        step_times.measure(part, "gpt2-xl", torch.float32)
+    assert len(least) == len(step_times.contenders(torch.float32))
+    assert min(least) > 0
+
+
+def test_the_memory_of_measuring_is_not_that_of_a_step():
+    class Counting(Device):
+        high = steps = 0
+
+        def seconds(self, work):
+            self.steps += 1
+            self.high = max(self.high, 1000 if self.steps == 1 else 150)
+            return super().seconds(work)
+
+        def allocated(self):
+            return 100
+
+        def reset_peak(self):
+            self.high = 100
+
+        def peak(self):
+            return self.high
+
+    model = correctness.Tensors(torch.device("cpu"), shapes=[(4, 3), (5,)])
+    model.set_gradients(0)
+    part = SimpleNamespace(device=Counting(rehearse=True), rehearse=True, results={"copy_bytes_per_second": 1.0})
+    baseline = RIVALS[ADAMW].build(model, 1e-6, 0.0)
+    assert step_times.measured(part, model, sai("published"), baseline)["temporary_bytes"] == 50
+
+
+def test_what_averages_its_weights_is_evaluated_at_their_mean_and_keeps_its_rate():
+    model = correctness.Tensors(torch.device("cpu"), shapes=[(4, 3), (5,)])
+    contender, built, evaluated = sai("averaged"), [], []
+
+    def build(*args):
+        built.append(contender.build(*args))
+        return built[-1]
+
+    def validation_loss(batches):
+        (group,) = built[-1].param_groups[:1]
+        evaluated.append((group["means_shown"], group["lr"], batches))
+        return 1.0
+
+    task = SimpleNamespace(
+        device=Device(rehearse=True), model=model, validation_batches=20, validation_loss=validation_loss,
+        restart=lambda: None, loss=lambda step: sum(p.square().sum() for p in model.parameters()),
+    )  # fmt: skip
+    one = quality.Trained(Contender("averaged", build), averages=True)
+    points = quality.train(task, one, 1e-3, 20, math.inf, 4)["points"]
+    assert evaluated == [(True, 1e-3, 8)] * 3 + [(True, 1e-3, 20)]
+    assert [point["eval_batches"] for point in points] == [8, 8, 8, 20]
+    assert built[-1].param_groups[0]["means_shown"] is False
+
+
 # --- the cases of correctness
 
 
 def test_a_case_fails_if_a_step_is_a_little_wrong(monkeypatch):
-    from benchmarks.gpu.device import Device
     from hf_sai.optim.rules import RULES
 
     device = Device(rehearse=True)
