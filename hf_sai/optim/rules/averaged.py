@@ -72,7 +72,7 @@ class Averaged(Factored):
         for part in parts:
             e = momenta.momentum_of(part)
             assert isinstance(e, Tensor)
-            if WEIGHT_SUM not in part.state:  # until now the momentum of another rule
+            if WEIGHT_SUM not in part.state:  # the momentum of a state that another rule has saved
                 e.zero_()
             self.allocate(part)
             part.state[WEIGHT_SUM] += lr**2
@@ -89,7 +89,7 @@ class Averaged(Factored):
 
 def show_means(part: Part, shown: bool) -> None:
     """Bring a parameter from y to the mean x, or back; one that has not started yet stays as it is."""
-    if "momentum_buffer" in part.state:
+    if WEIGHT_SUM in part.state and "momentum_buffer" in part.state:  # no other rule's momentum
         e = momenta.momentum_of(part)
         assert isinstance(e, Tensor)
         part.param.add_(e.to(part.param.dtype), alpha=(1 if shown else -1) * (1 - part.group["momentum"]))
