@@ -8,6 +8,7 @@ subclasses :class:`Part` (and :class:`Layout`, where the optimizer's tensors are
 from __future__ import annotations
 
 import copy
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -264,7 +265,10 @@ class Layout:
 
     def unmeasured(self, parts: Iterable[Part]) -> list[Part]:
         """Those to be measured now; where other processes hold some, too, the same on all of them."""
-        return [part for part in parts if part.gsnr == UNMEASURED and not part.param.is_meta]
+        new = [part for part in parts if part.gsnr == UNMEASURED and not part.param.is_meta]
+        if new and self.whole:  # what came into the groups since the layout was found has no g-SNR yet
+            _refuse_flattened(self.optimizer)
+        return new
 
     def check(self) -> None:
         """Refuse options that do not work here, before anything is updated.
@@ -349,15 +353,7 @@ def find_layout(optimizer: SGDSaI) -> Layout:
     layout = next(filter(None, (find(optimizer) for find in _LAYOUTS)), None)
     if layout is None:
         layout = Layout(optimizer)
-        for group, built in zip(optimizer.param_groups, optimizer.built_with, strict=True):
-            shapes = [shape for _, shape in built]
-            if [p.shape for p in group["params"]] != shapes and not _same_objects(group["params"], built):
-                raise ValueError(
-                    f"A parameter group was built with {len(shapes)} parameters and now holds {len(group['params'])} "
-                    f"tensors of other shapes, such as {tuple(group['params'][0].shape)}. Something has flattened "
-                    "them, and SGD-SaI cannot tell one from the next in there. It knows FSDP2, FSDP1 with "
-                    "use_orig_params=True and DeepSpeed ZeRO: use one of these."
-                )
+        _refuse_flattened(optimizer)
     layout.check()
     return layout
 
@@ -412,5 +408,17 @@ def _numbered(optimizer: SGDSaI) -> Iterator[tuple[int, Tensor, dict[str, Any]]]
             number += 1
 
 
-def _same_objects(params: Sequence[Tensor], built: Sequence[tuple[weakref.ref[Tensor], torch.Size]]) -> bool:
-    return len(params) == len(built) and all(p is known() for p, (known, _) in zip(params, built, strict=True))
+def _refuse_flattened(optimizer: SGDSaI) -> None:
+    """Raise ValueError for a tensor that the optimizer was not given, where its group had none of that shape."""
+    given = {id(known()) for built in optimizer.built_with for known, _ in built}
+    # Groups may have been removed since, or put there by somebody else.
+    every = itertools.chain(optimizer.built_with, itertools.repeat(()))
+    for group, built in zip(optimizer.param_groups, every, strict=False):
+        params, shapes = group["params"], [shape for _, shape in built]
+        if [p.shape for p in params] != shapes and not all(id(p) in given for p in params):
+            raise ValueError(
+                f"A parameter group was built with {len(shapes)} parameters and now holds {len(params)} tensors of "
+                f"other shapes, such as {tuple(params[0].shape)}. Something has flattened them, and SGD-SaI cannot "
+                "tell one from the next in there. It knows FSDP2, FSDP1 with use_orig_params=True and DeepSpeed ZeRO: "
+                "use one of these."
+            )

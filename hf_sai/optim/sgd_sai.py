@@ -114,8 +114,8 @@ class SGDSaI(Optimizer):
     #: The parameters of each group and their shapes as the optimizer was given them, to see if they are exchanged.
     built_with: list[list[tuple[weakref.ref[Tensor], torch.Size]]]
 
-    #: The rule of each of these groups, to see if somebody changes it.
-    _rules: list[str]
+    #: id of each group -> its rule, to see if somebody changes it.
+    _rules: dict[int, str]
 
     _layout: Layout | None
     _releases: Releases | None
@@ -164,7 +164,7 @@ class SGDSaI(Optimizer):
         """What no state dict holds."""
         self._steps = 0
         self._layout = self._releases = self._incoming = None
-        self.all_groups, self.built_with, self._rules = [], [], []
+        self.all_groups, self.built_with, self._rules = [], [], {}
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -184,7 +184,7 @@ class SGDSaI(Optimizer):
                 for index in range(len(self.param_groups)):
                     self._releases.watch(index)
         self._layout = None
-        self._rules = [_rule_of(group) for group in self.param_groups]
+        self._rules = {id(group): _rule_of(group) for group in self.param_groups}
         for p, _, tensors in self._incoming or ():
             self.state[p].update(tensors)
 
@@ -209,7 +209,7 @@ class SGDSaI(Optimizer):
             self.param_groups.pop()
             raise
         self.built_with.append(_identities(group))
-        self._rules.append(_rule_of(group))
+        self._rules[id(group)] = _rule_of(group)
         self._layout = None
         if self._releases is not None:
             self._releases.watch(len(self.param_groups) - 1)
@@ -290,9 +290,8 @@ class SGDSaI(Optimizer):
 
     def _take_up_rules(self) -> None:
         """Where a group's rule has been changed, check the new one and forget what the old one kept."""
-        if [group["update"] for group in self.all_groups] == self._rules:
-            return
-        for group, before in zip(self.all_groups, self._rules, strict=True):
+        for group in self.all_groups:
+            before = self._rules.setdefault(id(group), group["update"])
             if group["update"] == before:
                 continue
             check_options(group)
@@ -302,8 +301,8 @@ class SGDSaI(Optimizer):
                 if p in self.state:
                     old.leave(kind_of(p).at_rest(p, group, self.state[p]), new)
             group.pop("means_shown", None)  # training goes on from what is shown
-        self._rules = [_rule_of(group) for group in self.all_groups]
-        self._layout = None
+            self._rules[id(group)] = _rule_of(group)
+            self._layout = None
 
     def _refuse_means(self) -> None:
         if any(group.get("means_shown") for group in self.param_groups):
