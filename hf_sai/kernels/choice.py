@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from hf_sai.kernels import bitsandbytes_8bit, torch_fused
 from hf_sai.optim.layout import Part
-from hf_sai.optim.rules.factored import FASTER
+from hf_sai.optim.rules import averaged, factored
+from hf_sai.optim.rules.averaged import Step
 from hf_sai.optim.update import KERNELS, ORDINARY, Choice, Kernel, Takes
 
 __all__ = ["compiled_module"]
@@ -109,4 +111,15 @@ def _factors(parts: Sequence[Part]) -> dict[int, Sequence[Tensor]]:
     return found
 
 
-FASTER[:] = [_factors]
+def _average(steps: list[Step]) -> list[Step]:
+    """Make the steps of ``update="averaged"`` that numba's kernel takes; returns the others."""
+    asked = [_wanted(step.part) == "numba_factored" for step in steps]
+    module = compiled_module("numba_factored") if any(asked) else None
+    if module is None:
+        return steps
+    left = module.average(list(itertools.compress(steps, asked)))
+    return [*left, *(step for step, ours in zip(steps, asked, strict=True) if not ours)]
+
+
+factored.FASTER[:] = [_factors]
+averaged.FASTER[:] = [_average]

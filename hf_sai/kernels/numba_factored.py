@@ -20,9 +20,10 @@ from hf_sai.kernels import numba_loops, numba_plain
 from hf_sai.kernels.numba_plain import DTYPES, addresses, coefficients, in_shares, of_one_dtype
 from hf_sai.optim.layout import Part
 from hf_sai.optim.momentum import Momentum
+from hf_sai.optim.rules.averaged import Step
 from hf_sai.optim.rules.factored import KEPT, MEAN_SQUARES
 
-__all__ = ["Factors", "can_update", "factors", "update"]
+__all__ = ["Factors", "average", "can_update", "factors", "update"]
 
 _WHOLE, _ROWS, _COLUMNS = MEAN_SQUARES
 
@@ -71,15 +72,31 @@ def update(
 ) -> None:
     """One step of :func:`hf_sai.sgd_sai`, whose arguments these are; tensors that :func:`can_update` accepts."""
     sign = -1.0 if maximize else 1.0
-    for dtype, lists in of_one_dtype(params, params, grads, momentum_buffers, scales, grad_factors):
-        own_params, own_grads, own_momenta, own_scales, own_factors = lists
-        own = list(map(_factors, own_grads, own_factors))  # keeps what is made here for as long as needed
-        table = np.empty((len(own), 6), dtype=np.int64)
-        table[:, :3] = addresses(own_params, own_grads, own_momenta)
-        table[:, 3:] = [each.place for each in own]
-        numbers = coefficients(dtype, own_scales, lr, momentum, weight_decay, sign)
-        sizes = [p.numel() for p in own_params]
-        in_shares(sizes, lambda share: numba_loops.step_factored(table, numbers, share))  # noqa: B023
+    for dtype, lists in of_one_dtype(params, params, grads, momentum_buffers, grad_factors, scales):
+        *tensors, own_scales = lists
+        _step(tensors, coefficients(dtype, own_scales, lr, momentum, weight_decay, sign))
+
+
+def average(steps: Sequence[Step]) -> list[Step]:
+    """Make those steps of ``update="averaged"`` that the kernel takes; returns the others."""
+    own: list[Step] = []
+    others: list[Step] = []
+    for step in steps:
+        (own if can_update(step.part.param, step.part.grad, step.e) else others).append(step)
+    params = [step.part.param for step in own]
+    for dtype, (mine,) in of_one_dtype(params, own):
+        tensors = zip(*((step.part.param, step.part.grad, step.e, step.factors) for step in mine), strict=True)
+        _step(list(tensors), np.array([step.numbers for step in mine], dtype=dtype))
+    return others
+
+
+def _step(lists: Sequence[Sequence[Any]], numbers: np.ndarray) -> None:
+    params, grads, momenta, factors = lists
+    own = list(map(_factors, grads, factors))  # keeps what is made here for as long as needed
+    table = np.empty((len(own), 6), dtype=np.int64)
+    table[:, :3] = addresses(params, grads, momenta)
+    table[:, 3:] = [each.place for each in own]
+    in_shares([p.numel() for p in params], lambda share: numba_loops.step_factored(table, numbers, share))
 
 
 def _addresses_of_means(state: Mapping[str, Any], shape: torch.Size) -> tuple[int, ...]:

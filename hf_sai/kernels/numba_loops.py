@@ -103,10 +103,13 @@ def _step_without_momentum(p, g, decay, step, sign):
 
 @jit
 def step_factored(table, numbers, share):
-    """p, g, m, and a factor for each row and each column; last in the table comes the number of columns."""
+    """p, g, m, and a factor for each row and each column; last in the table comes the number of columns.
+
+    Numbers are those of :func:`step_plain`, or the five of ``hf_sai.optim.rules.averaged.Numbers`` if m is their e.
+    """
     for index in range(len(share)):
         tensor, done, stop = share[index]
-        decay, step, sign, weight = numbers[tensor]
+        own = numbers[tensor]
         width = table[tensor, 5]
         p = carray(_pointer(table[tensor, 0]), (stop,), numbers.dtype)
         g = carray(_pointer(table[tensor, 1]), (stop,), numbers.dtype)
@@ -117,8 +120,22 @@ def step_factored(table, numbers, share):
             row, column = divmod(done, width)
             end = min(done + width - column, stop)
             factors = columns[column : column + end - done]
-            _step_row(p[done:end], g[done:end], m[done:end], sign * rows[row], factors, decay, step, weight)
+            if len(own) == 4:
+                decay, step, sign, weight = own[0], own[1], own[2], own[3]
+                _step_row(p[done:end], g[done:end], m[done:end], sign * rows[row], factors, decay, step, weight)
+            else:
+                row_factor = own[0] * rows[row]
+                _average_row(p[done:end], g[done:end], m[done:end], row_factor, factors, own[1], own[2], own[3], own[4])
             done = end
+
+
+@jit
+def _average_row(p, g, e, row, columns, decay, own, pull, kept):
+    for i in range(p.size):
+        u = g[i] * row * columns[i] + decay * p[i]
+        difference = e[i] + u
+        p[i] -= own * u + pull * difference
+        e[i] = kept * difference
 
 
 @jit

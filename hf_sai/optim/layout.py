@@ -248,12 +248,8 @@ class Layout:
 
     def parts(self) -> list[Part]:
         """The parts that have a gradient, in the order of the groups."""
-        numbered, state = _numbered(self.optimizer), self.optimizer.state
-        return [
-            kind_of(p)(p, group, state[p], number)
-            for number, p, group in numbered
-            if p.grad is not None and p.numel() > 0
-        ]
+        numbered, part = _numbered(self.optimizer), self.part
+        return [part(p, group, number) for number, p, group in numbered if p.grad is not None and p.numel() > 0]
 
     def part(self, p: Tensor, group: dict[str, Any], number: int = 0) -> Part:
         """One parameter's part."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_sai import SGDSaI
 from hf_sai.kernels import numba_factored, numba_plain
-from hf_sai.optim.rules import RULES, factored
+from hf_sai.optim.rules import RULES, averaged, factored
 from hf_sai.optim.update import sgd_sai
 
 SHAPES = [(40, 130), (6, 3, 2, 2), (1, 70), (70, 1), (1, 1), (300,), (1,), ()]
@@ -151,3 +151,15 @@ def test_a_momentum_that_is_switched_on_starts_at_the_normalised_gradient():
         optimizer.param_groups[0]["momentum"] = 0.9
     rows = optimizer.state[p]["momentum_buffer"].square().mean(1)
     torch.testing.assert_close(rows, torch.ones(4))
+
+
+def test_it_makes_the_averaged_steps_of_all_that_it_can(monkeypatch):
+    left = []
+    monkeypatch.setattr(averaged, "FASTER", [*averaged.FASTER, lambda steps: left.extend(steps) or steps])
+    params = [nn.Parameter(example(shape, torch.float32, 0)[0]) for shape in SHAPES]
+    strided = nn.Parameter(torch.rand(5, 4).t())
+    optimizer = SGDSaI([*params, strided], update="averaged")
+    for p in (*params, strided):
+        p.grad = torch.rand_like(p)
+    optimizer.step()
+    assert [step.part.param.shape for step in left] == [strided.shape]

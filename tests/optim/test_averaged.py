@@ -66,11 +66,11 @@ def reference(p, make_gradient, gsnr, rates):
 
 
 @pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("fused", [None, False])
-def test_it_equals_the_papers_three_sequences(maximize, fused):
+@pytest.mark.parametrize("path", [{}, {"fused": False}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_it_equals_the_papers_three_sequences(maximize, path):
     model = Tiny()
     start = copy.deepcopy(model)
-    optimizer = optimizer_of(model, maximize=maximize, fused=fused)
+    optimizer = optimizer_of(model, maximize=maximize, **path)
     train(model, optimizer, range(STEPS))
     sign = -1 if maximize else 1
     for index, (p, before) in enumerate(zip(model.parameters(), start.parameters(), strict=True)):

@@ -21,7 +21,7 @@ from recipes.common.recipe_input import InputError
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "llama_lora"
-OPTIMIZER_LINES = {"optim", "optim_args", "learning_rate", "output_dir"}
+OPTIMIZER_LINES = {"optim", "optim_args", "learning_rate", "lr_scheduler_type", "output_dir"}
 TWINS = [("demo.yaml", "demo_adamw.yaml"), ("llama_2_7b.yaml", "llama_2_7b_adamw.yaml")]
 TWINS += [("llama_3_8b.yaml", "llama_3_8b_adamw.yaml")]
 CHAT_TEMPLATE = (

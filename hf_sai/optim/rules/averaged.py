@@ -17,8 +17,9 @@ The mean takes the place of a decaying learning rate, which must stay constant a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,12 +28,35 @@ from hf_sai.optim import momentum as momenta
 from hf_sai.optim.layout import Part
 from hf_sai.optim.rules.factored import Factored
 from hf_sai.optim.rules.published import Portion
-from hf_sai.optim.update import multiplied
+from hf_sai.optim.update import is_ordinary, multiplied
 
-__all__ = ["WEIGHT_SUM", "Averaged", "show_means"]
+__all__ = ["FASTER", "WEIGHT_SUM", "Averaged", "Numbers", "Step", "show_means"]
 
 #: Key of the sum of the squares of all learning rates so far, a float.
 WEIGHT_SUM = "weight_sum"
+
+
+class Numbers(NamedTuple):
+    """With u = scale g + decay y and e + u: y less own u and pull (e + u), and kept (e + u) as the next e."""
+
+    scale: float
+    decay: float
+    own: float
+    pull: float
+    kept: float
+
+
+class Step(NamedTuple):
+    """A step that is still to be made: of a part, with its e and its gradient's factors."""
+
+    part: Part
+    e: Tensor
+    factors: Sequence[Tensor]
+    numbers: Numbers
+
+
+#: Faster ways to make steps; each returns those that it has left. :mod:`hf_sai.kernels` fills it.
+FASTER: list[Callable[[list[Step]], list[Step]]] = []
 
 
 class Averaged(Factored):
@@ -64,11 +88,12 @@ class Averaged(Factored):
         part.fresh = False
 
     def portions(self, parts: Sequence[Part], factors: Mapping[int, Sequence[Tensor]]) -> Iterator[Portion]:
-        """Whole steps, one part at a time, in the gradients' memory where their dtype is the mean's."""
+        """Whole steps, in the gradients' memory where their dtype is the mean's; none where a kernel has made them."""
         if torch.compiler.is_compiling():
             raise ValueError("update='averaged' counts on the host, so that every step would be compiled anew.")
         group = parts[0].group
         lr, beta, sign = float(group["lr"]), group["momentum"], -1.0 if group["maximize"] else 1.0
+        steps = []
         for part in parts:
             e = momenta.momentum_of(part)
             assert isinstance(e, Tensor)
@@ -77,14 +102,41 @@ class Averaged(Factored):
             self.allocate(part)
             part.state[WEIGHT_SUM] += lr**2
             c = lr**2 / part.state[WEIGHT_SUM] if lr else 0.0
-            u = multiplied(part.grad, factors[part.number]).to(e.dtype)
-            u.mul_(sign * lr * self.scale(part.gsnr, part.shape.numel()))
-            if group["weight_decay"]:
-                u.add_(part.param, alpha=lr * group["weight_decay"])
-            e.add_(u)
-            u.mul_(1 - beta).add_(e, alpha=c * beta)  # 1 - beta (1 - c) less c beta, which e has now
-            e.mul_(1 - c)
-            yield Portion([part], [u], [None], 0.0, whole=True)
+            scale = sign * lr * self.scale(part.gsnr, part.shape.numel())
+            # 1 - beta (1 - c) of u is 1 - beta, and what is pulled towards the mean is taken of e + u.
+            numbers = Numbers(scale, lr * group["weight_decay"], 1 - beta, c * beta, 1 - c)
+            steps.append(Step(part, e, factors[part.number], numbers))
+        for faster in FASTER:
+            steps = faster(steps)
+        for together in _buckets(steps):
+            own, differences = [step.part for step in together], _differences(together)
+            yield Portion(own, differences, [None] * len(own), 0.0, whole=True)
+
+
+def _buckets(steps: Sequence[Step]) -> Iterable[list[Step]]:
+    """Those that torch's multi-tensor operations work on together: in the gradients' memory, with the same numbers."""
+    buckets: dict[Any, list[Step]] = defaultdict(list)
+    for index, step in enumerate(steps):
+        part, group = step.part, step.part.group
+        automatic = group["foreach"] is None and group["fused"] is None
+        many = is_ordinary(part.param) and not part.param.is_cpu if automatic else group["foreach"]
+        in_place = part.grad.dtype == step.e.dtype
+        buckets[(part.param.device, step.e.dtype, *step.numbers[1:]) if many and in_place else index].append(step)
+    return buckets.values()
+
+
+def _differences(steps: Sequence[Step]) -> list[Tensor]:
+    """What is to be taken from y; brings e up to date."""
+    numbers, means = steps[0].numbers, [step.e for step in steps]
+    us = [multiplied(step.part.grad, step.factors).to(step.e.dtype) for step in steps]
+    torch._foreach_mul_(us, [step.numbers.scale for step in steps])
+    if numbers.decay:
+        torch._foreach_add_(us, [step.part.param for step in steps], alpha=numbers.decay)
+    torch._foreach_add_(means, us)
+    torch._foreach_mul_(us, numbers.own)
+    torch._foreach_add_(us, means, alpha=numbers.pull)
+    torch._foreach_mul_(means, numbers.kept)
+    return us
 
 
 def show_means(part: Part, shown: bool) -> None:

@@ -15,7 +15,7 @@ from scripts import RECIPE, ROOT, evaluation, image_data, make_base, optimizers,
 
 from hf_sai.runs.record import RunRecord
 
-OPTIMIZER_LINES = {"optim", "optim_args", "learning_rate", "output_dir"}
+OPTIMIZER_LINES = {"optim", "optim_args", "learning_rate", "lr_scheduler_type", "output_dir"}
 TWINS = sorted(path.name for path in RECIPE.glob("*_adamw.yaml"))
 
 
@@ -302,7 +302,7 @@ def test_twins_differ_only_in_the_optimizer(twin):
     ours = yaml.safe_load((RECIPE / twin.replace("_adamw", "")).read_text())
     theirs = yaml.safe_load((RECIPE / twin).read_text())
     assert {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)} <= OPTIMIZER_LINES
-    assert ours["optim"] == ("sgd_sai_factored" if twin.startswith("demo") else "sgd_sai")
+    assert ours["optim"] == ("sgd_sai_averaged" if twin.startswith("demo") else "sgd_sai")
 
 
 @pytest.mark.parametrize("config", sorted(RECIPE.glob("*.yaml"), key=str), ids=lambda path: path.name)
