@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hf_sai.optim.sgd_sai import SGDSaI
 
 __all__ = [
+    "ORDINARY",
     "UNMEASURED",
     "Copies",
     "Layout",
@@ -39,6 +40,10 @@ __all__ = [
     "sum_over_holders",
     "whole_shapes",
 ]
+
+#: What is no subclass of Tensor, such as a DTensor or a quantised weight. Asked several times for each parameter in a
+#: step, so that the usual answer comes first.
+ORDINARY = (Tensor, torch.nn.Parameter)
 
 #: What ``state["gsnr"]`` holds while no usable gradient has come. No measured g-SNR can be 0: it is at least
 #: ``sqrt(n - 1) / (1 + MAX_EPS_SHARE)``, and 1 for one element.
@@ -316,9 +321,6 @@ def sum_over_holders(sums: Iterable[tuple[Tensor, Sequence[ProcessGroup], torch.
 _KINDS: list[type[Part]] = []
 _LAYOUTS: list[Callable[[SGDSaI], Layout | None]] = []
 
-# Asked several times for each parameter in each step, so the usual answer comes first.
-_ORDINARY = (Tensor, torch.nn.Parameter)
-
 
 def register_part(kind: type[Part]) -> type[Part]:
     """Let a kind of tensor have parts of its own; a decorator."""
@@ -376,7 +378,7 @@ def look_at(model: torch.nn.Module) -> None:
 
 def local(tensor: Tensor) -> Tensor:
     """What this process stores of a tensor, sharing its memory; any ordinary tensor as it is."""
-    if type(tensor) in _ORDINARY:
+    if type(tensor) in ORDINARY:
         return tensor
     return next((mine for mine in (kind.local(tensor) for kind in _KINDS) if mine is not None), tensor)
 

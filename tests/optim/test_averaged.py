@@ -176,6 +176,73 @@ def test_the_momentum_of_another_rule_is_not_shown_as_a_mean():
     assert all(map(torch.equal, model.parameters(), before))
 
 
+def test_the_official_codes_momentum_is_forgotten():
+    model = Tiny()
+    optimizer = optimizer_of(model, update="published", lr=1e-3)
+    train(model, optimizer, range(3), rates=[1e-3] * 3)
+    saved = optimizer.state_dict()
+    for name in ("update", "normalize", "maximize", "momentum_dtype", "stochastic_rounding", "foreach", "fused"):
+        del saved["param_groups"][0][name]
+    again = Tiny()
+    resumed = optimizer_of(again)
+    resumed.load_state_dict(saved)
+    start = [p.detach().clone() for p in again.parameters()]
+    train(again, resumed, range(3, 4), rates=[1e-3] * 4)
+    for p, q in zip(again.parameters(), start, strict=True):
+        assert 0 < (p - q).abs().max() < 0.02
+        assert resumed.state[p]["momentum_buffer"].abs().max() < 0.02
+
+
+def test_a_mean_of_16_bits_is_refused_however_it_comes_about():
+    model = Tiny()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(2))
+    saved = optimizer.state_dict()
+    resumed = optimizer_of(Tiny().bfloat16(), momentum_dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"saved options cannot be used: .* lost in torch\.bfloat16"):
+        resumed.load_state_dict(saved)
+    cast = Tiny()
+    late = optimizer_of(cast)
+    cast.bfloat16()
+    before = [p.detach().clone() for p in cast.parameters()]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"lost in torch\.bfloat16"):
+            train(cast, late, range(2))
+    assert all(map(torch.equal, cast.parameters(), before))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("means_shown", "no"), ("means_shown", 1), ("rounding_step", "1"), ("rounding_step", -1)]
+)
+def test_what_a_group_has_beside_its_options_is_checked(key, value):
+    model = Tiny()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(2))
+    saved = optimizer.state_dict()
+    saved["param_groups"][0][key] = value
+    with pytest.raises(ValueError, match=f"{key} of a group"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"momentum": 0.0}, "needs a momentum"),
+        ({"normalize": True}, "two ways"),
+        ({"update": "orthogonal"}, "matrices"),
+    ],
+    ids=str,
+)
+def test_saved_options_that_exclude_each_other_are_refused(options, message):
+    model = Tiny()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(2))
+    saved = optimizer.state_dict()
+    saved["param_groups"][0].update(options)
+    with pytest.raises(ValueError, match=f"saved options cannot be used: .*{message}"):
+        optimizer.load_state_dict(saved)
+
+
 def test_a_run_that_leaves_it_goes_on_from_the_weights_that_are_shown():
     model = Tiny()
     optimizer = optimizer_of(model)
