@@ -200,6 +200,17 @@ def test_without_numba_torchs_kernel_takes_over(monkeypatch):
     assert path_of(torch.ones(3), fused=True) == path_of(torch.ones(3)) == "torch_fused"
 
 
+@pytest.mark.parametrize("error", [ImportError("not for this numpy"), RuntimeError("no C compiler")], ids=str)
+def test_a_compiler_that_is_broken_ends_no_training_and_one_that_is_missing_says_nothing(monkeypatch, caplog, error):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(choice.importlib, "import_module", fail)
+    assert choice._imported.__wrapped__("numba_plain") is None
+    expected = [] if isinstance(error, ImportError) else ["numba_plain does not work here (RuntimeError: no C compiler)"]
+    assert [record.message.partition(";")[0] for record in caplog.records] == expected
+
+
 # --- sizes are checked before a kernel gets an address
 
 
