@@ -207,8 +207,8 @@ def test_a_compiler_that_is_broken_ends_no_training_and_one_that_is_missing_says
 
     monkeypatch.setattr(choice.importlib, "import_module", fail)
     assert choice._imported.__wrapped__("numba_plain") is None
-    expected = [] if isinstance(error, ImportError) else ["numba_plain does not work here (RuntimeError: no C compiler)"]
-    assert [record.message.partition(";")[0] for record in caplog.records] == expected
+    warned = "numba_plain does not work here (RuntimeError: no C compiler)" in caplog.text
+    assert warned == bool(caplog.records) == isinstance(error, RuntimeError)
 
 
 # --- sizes are checked before a kernel gets an address
