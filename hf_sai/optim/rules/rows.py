@@ -34,6 +34,8 @@ class Rows(Published):
         kept = [((0,) if len(part.shape) > 1 else (),) for part in parts]
         sums = [sums_of_squares(part, dims) for part, dims in zip(parts, kept, strict=True)]
         roots = reciprocal_roots(list(itertools.chain(*mean_squares(parts, kept, sums))))
+        for root in roots:  # of a row with a NaN the other elements rest, as they do beside an infinity
+            root.nan_to_num_(nan=0.0)
         return [applied_to_boxes(part, (root,)) for part, root in zip(parts, roots, strict=True)]
 
     def scale(self, gsnr: float, numel: int) -> float:
