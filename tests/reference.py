@@ -80,7 +80,7 @@ class Orthogonal(Rows):
         return 0.2 * max(gradient.shape) ** 0.5 * even * orthogonal.norm() / even.norm()
 
 
-RULES = {"published": Published, "rows": Rows, "factored": Factored, "orthogonal": Orthogonal}
+RULES = {"published": Published, "rows": Rows, "factored": Factored, "averaged": Factored, "orthogonal": Orthogonal}
 
 
 class ReferenceSGDSaI:
@@ -94,6 +94,9 @@ class ReferenceSGDSaI:
         if update == "orthogonal":
             self.momentum = 0.0  # the rule has it
         self.gsnr = self.buffers = None
+        # Schedule-Free's z and x, and the sum of the squares of the rates; the parameters are y.
+        self.averages, self.weights = update == "averaged", 0.0
+        self.z, self.means = ([p.clone() for p in self.params] for _ in range(2))
 
     def step(self, gradients):
         sign = -1.0 if self.maximize else 1.0
@@ -101,12 +104,23 @@ class ReferenceSGDSaI:
         if self.gsnr is None:
             self.gsnr = [reference_gsnr(g, self.eps) for g in gradients]
         gradients = [rule(g) for rule, g in zip(self.rules, gradients, strict=True)]
+        if self.averages:
+            return self.step_averaged(gradients)
         if self.buffers is None:
             self.buffers = [g.clone() for g in gradients]
         for i, g in enumerate(gradients):
             self.buffers[i] = self.momentum * self.buffers[i] + (1 - self.momentum) * g
             decayed = self.params[i] - self.lr * self.weight_decay * self.params[i]
             self.params[i] = decayed - self.lr * self.rules[i].scale(self.gsnr[i], g.numel()) * self.buffers[i]
+
+    def step_averaged(self, gradients):
+        """arXiv 2405.15682, equations 3 to 5, with weights of the squared rates."""
+        self.weights += self.lr**2
+        for i, (g, p) in enumerate(zip(gradients, self.params, strict=True)):
+            step = self.rules[i].scale(self.gsnr[i], g.numel()) * g + self.weight_decay * p
+            self.z[i] = self.z[i] - self.lr * step
+            self.means[i] = torch.lerp(self.means[i], self.z[i], self.lr**2 / self.weights)
+            self.params[i] = torch.lerp(self.z[i], self.means[i], self.momentum)
 
 
 def assert_moved_alike(params, expected, start, rel):

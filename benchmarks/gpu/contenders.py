@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_sai import SGDSaI, param_groups
 from hf_sai.optim import rules
+from hf_sai.optim.rules import averaged, factored
 from hf_sai.optim.update import KERNELS, Kernel
 
 __all__ = [
@@ -27,13 +28,16 @@ __all__ = [
     "TorchMuon",
     "groups_of",
     "kernels",
+    "needed",
     "sai",
 ]
 
 ADAMW, SGD, MUON = "torch AdamW, fused", "torch SGD with momentum, fused", "torch Muon (AdamW elsewhere)"
 
-#: Those that kernels of ours update; "averaged" is torch's own operations, with its mean in float32.
-RULES = [name for name, rule in rules.RULES.items() if not rule.averages]
+RULES = list(rules.RULES)
+
+#: What kernels do beside the update.
+FASTER: tuple[list[Any], ...] = (averaged.FASTER, factored.FASTER)
 
 #: How an update of full precision can be made -> (options, kernels that are left out).
 PATHS: dict[str, tuple[dict[str, Any], str]] = {
@@ -72,6 +76,11 @@ def groups_of(
     return param_groups(model, lr=lr, weight_decay=weight_decay, update=rule, **more)
 
 
+def needed(rule: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The options without which a rule does not train parameters of a dtype: a mean of them is kept in float32."""
+    return {"momentum_dtype": torch.float32} if rules.RULES[rule].averages and dtype != torch.float32 else {}
+
+
 def sai(rule: str, label: str = "", without: str = "", **options: Any) -> Contender:
     """SGD-SaI.
 
@@ -84,7 +93,8 @@ def sai(rule: str, label: str = "", without: str = "", **options: Any) -> Conten
 
     def build(model: nn.Module, lr: float, weight_decay: float) -> SGDSaI:
         groups = groups_of(model, rule, lr, weight_decay)
-        optimizer = SGDSaI(groups, lr=lr, weight_decay=weight_decay, update=rule, **options)
+        all_options = {**needed(rule, next(model.parameters()).dtype), **options}
+        optimizer = SGDSaI(groups, lr=lr, weight_decay=weight_decay, update=rule, **all_options)
         if without:
             original = optimizer.step
 
@@ -103,9 +113,9 @@ def kernels(without: str = "") -> Iterator[set[str]]:
     """Leave kernels out for a while; gives the names of those that were used, as they are used.
 
     Args:
-        without: The names' beginning; "" leaves out none.
+        without: The names' beginning; "" leaves out none. What makes factors and means is left out with any.
     """
-    before, used = list(KERNELS), set[str]()
+    before, faster, used = list(KERNELS), [list(of) for of in FASTER], set[str]()
 
     def watched(kernel: Kernel) -> Kernel:
         def update(*args: Any, **options: Any) -> None:
@@ -115,10 +125,14 @@ def kernels(without: str = "") -> Iterator[set[str]]:
         return dataclasses.replace(kernel, update=update)
 
     KERNELS[:] = [watched(kernel) for kernel in before if not (without and kernel.name.startswith(without))]
+    for of in FASTER if without else ():
+        of.clear()
     try:
         yield used
     finally:
         KERNELS[:] = before
+        for of, kept in zip(FASTER, faster, strict=True):
+            of[:] = kept
 
 
 class TorchMuon:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.contenders import PATHS, RULES, groups_of, kernels
+from benchmarks.gpu.contenders import PATHS, RULES, groups_of, kernels, needed
 from benchmarks.gpu.part import ROOT, Part
 from hf_sai import SGDSaI, sgd_sai
 
@@ -27,7 +27,7 @@ SHAPES = [(), (1,), (7,), (64,), (0,), (65, 3), (4099,), (2, 3, 5), (128, 256), 
 STEPS = 5
 LR, WEIGHT_DECAY = 2e-2, 0.1
 #: The rules that count their steps for some tensors.
-COUNTING = ("factored", "orthogonal")
+COUNTING = ("factored", "averaged", "orthogonal")
 #: What may differ, as a share of the movement, beside a rounding of the parameter in each step.
 ALLOWED = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 ALLOWED_OF_MOMENTUM = {torch.bfloat16: 1e-2, "8bit": 3e-2, "4bit": 3e-1}
@@ -132,6 +132,7 @@ def built(model: nn.Module, rule: str, lr: float | Tensor | None = None, **optio
     if rule == "orthogonal":
         more["matrices"] = {f"^{name}$": p.ndim == 2 for name, p in model.named_parameters()}
     groups = groups_of(model, rule, lr, WEIGHT_DECAY, **more)
+    options = {**needed(rule, next(model.parameters()).dtype), **options}
     return SGDSaI(groups, lr=lr, weight_decay=WEIGHT_DECAY, update=rule, **options)
 
 
@@ -356,7 +357,9 @@ def cases(part: Part) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
             options = PATHS[path][0]
             capture = refused_in_a_graph if rule in COUNTING else captured
             yield f"{rule}, {path}, graph capture", lambda a=rule, b=options, c=capture: c(device, a, **b)
-    for rule in ["published"] if part.rehearse else RULES:
+    for rule in RULES:
+        if rule == "averaged":  # counts on the host, so that torch.compile leaves its steps as they are
+            continue
         backend = "eager" if part.rehearse else "inductor"
         yield f"{rule}, torch.compile of the step", lambda a=rule, b=backend: compiled(device, a, b)
 

@@ -63,6 +63,7 @@ class Device:
 
     def free_bytes(self) -> int:
         """What can still be allocated; in a rehearsal one MiB, so that models stay tiny."""
+        self.free()
         return torch.cuda.mem_get_info()[0] if self.cuda else 2**20
 
     def allocated(self) -> int:

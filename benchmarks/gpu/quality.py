@@ -5,7 +5,8 @@
 Weights in float32 under bfloat16 autocast, torch.compile, sequences of 1,024 tokens from the sources of the installed
 packages (text.py). First whole training steps of half a million tokens are timed, optimizers in turn. Then each one's
 learning rate is searched in short runs, and its best one is used for a long run, whose length follows from the time.
-All runs start at the same weights and see the same batches. The rate rises for a tenth of a run and falls to zero.
+All runs start at the same weights and see the same batches. The rate rises for a tenth of a run and falls to zero; that
+of an optimizer which averages its weights stays, and its losses are those of the mean.
 """
 
 from __future__ import annotations
@@ -51,20 +52,23 @@ class Trained:
         contender: It.
         grid: Learning rates.
         weight_decay: Such that a step's decay is alike for all at their usual rates.
+        averages: It is evaluated at the mean of its weights, which takes the place of a falling rate.
     """
 
     contender: Contender
     grid: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     weight_decay: float = 0.1
+    averages: bool = False
 
 
 def trained() -> list[Trained]:
-    """In the order of their worth; the last is for what time remains."""
+    """In the order of their worth; those after the fourth are for what time remains."""
     return [
         Trained(RIVALS[ADAMW]),
         Trained(sai("factored", momentum=0.8)),
         Trained(sai("orthogonal")),
         Trained(sai("published"), (4e-3, 1.2e-2, 3.6e-2), 0.01),
+        Trained(sai("averaged", momentum=0.8), averages=True),
         Trained(RIVALS[MUON]),
     ]
 
@@ -90,6 +94,7 @@ class Task:
         ).train()
         self._start = [p.detach().clone() for p in self.model.parameters()]
         windows = (len(self._train) - 1) // self.length
+        self.validation_batches = (len(self._validation) - 1) // (self.length * self.batch)
         self._order = torch.randperm(windows, generator=torch.Generator().manual_seed(0)).to(self.device.torch)
         self._loss = torch.compile(self._plain_loss, backend="eager" if part.rehearse else "inductor")
         self.compiled = self._try_compiled()
@@ -108,9 +113,8 @@ class Task:
 
     def validation_loss(self, batches: int) -> float:
         """Of the first batches of the validation text. Gradients stay enabled, so that nothing is compiled anew."""
-        most = (len(self._validation) - 1) // (self.length * self.batch)
         losses = []
-        for index in range(min(batches, most)):
+        for index in range(batches):
             windows = torch.arange(self.batch, device=self._order.device) + index * self.batch
             losses.append(self._loss(*self._windows(self._validation, windows)).detach())
         return torch.stack(losses).mean().item()
@@ -205,7 +209,8 @@ def train(
     spent, since, losses = 0.0, time.perf_counter(), []
     at = {round(steps * (index + 1) / evaluations) for index in range(evaluations)}
     for step in range(1, steps + 1):
-        share = min(step / (RISE * steps), (steps - step + 1) / ((1 - RISE) * steps), 1.0)
+        falling = 1.0 if one.averages else (steps - step + 1) / ((1 - RISE) * steps)
+        share = min(step / (RISE * steps), falling, 1.0)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * share
         loss = task.loss(step - 1)
@@ -219,14 +224,19 @@ def train(
             task.device.wait()
             spent += time.perf_counter() - since
             last = step == steps or over
-            evaluation = task.validation_loss(40 if last else 8)
+            if one.averages:
+                optimizer.eval()
+            batches = min(40 if last else 8, task.validation_batches)
+            evaluation = task.validation_loss(batches)
+            if one.averages:
+                optimizer.train()
             points.append(
                 {
                     "step": step,
                     "seconds": spent,
                     "train_loss": torch.stack(losses).mean().item(),
                     "eval_loss": evaluation,
-                    "eval_batches": 40 if last else 8,
+                    "eval_batches": batches,
                 }
             )
             run |= {"steps": step, "state_bytes": state_bytes(optimizer)}

@@ -3,7 +3,8 @@
     python -m benchmarks.gpu.report runs/gpu    # takes these results into docs/gpu.json, then writes the page
     python -m benchmarks.gpu.report             # writes the page anew from docs/gpu.json
 
-Without results the page says so in one line. Results of a rehearsal go to no page of the docs.
+Without results the page says so in one line. Results of a rehearsal go to no page of the docs, and results of different
+cards or versions to no page at all.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ NOTHING = (
     "Nothing has been measured on a GPU yet: `make gpu` does it, in nine minutes on one H100 "
     "([what it runs](../benchmarks/gpu/run.sh))."
 )
+#: What must be the same of all parts on one page.
+ALIKE = ("card", "python", "torch", "cuda", "triton", "transformers")
 HEAD = "<!-- Written by benchmarks/gpu/report.py. -->\n\n# On a GPU\n\n"
 
 Results = dict[str, dict[str, Any]]
@@ -38,38 +41,61 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of the page (default: docs)")
     options = parser.parse_args(argv)
     kept = options.output / "gpu.json"
+    source = kept if options.results is None else options.results
+    try:
+        results = (_kept(kept) if kept.is_file() else {}) if options.results is None else read(options.results)
+        text = page(results)
+        pictures = {"gpu_step_times.png": step_times_picture(results), "gpu_quality.png": quality_picture(results)}
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise SystemExit(f"{source} holds what no part of this version writes ({told}); run its parts again.") from None
     if options.results is not None:
-        results = read(options.results)
-        if options.output == ROOT / "docs" and any(part["rehearsal"] for part in results.values()):
+        if options.output.resolve() == ROOT / "docs" and any(part["rehearsal"] for part in results.values()):
             raise SystemExit(f"{options.results} holds a rehearsal, whose numbers mean nothing; name another --output.")
         atomic_write(kept, json.dumps(results, indent=1) + "\n")
-    results = json.loads(kept.read_text()) if kept.is_file() else {}
-    pictures = {"gpu_step_times.png": step_times_picture(results), "gpu_quality.png": quality_picture(results)}
     for name, figure in pictures.items():
         if figure is not None:
             atomic_write(options.output / name, draw(figure))
         else:
             (options.output / name).unlink(missing_ok=True)
-    atomic_write(options.output / "gpu.md", page(results))
+    atomic_write(options.output / "gpu.md", text)
 
 
 def read(folder: Path) -> Results:
     """What the parts left, finished or not.
 
     Raises:
-        SystemExit: There is nothing, or a file is damaged.
+        SystemExit: There is nothing, a file is damaged, or the parts did not run on the same card and versions.
     """
     results: Results = {}
     for name in PARTS:
         path = folder / f"{name}.json"
         if path.is_file():
-            try:
-                results[name] = json.loads(path.read_text())
-            except ValueError as error:
-                raise SystemExit(f"{path} is no JSON ({error}); take it away, or run its part again.") from None
+            results[name] = _kept(path)
+            if results[name].get("part") != name:
+                raise SystemExit(f"{path} was not written by the part {name}; take it away, or run the part again.")
     if not results:
         raise SystemExit(f"{folder} holds none of {', '.join(f'{name}.json' for name in PARTS)}; run {RUN} {folder}.")
+    machines = {name: [part["environment"][key] for key in ALIKE] for name, part in results.items()}
+    first = next(iter(machines))
+    for name, machine in machines.items():
+        for key, here, there in zip(ALIKE, machine, machines[first], strict=True):
+            if here != there:
+                raise SystemExit(
+                    f"{folder} mixes two machines: {key} of {first}.json is {there}, of {name}.json {here}; "
+                    "run both parts on one, or take one file away."
+                )
     return results
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise SystemExit(f"{path} is no JSON ({error}); take it away, or run its part again.") from None
+    if not isinstance(found, dict):
+        raise SystemExit(f"{path} is no JSON of a part; take it away, or run its part again.")
+    return found
 
 
 def page(results: Results) -> str:
@@ -97,13 +123,14 @@ def _begin(results: Results) -> str:
         f"{name} {machine[name]}"
         for name in ("python", "torch", "cuda", "triton", "transformers", "numba", "bitsandbytes")
     ]
+    dates = sorted({part["environment"]["date"] for part in results.values()})
     warning = "**A rehearsal on a CPU: no number here means anything.**\n\n" if first["rehearsal"] else ""
     rows = []
     for name in PARTS:
         part = results.get(name, {"status": "not run", "seconds": 0})
-        rows.append([name, part["status"], f"{part['seconds']:.0f}"])
+        rows.append([name, _cell(part["status"]), f"{part['seconds']:.0f}"])
     return (
-        f"{warning}{machine['card']}, {machine['date']}; {', '.join(versions)}.\n\n```bash\n{RUN} runs/gpu\n"
+        f"{warning}{machine['card']}, {' and '.join(dates)}; {', '.join(versions)}.\n\n```bash\n{RUN} runs/gpu\n"
         f"python -m benchmarks.gpu.report runs/gpu\n```\n\n{markdown_table(['part', 'came to', 'seconds'], rows)}"
     )
 
@@ -113,7 +140,8 @@ def _begin(results: Results) -> str:
 
 def _bars(results: Results) -> str:
     rows = []
-    steps = _of_model(results, "gpt2-xl")
+    model = _of_model(results, "gpt2-xl")
+    steps = model.get("rows", [])
     sgd = next((row["ratio"]["median"] for row in steps if row["optimizer"] == SGD), None)
     for what, rule, most, over in (
         ("published step / fused AdamW's", "published", 0.75, 1.0),
@@ -127,7 +155,8 @@ def _bars(results: Results) -> str:
     shown = "not measured" if ratio is None else f"{ratio:.3f}"
     rows.append(["orthogonal, whole training step / AdamW's", "1.05", shown, "", passed])
     table = markdown_table(["bar", "at most", "by default", "fastest path", "passed"], rows)
-    return f"## Bars\n\nSteps with 1.5 billion float32 parameters; the training step with GPT-2 small.\n\n{table}"
+    many = f"{model.get('parameters', 1.5e9) / 1e9:.1f}"
+    return f"## Bars\n\nSteps with {many} billion float32 parameters; the training step with GPT-2 small.\n\n{table}"
 
 
 def _judged(steps: list[dict[str, Any]], rule: str, most: float, over: float | None) -> list[str]:
@@ -143,9 +172,9 @@ def _judged(steps: list[dict[str, Any]], rule: str, most: float, over: float | N
     return [f"{found['default']:.2f}", f"{found[fastest]:.2f} ({fastest})", passed]
 
 
-def _of_model(results: Results, name: str) -> list[dict[str, Any]]:
+def _of_model(results: Results, name: str) -> dict[str, Any]:
     models = results.get("step_times", {}).get("results", {}).get("models", [])
-    return next((model["rows"] for model in models if model["model"] == name), [])
+    return next((model for model in models if model["model"] == name), {})
 
 
 # --- parts
@@ -160,7 +189,11 @@ def _correctness(found: dict[str, Any]) -> str:
         "1 is the most that a case may be off."
     )
     rows = [
-        [case["case"], case["outcome"], case.get("reason") or f"off by {case['off']:.2g}"]
+        [
+            case["case"],
+            case["outcome"],
+            _cell(case["reason"]) if "reason" in case else f"off by {case['off']:.2g}",
+        ]
         for case in cases
         if case["outcome"] != "passed"
     ]
@@ -206,10 +239,12 @@ def _step_times(found: dict[str, Any]) -> str:
 
 
 def _peak_memory(found: dict[str, Any]) -> str:
+    if not found.get("rows"):
+        return ""
     columns = ["optimizer", "weights", "gradients", "states", "peak", "training step, ms"]
-    text = [f"## Peak memory\n\n{found.get('model')}, one sequence of {found.get('tokens')} tokens a step, gradient "
+    text = [f"## Peak memory\n\n{found['model']}, one sequence of {found['tokens']} tokens a step, gradient "
             "checkpointing. GB of tensors, the first step, which measures, among them."]  # fmt: skip
-    rows = found.get("rows", [])
+    rows = found["rows"]
     for setting in dict.fromkeys(row["setting"] for row in rows):
         of = [
             [
@@ -231,7 +266,9 @@ def _quality(found: dict[str, Any]) -> str:
         text.append(
             f"GPT-2 small ({task['parameters']:,} parameters), float32 weights under bfloat16 autocast, torch.compile: "
             f"{task['compiled']}. {task['tokens_a_step']:,} tokens a step, of {task['text']['train_tokens']:,} from "
-            "the sources of the installed packages. Each rate is the best of short runs; one seed."
+            "the sources of the installed packages. Each rate is the best of short runs; one seed. "
+            "Rates rise, then fall to zero; that of averaged stays, and its losses are its mean's. "
+            "Seconds are those of training alone."
         )
     rows = []
     for run in found.get("runs", []):
@@ -301,10 +338,22 @@ def _engines(found: dict[str, Any]) -> str:
 
 
 def _left_out(results: Results) -> str:
-    lines = [f"- {name}: {reason}" for part in results.values() for name, reason in part["not_measured"].items()]
-    lines += [f"- {name}: {part['status']}" for name, part in results.items() if part["status"] != COMPLETE]
-    lines += [f"- Warning: {warning}" for part in results.values() for warning in part["warnings"]]
-    return "## Not measured\n\n" + "\n".join(dict.fromkeys(lines)) if lines else ""
+    rows = [(name, reason) for part in results.values() for name, reason in part["not_measured"].items()]
+    rows += [(name, part["status"]) for name, part in results.items() if part["status"] != COMPLETE]
+    rows += [("warning", warning) for part in results.values() for warning in part["warnings"]]
+    lines = dict.fromkeys(f"- {name}: {_code(reason)}" for name, reason in rows)
+    return "## Not measured\n\n" + "\n".join(lines) if lines else ""
+
+
+def _code(text: str) -> str:
+    """A message as it came, whose words are not this page's."""
+    text = " ".join(text.split()).replace("`", "'")
+    return f"`{text}`"
+
+
+def _cell(text: str) -> str:
+    """The same in a table."""
+    return _code(text).replace("|", "\\|")
 
 
 # --- pictures

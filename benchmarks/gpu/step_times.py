@@ -39,7 +39,8 @@ def contenders(dtype: torch.dtype) -> list[Contender]:
         for path, (options, without) in PATHS.items()
     ]
     rules = [rule for rule in RULES if rule != "published"]
-    of_rules = [sai(rule) for rule in rules] + [sai(rule, "fused", fused=True) for rule in rules]
+    of_rules = [sai(rule) for rule in rules]
+    of_rules += [sai(rule, "fused", fused=True) for rule in rules if rule != "averaged"]
     low = [
         sai("published", "8-bit momentum", momentum_dtype="8bit"),
         sai("factored", "8-bit momentum", momentum_dtype="8bit"),
@@ -85,6 +86,7 @@ def measure(part: Part, name: str, dtype: torch.dtype) -> None:
     baseline.step()
     for contender in contenders(dtype):
         with part.attempt(f"{name}: {contender.name}"):
+            with_gradients(model)  # anew: rules change them in place
             found["rows"].append(measured(part, model, contender, baseline))
     of_baseline = [row["baseline_seconds"] for row in found["rows"]]
     if of_baseline:
@@ -102,13 +104,12 @@ def measured(part: Part, model: nn.Module, contender: Contender, baseline: Any) 
     """One contender and the baseline in turn, round after round."""
     device = part.device
     optimizer = contender.build(model, LR, WEIGHT_DECAY)
-    device.reset_peak()
-    before = device.allocated()
     first = device.seconds(optimizer.step)
+    standing = device.allocated()
+    device.reset_peak()
     with kernels() as used:
         device.seconds(optimizer.step)
-    states = state_bytes(optimizer)
-    temporary = device.peak() - before - states
+    temporary = device.peak() - standing
     ours, theirs = [], []
     begun = time.monotonic()
     while len(ours) <= ROUNDS[0] or (
@@ -128,7 +129,7 @@ def measured(part: Part, model: nn.Module, contender: Contender, baseline: Any) 
         "baseline_seconds": statistics.median(theirs),
         "first_step_seconds": first,
         "limit_seconds": limit_seconds(model, optimizer, contender, part.results["copy_bytes_per_second"]),
-        "state_bytes_per_parameter": states / sum(p.numel() for p in model.parameters()),
+        "state_bytes_per_parameter": state_bytes(optimizer) / sum(p.numel() for p in model.parameters()),
         "temporary_bytes": temporary,
         "kernels": sorted(used) or ["torch's operations"],
     }

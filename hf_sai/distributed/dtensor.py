@@ -11,19 +11,17 @@ from torch import Tensor
 
 from hf_sai.distributed.copies import shared_out
 from hf_sai.distributed.exchange import exchanges
-from hf_sai.optim.layout import Copies, Part, Sharing, register_part
+from hf_sai.optim.layout import ORDINARY, Copies, Part, Sharing, register_part
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["Shard", "is_dtensor"]
 
-_ORDINARY = (Tensor, torch.nn.Parameter)
-
 
 def is_dtensor(p: Tensor) -> bool:
     """Whether this is a DTensor."""
-    if type(p) in _ORDINARY:  # asked several times for each parameter in each step
+    if type(p) in ORDINARY:  # asked several times for each parameter in each step
         return False
     module = sys.modules.get("torch.distributed.tensor")  # if nothing has imported it, there can be no DTensor
     return module is not None and isinstance(p, module.DTensor)

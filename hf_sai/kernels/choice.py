@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from hf_sai.kernels import bitsandbytes_8bit, torch_fused
-from hf_sai.optim.layout import Part
+from hf_sai.optim.layout import ORDINARY, Part
 from hf_sai.optim.rules import averaged, factored
 from hf_sai.optim.rules.averaged import Step
-from hf_sai.optim.update import KERNELS, ORDINARY, Choice, Kernel, Takes
+from hf_sai.optim.update import KERNELS, Choice, Kernel, Takes
 
 __all__ = ["compiled_module"]
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from hf_sai.kernels import numba_loops
+from hf_sai.optim.layout import ORDINARY
 from hf_sai.optim.momentum import Momentum
-from hf_sai.optim.update import ORDINARY
 
 __all__ = ["addresses", "can_update", "coefficients", "in_shares", "is_dense", "of_one_dtype", "shares", "update"]
 

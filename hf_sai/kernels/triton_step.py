@@ -8,6 +8,7 @@ rate, gradient scale and found_inf may be tensors on the device. The formats of 
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -68,21 +69,20 @@ def can_update(p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tenso
 def factor_addresses(g: Tensor, factors: Sequence[Tensor]) -> tuple[int, int] | None:
     """Where the factors of a gradient's rows and of its columns begin, 0 where they are 1; a vector is one row.
 
-    None for factors of other sizes than one a row, one a column, or both, and for rows that are too long.
+    None for factors of other shapes than one a row, one a column, or both, and for rows that are too long.
     """
     known = getattr(factors, "addresses", None)
     if known is not None:
         return known
-    height = g.shape[0] if g.ndim > 1 else 1
-    width = g.numel() // max(height, 1)
-    numbers = [f.numel() for f in factors]
-    if width > LONGEST_ROW or not all(f.dtype == torch.float32 and f.is_contiguous() for f in factors):
+    of_rows, of_columns = ((1,) * g.ndim, g.shape) if g.ndim < 2 else ((len(g), *[1] * (g.ndim - 1)), (1, *g.shape[1:]))
+    shapes = [tuple(f.shape) for f in factors]
+    if math.prod(of_columns) > LONGEST_ROW or not all(f.dtype == torch.float32 and f.is_contiguous() for f in factors):
         return None
-    if numbers == [height]:
+    if shapes == [of_rows]:
         return factors[0].data_ptr(), 0
-    if numbers == [width]:
+    if shapes == [tuple(of_columns)]:
         return 0, factors[0].data_ptr()
-    return (factors[0].data_ptr(), factors[1].data_ptr()) if numbers == [height, width] else None
+    return (factors[0].data_ptr(), factors[1].data_ptr()) if shapes == [of_rows, tuple(of_columns)] else None
 
 
 def update(
@@ -176,7 +176,7 @@ def _code_tables(kind: str, device: torch.device) -> tuple[Tensor, Tensor, Tenso
 
     Of all numbers that begin so at most one is a midpoint, so that the nearest code of each is this one or the next.
     """
-    bits = torch.arange(65536, dtype=torch.int32) << 16
+    bits = torch.arange(65536, dtype=torch.int32, device="cpu") << 16
     bits[32768:] |= 0xFFFF  # of negative numbers the least has the most bits
     least = torch.nan_to_num(bits.view(torch.float32), nan=0.0)
     nearest = torch.bucketize(least, midpoints(kind, torch.device("cpu"))[:-1]).to(torch.uint8)

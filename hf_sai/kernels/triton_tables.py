@@ -1,7 +1,8 @@
 """Tables of addresses for Triton's kernels, on the device and kept between steps: one launch works on all tensors.
 
 A table is int64[rows, tensors]; the first row says which program is a tensor's first. A second tensor says to which
-tensor each program belongs. Both stay as they are while nothing in them changes, so that a step copies nothing.
+tensor each program belongs. Both stay as they are while nothing in them changes, so that a step copies nothing. They
+are made on the CPU, whatever torch's default device is.
 """
 
 from __future__ import annotations
@@ -84,18 +85,18 @@ def kept_table(name: str, device: torch.device, rows: Sequence[Sequence[int]], p
 
 def tensor_of_program(programs: Sequence[int]) -> Tensor:
     """Which tensor each program belongs to, int32[programs]."""
-    counts = torch.tensor(programs, dtype=torch.int64)
-    return torch.repeat_interleave(torch.arange(len(programs), dtype=torch.int32), counts)
+    counts = torch.tensor(programs, dtype=torch.int64, device="cpu")
+    return torch.repeat_interleave(torch.arange(len(programs), dtype=torch.int32, device="cpu"), counts)
 
 
 def float_bits(numbers: Sequence[float]) -> list[int]:
     """Numbers as a row of a table: float64, seen as int64."""
-    return torch.tensor(numbers, dtype=torch.float64).view(torch.int64).tolist()
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu").view(torch.int64).tolist()
 
 
 def _on_host(content: tuple[tuple[int, ...], ...], programs: tuple[int, ...]) -> Tensor:
     firsts = (0, *itertools.accumulate(programs[:-1]))
-    return torch.tensor((firsts, *content), dtype=torch.int64)
+    return torch.tensor((firsts, *content), dtype=torch.int64, device="cpu")
 
 
 def _made(

@@ -8,6 +8,7 @@ subclasses :class:`Part` (and :class:`Layout`, where the optimizer's tensors are
 from __future__ import annotations
 
 import copy
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from hf_sai.optim.sgd_sai import SGDSaI
 
 __all__ = [
+    "ORDINARY",
     "UNMEASURED",
     "Copies",
     "Layout",
@@ -38,6 +40,10 @@ __all__ = [
     "sum_over_holders",
     "whole_shapes",
 ]
+
+#: What is no subclass of Tensor, such as a DTensor or a quantised weight. Asked several times for each parameter in a
+#: step, so that the usual answer comes first.
+ORDINARY = (Tensor, torch.nn.Parameter)
 
 #: What ``state["gsnr"]`` holds while no usable gradient has come. No measured g-SNR can be 0: it is at least
 #: ``sqrt(n - 1) / (1 + MAX_EPS_SHARE)``, and 1 for one element.
@@ -260,7 +266,10 @@ class Layout:
 
     def unmeasured(self, parts: Iterable[Part]) -> list[Part]:
         """Those to be measured now; where other processes hold some, too, the same on all of them."""
-        return [part for part in parts if part.gsnr == UNMEASURED and not part.param.is_meta]
+        new = [part for part in parts if part.gsnr == UNMEASURED and not part.param.is_meta]
+        if new and self.whole:  # what came into the groups since the layout was found has no g-SNR yet
+            _refuse_flattened(self.optimizer)
+        return new
 
     def check(self) -> None:
         """Refuse options that do not work here, before anything is updated.
@@ -312,9 +321,6 @@ def sum_over_holders(sums: Iterable[tuple[Tensor, Sequence[ProcessGroup], torch.
 _KINDS: list[type[Part]] = []
 _LAYOUTS: list[Callable[[SGDSaI], Layout | None]] = []
 
-# Asked several times for each parameter in each step, so the usual answer comes first.
-_ORDINARY = (Tensor, torch.nn.Parameter)
-
 
 def register_part(kind: type[Part]) -> type[Part]:
     """Let a kind of tensor have parts of its own; a decorator."""
@@ -345,15 +351,7 @@ def find_layout(optimizer: SGDSaI) -> Layout:
     layout = next(filter(None, (find(optimizer) for find in _LAYOUTS)), None)
     if layout is None:
         layout = Layout(optimizer)
-        for group, built in zip(optimizer.param_groups, optimizer.built_with, strict=True):
-            shapes = [shape for _, shape in built]
-            if [p.shape for p in group["params"]] != shapes and not _same_objects(group["params"], built):
-                raise ValueError(
-                    f"A parameter group was built with {len(shapes)} parameters and now holds {len(group['params'])} "
-                    f"tensors of other shapes, such as {tuple(group['params'][0].shape)}. Something has flattened "
-                    "them, and SGD-SaI cannot tell one from the next in there. It knows FSDP2, FSDP1 with "
-                    "use_orig_params=True and DeepSpeed ZeRO: use one of these."
-                )
+        _refuse_flattened(optimizer)
     layout.check()
     return layout
 
@@ -380,7 +378,7 @@ def look_at(model: torch.nn.Module) -> None:
 
 def local(tensor: Tensor) -> Tensor:
     """What this process stores of a tensor, sharing its memory; any ordinary tensor as it is."""
-    if type(tensor) in _ORDINARY:
+    if type(tensor) in ORDINARY:
         return tensor
     return next((mine for mine in (kind.local(tensor) for kind in _KINDS) if mine is not None), tensor)
 
@@ -408,5 +406,17 @@ def _numbered(optimizer: SGDSaI) -> Iterator[tuple[int, Tensor, dict[str, Any]]]
             number += 1
 
 
-def _same_objects(params: Sequence[Tensor], built: Sequence[tuple[weakref.ref[Tensor], torch.Size]]) -> bool:
-    return len(params) == len(built) and all(p is known() for p, (known, _) in zip(params, built, strict=True))
+def _refuse_flattened(optimizer: SGDSaI) -> None:
+    """Raise ValueError for a tensor that the optimizer was not given, where its group had none of that shape."""
+    given = {id(known()) for built in optimizer.built_with for known, _ in built}
+    # Groups may have been removed since, or put there by somebody else.
+    every = itertools.chain(optimizer.built_with, itertools.repeat(()))
+    for group, built in zip(optimizer.param_groups, every, strict=False):
+        params, shapes = group["params"], [shape for _, shape in built]
+        if [p.shape for p in params] != shapes and not all(id(p) in given for p in params):
+            raise ValueError(
+                f"A parameter group was built with {len(shapes)} parameters and now holds {len(params)} tensors of "
+                f"other shapes, such as {tuple(params[0].shape)}. Something has flattened them, and SGD-SaI cannot "
+                "tell one from the next in there. It knows FSDP2, FSDP1 with use_orig_params=True and DeepSpeed ZeRO: "
+                "use one of these."
+            )

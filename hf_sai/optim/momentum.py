@@ -8,6 +8,7 @@ saving a state handles. torchao's quantised optimizer states are tensor subclass
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -37,6 +38,8 @@ __all__ = [
     "start",
     "store",
 ]
+
+logger = logging.getLogger(__name__)
 
 #: What of a parameter's state is its momentum; the scales are there for a quantised one.
 MOMENTUM_KEYS = ("momentum_buffer", "momentum_scales")
@@ -151,8 +154,20 @@ class QuantizedMomentum:
 
 @functools.cache
 def has_bitsandbytes() -> bool:
-    """Whether bitsandbytes is installed."""
-    return find_spec("bitsandbytes") is not None
+    """Whether bitsandbytes is installed, and works; a warning says where it does not."""
+    if find_spec("bitsandbytes") is None:
+        return False
+    try:
+        import bitsandbytes.functional  # noqa: F401
+    except Exception as error:  # half installed, or for another CUDA: a training can do without it
+        logger.warning(
+            "bitsandbytes does not work here (%s: %s); torch's own operations, which are slower, keep the momentum. "
+            "Mend it, or remove it.",
+            type(error).__name__,
+            error,
+        )
+        return False
+    return True
 
 
 #: A momentum as the update takes it: a tensor of any float dtype, or codes with scales.

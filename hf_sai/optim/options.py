@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_sai.optim.rules import RULES
 
-__all__ = ["DEFAULTS", "OPTIONS", "Option", "check_options", "upgrade_group"]
+__all__ = ["DEFAULTS", "OPTIONS", "Option", "check_options", "shown", "upgrade_group"]
 
 #: What a momentum can be kept in, by the name that ``--optim_args`` uses; None is the parameter's own dtype.
 MOMENTUM_DTYPES: dict[str, torch.dtype | str | None] = {
@@ -58,17 +58,18 @@ class Option:
         """Raise ValueError unless this is a value the optimizer takes as it is (text that needs parsing is not)."""
         try:
             same = self.parse(value) is value or isinstance(value, (int, float, Tensor))
-        except (ValueError, TypeError, OverflowError):
+        except (ValueError, TypeError, OverflowError, RuntimeError):  # the last of a rate without a value (meta)
             same = False
         if not same:
-            raise ValueError(f"{self.name} must be {self.allowed}, but is {_shown(value)}.")
+            raise ValueError(f"{self.name} must be {self.allowed}, but is {shown(value)}.")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for a sentence: of an endless one its beginning."""
     try:
         text = repr(value)
-    except ValueError:  # Python refuses to write integers of more than 4,300 digits
-        text = f"an integer of {value.bit_length()} bits"
+    except ValueError:  # Python does not write out integers of more than 4,300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= 200 else f"{text[:100]}... ({len(text)} characters)"
 
 

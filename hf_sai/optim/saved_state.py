@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_sai.optim.layout import UNMEASURED, Part, kind_of, local, whole_shapes
 from hf_sai.optim.momentum import BLOCK_KEY, MOMENTUM_KEYS, convert
-from hf_sai.optim.options import OPTIONS, upgrade_group
+from hf_sai.optim.options import OPTIONS, check_options, upgrade_group
 from hf_sai.optim.rules import RULES
 from hf_sai.optim.rules.averaged import WEIGHT_SUM
 
@@ -34,6 +34,9 @@ _OURS = frozenset(
     {"gsnr", *MOMENTUM_KEYS, BLOCK_KEY, SHAPE_KEY, *chain.from_iterable(rule.keys for rule in RULES.values())}
 )
 _TENSORS = _OURS - {"gsnr", "averaged_steps", WEIGHT_SUM, BLOCK_KEY}
+
+#: What a group may have beside its options, and its type.
+_COUNTS = {"rounding_step": int, "means_shown": bool}
 
 _FRESH = (
     "To train on with the saved weights and a fresh state, load the weights alone (Trainer: give the checkpoint as the "
@@ -98,8 +101,8 @@ def _checked(
             f"{counts[1]}. Build model and groups as they were. {_FRESH}"
         )
     saved_groups = [upgrade_group(group, present) for group, present in zip(saved_groups, groups, strict=True)]
-    for group in saved_groups:
-        _require_options(group)
+    for group, present in zip(saved_groups, groups, strict=True):
+        _require_options(group, present["params"])
     _warn_of_other_options(saved_groups, groups)
     states, saved_groups = _by_name(states, saved_groups, groups)
     incoming: Incoming = []
@@ -240,17 +243,21 @@ def _in_form(
     return formed
 
 
-def _require_options(group: dict[str, Any]) -> None:
-    """Raise ValueError for an option that is missing, or that nobody could have asked for."""
+def _require_options(group: dict[str, Any], params: Sequence[Tensor]) -> None:
+    """Raise ValueError for an option that is missing, or that nobody could have asked for with these parameters."""
     for name, option in OPTIONS.items():
         if not option.per_group:
             continue
         if name not in group:
             raise ValueError(f"The state is damaged: the option {name} is missing. {_FRESH}")
-        try:
-            option.check(group[name])
-        except ValueError as error:
-            raise ValueError(f"The saved options cannot be used: {error} {_FRESH}") from None
+    for key, kind in _COUNTS.items():
+        if key in group and not (type(group[key]) is kind and group[key] >= 0):
+            raise ValueError(f"The state is damaged: {key} of a group cannot be used. {_FRESH}")
+    try:
+        check_options(group)
+        RULES[group["update"]].check({**group, "params": params}, whole_shapes(params))
+    except ValueError as error:
+        raise ValueError(f"The saved options cannot be used: {error} {_FRESH}") from None
 
 
 def _damaged(name: str, key: str) -> ValueError:

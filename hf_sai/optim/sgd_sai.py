@@ -114,6 +114,9 @@ class SGDSaI(Optimizer):
     #: The parameters of each group and their shapes as the optimizer was given them, to see if they are exchanged.
     built_with: list[list[tuple[weakref.ref[Tensor], torch.Size]]]
 
+    #: id of each group -> its rule, to see if somebody changes it.
+    _rules: dict[int, str]
+
     _layout: Layout | None
     _releases: Releases | None
     _incoming: Incoming | None
@@ -148,7 +151,7 @@ class SGDSaI(Optimizer):
             "foreach": foreach,
             "fused": fused,
         }
-        _check_group(defaults)
+        check_options(defaults)
         OPTIONS["gradient_release"].check(gradient_release)
         self._begin()
         self._gradient_release = gradient_release
@@ -161,7 +164,7 @@ class SGDSaI(Optimizer):
         """What no state dict holds."""
         self._steps = 0
         self._layout = self._releases = self._incoming = None
-        self.all_groups, self.built_with = [], []
+        self.all_groups, self.built_with, self._rules = [], [], {}
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -181,6 +184,7 @@ class SGDSaI(Optimizer):
                 for index in range(len(self.param_groups)):
                     self._releases.watch(index)
         self._layout = None
+        self._rules = {id(group): _rule_of(group) for group in self.param_groups}
         for p, _, tensors in self._incoming or ():
             self.state[p].update(tensors)
 
@@ -193,7 +197,7 @@ class SGDSaI(Optimizer):
         Raises:
             ValueError: An option is out of range or a parameter is complex; the optimizer is left as it was.
         """
-        _check_group({**self.defaults, **param_group})
+        check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -205,6 +209,7 @@ class SGDSaI(Optimizer):
             self.param_groups.pop()
             raise
         self.built_with.append(_identities(group))
+        self._rules[id(group)] = _rule_of(group)
         self._layout = None
         if self._releases is not None:
             self._releases.watch(len(self.param_groups) - 1)
@@ -275,12 +280,29 @@ class SGDSaI(Optimizer):
 
     @torch.no_grad()
     def _show_means(self, shown: bool) -> None:
+        self._take_up_rules()
         for group in self.param_groups:
             if RULES[group["update"]].averages and group.get("means_shown", False) != shown:
                 for p in group["params"]:
                     if p in self.state:
                         show_means(kind_of(p).at_rest(p, group, self.state[p]), shown)
                 group["means_shown"] = shown
+
+    def _take_up_rules(self) -> None:
+        """Where a group's rule has been changed, check the new one and forget what the old one kept."""
+        for group in self.all_groups:
+            before = self._rules.setdefault(id(group), group["update"])
+            if group["update"] == before:
+                continue
+            check_options(group)
+            old, new = RULES[before], RULES[group["update"]]
+            new.check(group, whole_shapes(group["params"]))
+            for p in group["params"]:
+                if p in self.state:
+                    old.leave(kind_of(p).at_rest(p, group, self.state[p]), new)
+            group.pop("means_shown", None)  # training goes on from what is shown
+            self._rules[id(group)] = _rule_of(group)
+            self._layout = None
 
     def _refuse_means(self) -> None:
         if any(group.get("means_shown") for group in self.param_groups):
@@ -330,6 +352,7 @@ class SGDSaI(Optimizer):
                 loss = closure()
         if self._releases is not None:
             self._releases.clear()
+        self._take_up_rules()
         self._refuse_means()
         for group in self.param_groups:
             if group["stochastic_rounding"]:  # of all processes alike, however many and whatever they hold of the group
@@ -427,6 +450,7 @@ class SGDSaI(Optimizer):
     @torch.no_grad()
     def update_released(self, p: Tensor, group: dict[str, Any]) -> None:
         """Update one parameter by itself, for ``gradient_release``; its gradient may be freed afterwards."""
+        self._take_up_rules()
         self._refuse_means()
         part = self.layout.part(p, group)
         self._advance([part], self.layout.unmeasured([part]), {})
@@ -493,8 +517,14 @@ def _identities(group: dict[str, Any]) -> list[tuple[weakref.ref[Tensor], torch.
     return [(weakref.ref(p), p.shape) for p in group["params"]]
 
 
-def _check_group(options: dict[str, Any]) -> None:
-    check_options(options)
+def _rule_of(group: dict[str, Any]) -> str:
+    """A group's rule. One that averages says in the group which weights are shown, from the first on.
+
+    A key that came later would be lost: torch.distributed.checkpoint loads those that a new optimizer has.
+    """
+    if RULES[group["update"]].averages:
+        group.setdefault("means_shown", False)
+    return str(group["update"])
 
 
 def _check_params(group: dict[str, Any]) -> None:

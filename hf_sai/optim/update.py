@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_sai.optim.layout import ORDINARY
 from hf_sai.optim.momentum import QUANTIZED, Momentum, QuantizedMomentum, load, store
 from hf_sai.optim.stochastic import stochastically_rounded
 
-__all__ = ["KERNELS", "ORDINARY", "Choice", "Kernel", "Takes", "can_unscale", "is_ordinary", "multiplied", "sgd_sai"]
+__all__ = ["KERNELS", "Choice", "Kernel", "Takes", "can_unscale", "is_ordinary", "multiplied", "sgd_sai"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Choice:
     @property
     def automatic(self) -> bool:
         return self.foreach is None and self.fused is None
+
+    def together(self, p: Tensor) -> bool:
+        """Whether torch's multi-tensor operations update this parameter, where no kernel does."""
+        return bool(is_ordinary(p) and (not p.is_cpu or self.traced) if self.automatic else self.foreach)
 
 
 #: Whether a kernel updates a parameter with this gradient, momentum or None, and factors of the gradient.
@@ -69,9 +74,6 @@ class Kernel:
         takes = self.offers(p.device.type, choice)
         return takes is not None and takes(p, g, m, factors)
 
-
-#: What is no subclass of Tensor, such as a DTensor or a quantised weight.
-ORDINARY = (Tensor, torch.nn.Parameter)
 
 # Elements of a piece of a tensor that is updated with temporary copies.
 _PIECE = 1 << 22
@@ -209,8 +211,7 @@ def _path(
         return _WIDENED
     if choice.stochastic_rounding and p.dtype == torch.bfloat16:
         return _WIDENED
-    many = is_ordinary(p) and (not p.is_cpu or choice.traced) if choice.automatic else choice.foreach
-    return _MULTI_TENSOR if many else _SINGLE_TENSOR
+    return _MULTI_TENSOR if choice.together(p) else _SINGLE_TENSOR
 
 
 def _on(value: Tensor | None, device: torch.device) -> Tensor | None:

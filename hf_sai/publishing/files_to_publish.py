@@ -36,7 +36,7 @@ _MODEL = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("image_processor_config.json", "feature_extractor_config.json", "scheduler_config.json"),
-    *("quantize_config.json", "quantization_config.json"),
+    *("quantize_config.json", "quantization_config.json", "params.json", "open_clip_config.json"),
     *_TOKENIZER,
 )
 #: What goes along of the folder of a part that an index names: every library has settings and code of its own there.
@@ -67,7 +67,7 @@ ALLOWED = (
     *("speaker_embeddings_path.json", "speaker_embeddings/*.npy", "speaker_embeddings/*/*.npy"),
     _PIPELINE_INDEX,
     *(_MODULES, _ROUTER, "config_sentence_transformers.json", "sentence_*_config.json", "idf.json"),
-    *("README.md", "LICENSE", "LICENSE.txt", "NOTICE"),
+    *("README.md", "LICEN[CS]E*", "COPYING*", "NOTICE*", "USE_POLICY.md"),
     RECORD_FILE,
     *("pictures/*.png", "images/*.png", "samples/*.txt", "samples/*.png", "sample.txt"),
     *("all_results.json", "eval_results.json", "train_results.json"),
@@ -76,7 +76,8 @@ ALLOWED = (
 NEVER = (
     *(".*", "_netrc", "*.env", "*.pem", "*.key", "*.pfx", "*.p12", "*.jks", "*.keystore", "*.kdbx", "*.ppk", "*.token"),
     *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "credential*", "secret*", "*secrets.*", "*credentials.*"),
-    *("client_secret*", "service_account*.json", "kaggle.json", "passwords*", "token", "tokens.txt"),
+    *("client_secret*", "service_account*.json", "kaggle.json", "password*", "token", "*token.txt", "tokens.txt"),
+    *("*api_key*", "*api-key*", "*apikey*"),
     *("training_args.bin", "*.before-hf-sai.md", "*.part"),
 )
 #: What a training keeps to go on with, and logs of it: nobody misses it in an upload.
@@ -93,15 +94,24 @@ class PublishPlan:
     Attributes:
         files: (path below the run's directory, bytes), sorted.
         left_out: (path, reason) of every other file or folder, sorted.
+        written: When each of the files was last written, before it was searched for secrets.
     """
 
     files: tuple[tuple[str, int], ...]
     left_out: tuple[tuple[str, str], ...]
+    written: tuple[int, ...]
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all files."""
         return sum(size for _, size in self.files)
+
+    def require_unchanged(self, run_dir: str | Path) -> None:
+        """Raise ValueError where a file is no longer the one that was searched for secrets."""
+        for (name, size), written in zip(self.files, self.written, strict=True):
+            path = Path(run_dir, name)
+            if not path.exists() or (path.stat().st_size, path.stat().st_mtime_ns) != (size, written):
+                raise ValueError(f"{path} was changed or removed while it was published; publish when nothing writes")
 
 
 def plan_files(run_dir: str | Path, *, include: Iterable[str] = (), secrets: Iterable[str] = ()) -> PublishPlan:
@@ -127,7 +137,7 @@ def plan_files(run_dir: str | Path, *, include: Iterable[str] = (), secrets: Ite
     in_parts = (f"{folder}/{name}" for folder in parts for name in _PART)
     in_adapters = (f"{folder}/{name}" for folder in _adapter_folders(root) for name in _MODEL)
     allowed = (*ALLOWED, *in_parts, *in_adapters, *_own_code(root, parts), *include)
-    files, left_out = [], []
+    files, left_out, written = [], [], []
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if path.is_dir() and not path.is_symlink():
@@ -135,12 +145,15 @@ def plan_files(run_dir: str | Path, *, include: Iterable[str] = (), secrets: Ite
         reason = _reason_against(path, name, allowed)
         if reason is None:
             files.append((name, path.stat().st_size))
+            written.append(path.stat().st_mtime_ns)
         else:
-            left_out.append((name, reason))
+            left_out.append((name if name.isprintable() else ascii(name), reason))
     _require_effect(root, include, [name for name, _ in files], left_out)
     if not any(name.endswith(".safetensors") for name, _ in files):
         pickled = any(name in ("pytorch_model.bin", "adapter_model.bin") for name, _ in left_out)
         hint = "save them again with safe_serialization" if pickled else "is it the directory of a finished run?"
+        if any(path.is_symlink() for path in root.glob("*.safetensors")):
+            hint = "a symbolic link is not followed, so copy there what it leads to"
         checkpoints = sorted(root.glob("checkpoint-*/*.safetensors"), key=lambda path: path.stat().st_mtime)
         if checkpoints:
             newest = checkpoints[-1].parent
@@ -155,7 +168,7 @@ def plan_files(run_dir: str | Path, *, include: Iterable[str] = (), secrets: Ite
         if found is not None:
             place = redact_text(f"{root / name} ({found[0]})")
             raise ValueError(f"{place} holds {found[1]}; take it out before it is public (and revoke it)")
-    return PublishPlan(tuple(files), tuple(left_out))
+    return PublishPlan(tuple(files), tuple(left_out), tuple(written))
 
 
 def worth_telling(plan: PublishPlan) -> str | None:
@@ -305,6 +318,8 @@ def _reason_against(path: Path, name: str, allowed: tuple[str, ...]) -> str | No
         return "never uploaded"
     if path.is_symlink() or not path.is_file():
         return "not a plain file"
+    if not name.isprintable():
+        return "its name has signs that cannot be shown"
     if any(_matches(name, pattern) for pattern in allowed):
         return None
     return "not on the list; --include it if it is to be public"
@@ -332,7 +347,10 @@ def _damage(path: Path) -> str | None:
             except SafetensorError as error:
                 return str(error)
         if path.suffix == ".json":
-            json.loads(path.read_bytes())
+            content = json.loads(path.read_bytes())
+            if path.name.endswith(".safetensors.index.json"):
+                shards = dict(_items(dict(_items(content)).get("weight_map"))).values()
+                return next((f"{name} is not there" for name in shards if not (path.parent / str(name)).exists()), None)
     except (ValueError, RecursionError) as error:
         return f"no JSON: {' '.join(str(error).split())}"
     return None

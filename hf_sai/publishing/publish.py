@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 #: Keys of configurations under which libraries note where something was loaded from.
 _PLACES = ("base_model_name_or_path", "_name_or_path", "name_or_path", "tokenizer_file", "best_model_checkpoint")
+#: The largest file that is kept in memory until it is uploaded (bytes).
+_MAX_IN_MEMORY = 10 * 2**20
 #: Texts that are the model's, and no settings.
 _TEXTS = ("chat_template", "text", "prompt", "content")
 _WORD_LISTS = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
@@ -69,7 +71,8 @@ def publish(
         The commit's URL.
 
     Raises:
-        ValueError: Nothing to upload, a secret in a file or in the message, or an impossible name.
+        ValueError: Nothing to upload, a secret in a file or in the message, a file that changes meanwhile, or an
+            impossible name.
         PublishError: The Hub refused, the repository holds something else, or the connection broke.
     """
     if redact_text(message, [token] if token else ()) != message:
@@ -82,12 +85,17 @@ def publish(
     card = card_for_hub(run_dir, repo_id, revision) if has_card and not prefix else None
     options: dict[str, Any] = {"private": private, "revision": revision, "update": update}
     api, repo_id = create_repository(repo_id, token=token, card=card, **options)
+    plan.require_unchanged(run_dir)
     contents: dict[str, bytes | None] = {}
     if has_card:  # once more, with the repository's full name
         contents[CARD_FILE] = card_for_hub(run_dir, repo_id, revision).encode()
     record = RunRecord.load(run_dir) if RECORD_FILE in dict(plan.files) else None
     for name, _ in plan.files:
         contents[name] = contents.get(name) or _for_others(Path(run_dir, name), name, record)
+    # Small files are read now: what is uploaded later is what was searched for secrets.
+    for name, size in plan.files:
+        if contents[name] is None and size <= _MAX_IN_MEMORY:
+            contents[name] = Path(run_dir, name).read_bytes()
     operations = [
         CommitOperationAdd(f"{prefix}{name}", content if content is not None else str(Path(run_dir, name)))
         for name, content in contents.items()

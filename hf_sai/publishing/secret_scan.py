@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import lzma
+import pickletools
 import re
 import struct
 import zipfile
@@ -60,11 +61,14 @@ _ALLOWED = "pragma: allowlist secret"
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*[\[(].*|[A-Za-z_]+(?:\.[A-Za-z_]\w*)+|[a-z]+(?:_(?:[a-z]+|\d{1,3}))+")
 #: What stands for a value in an explanation.
 _PLACEHOLDER = re.compile(
-    r"<.*>|\$\{.*\}|(?-i:\$[A-Z_][A-Z0-9_]*)|\$\d|\{.*\}|%\w+%|%s|%\(\w+\)s|.*(?:your|example|\.\.\.|…|\*\*\*).*"
-    r"|(?:\w{1,12}[_-])?x{3,}|empty|dummy|todo|placeholder",
+    r"<.*>|\$\{.*|(?-i:\$[A-Z_][A-Z0-9_]*)|\$\d|\{.*\}|%\w+%|%s|%\(\w+\)s|.*(?:your|example|\.\.\.|…|\*\*\*).*"
+    r"|(?:\w{1,12}[_-])?x{3,}|empty|todo|placeholder|unused|(?:dummy|fake)([_-].*)?|(?:sk-)?not?[_-].*(?:needed|required)"
+    r"|token-abc123|ollama|lm-studio",
     re.IGNORECASE,
 )
 _MADE_UP = re.compile(r"your|example|(.)\1{5}", re.IGNORECASE)
+#: What stands before a value in a header.
+_SCHEME = re.compile(r"(?:Bearer|Basic|Token)(?:\s+|$)", re.IGNORECASE)
 #: TOKEN, MY_PASSWORD and the like; $token.
 _METAVARIABLE = re.compile(r"\$?[A-Za-z]{1,15}(?:[_-]{1,2}[A-Za-z]{1,15})*")
 #: The share of a text's bytes that may be no UTF-8: letters of another encoding.
@@ -91,7 +95,11 @@ _UNREADABLE = (
     *(ValueError, RuntimeError, NotImplementedError),  # ValueError: a damaged name or date
 )
 _PNG = b"\x89PNG\r\n\x1a\n"
-_RUNS = re.compile(rb"[\t\x20-\x7e]{8,}|(?:[\t\x20-\x7e]\x00){8,}|(?:\x00[\t\x20-\x7e]){8,}")
+#: Words in one byte a letter, in UTF-16, and in UTF-32, in which numpy keeps them.
+_LETTER = r"[\t\x20-\x7e]"
+_RUNS = re.compile(
+    rf"{_LETTER}{{8,}}|(?:{_LETTER}\0){{8,}}|(?:\0{_LETTER}){{8,}}|(?:{_LETTER}\0{{3}}){{8,}}|(?:\0{{3}}{_LETTER}){{8,}}".encode()
+)
 
 
 def find_secret(path: Path, name: str, secrets: Iterable[str] = ()) -> tuple[str, str] | None:
@@ -124,8 +132,8 @@ def find_secret(path: Path, name: str, secrets: Iterable[str] = ()) -> tuple[str
 
 def _shaped(text: str, secrets: tuple[str, ...], detectors: list[Any]) -> tuple[int, str] | None:
     """Position and kind of the first secret that its shape gives away."""
-    found = [(text.find(secret), "an access token of this machine") for secret in secrets if secret in text]
-    found += [(start, "an access token") for start, secret in shaped_secrets(text) if not _is_made_up(secret)]
+    own = [(text.find(secret), "an access token of this machine") for secret in secrets if secret in text]
+    found = [(start, "an access token") for start, secret in shaped_secrets(text) if not _is_made_up(secret)]
     found += [(match.start(), "a private key") for match in _ENCRYPTED_KEY.finditer(text)]
     shortened = _BLANKS.sub("    ", text)
     for detector in detectors:
@@ -133,7 +141,8 @@ def _shaped(text: str, secrets: tuple[str, ...], detectors: list[Any]) -> tuple[
             start = text.find(value)
             if start >= 0 and _stands_alone(text, start, value) and not (_is_made_up(value) or _is_harmless(value, "")):
                 found.append((start, f"what looks like one ({detector.secret_type})"))
-    return min(found, default=None)
+    either = sorted([*own, *found])
+    return next((find for find in either if find in own or _ALLOWED not in _line(text, find[0])), None)
 
 
 def _stands_alone(text: str, start: int, value: str) -> bool:
@@ -194,6 +203,7 @@ def _is_made_up(secret: str) -> bool:
 
 def _is_harmless(value: str, name: str) -> bool:
     """Whether a value is none: too short, a placeholder, or a word that only says again what is to stand there."""
+    value = _SCHEME.sub("", value, count=1) if _SCHEME.match(value) else value
     if len(value) < 3 or REDACTED in value or _PLACEHOLDER.fullmatch(value):
         return True
     bare = value.lstrip("$")
@@ -273,8 +283,21 @@ def _texts(file: IO[bytes], name: str, depth: int = 0) -> Iterator[tuple[str | N
     if depth < _DEEPEST:
         with contextlib.suppress(*_UNREADABLE):
             yield from _packed(file, start, name, depth)
+    if start.startswith(b"\x80"):
+        file.seek(0)
+        yield "a pickled text", _pickled(file), None
     file.seek(0)
     yield from (("the bytes", text, name) for text in _printable(file))
+
+
+def _pickled(file: IO[bytes]) -> str:
+    """The texts of pickles, one behind the other; nothing in them is executed."""
+    found: list[str] = []
+    with contextlib.suppress(ValueError, LookupError, OverflowError):  # the end, or no pickle
+        while True:
+            texts = (value for _, value, _ in pickletools.genops(file) if isinstance(value, str))
+            found += (text for text in texts if len(text) < _CHUNK)  # old pickles keep arrays as text
+    return "\n".join(found)
 
 
 def _packed(file: IO[bytes], start: bytes, name: str, depth: int) -> Iterator[tuple[str, str, str | None]]:
@@ -287,6 +310,7 @@ def _packed(file: IO[bytes], start: bytes, name: str, depth: int) -> Iterator[tu
             return
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
+            yield "the archive's names", "\n".join(archive.namelist()), None
             for member in archive.infolist():
                 if member.compress_type != zipfile.ZIP_STORED or member.file_size <= _SMALL_MEMBER:
                     with contextlib.suppress(*_UNREADABLE), archive.open(member) as inner:
@@ -361,8 +385,9 @@ def _printable(file: IO[bytes]) -> Iterator[str]:
 
 def _words(content: bytes) -> str:
     runs = (run.replace(b"\0", b"").decode("ascii") for run in _RUNS.findall(content))
-    # A pickle writes a text's length before it, which can look like a letter. No value begins with the sign between.
-    return "\n;\n".join(f"{run}\n;\n{run[1:]}" for run in runs)
+    # Protobuf writes a text's kind and its length before it, which can look like letters. No value begins with the sign
+    # between.
+    return "\n;\n".join(f"{run}\n;\n{run[1:]}\n;\n{run[2:]}" for run in runs)
 
 
 def _detectors() -> list[Any]:

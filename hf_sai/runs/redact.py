@@ -33,7 +33,7 @@ _SECRET_NAME = re.compile(
 _SECRET_VARIABLE = re.compile(r"(?:^|_)(?:SECRET|PASSWD|PASS|PWD|PASSPHRASE)$|PASSWORD$|^PG\w*PASS$")
 #: Names whose value is a secret unless it reads like words, of which no service makes a key.
 _DOUBTFUL_NAME = re.compile(
-    r"(?:^|[_.-])(?:secrets|passwords|credentials?|creds|authorization|auth|bearer|cookie"
+    r"(?:^|[_.-])(?:secrets|passwords|credentials?|creds|authorization|auth|bearer|cookie|pw"
     r"|(?:storage|account|service|master|license|ssh|admin|client|deploy|hub|hf|azure|aws|gcp|google|s3)"
     r"[_-]?keys?(?:[_-]id)?)$",
     re.IGNORECASE,
@@ -67,24 +67,29 @@ _SPECIAL_VALUE = re.compile(r"<[^<>]{0,60}>|\[[^\[\]]{0,60}\]|<\|[^<>]{0,60}\|>|
 _NO_SECRETS = ("", "true", "false", "none", "null")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _WORD = re.compile(r"[A-Za-z]{1,15}")
-#: As in "learning_rate", "train/data.json", "USER:" and "~/.ssh/id"; "oauth2"; a date.
+#: As in "learning_rate", "train/data.json", "### USER:" and "~/.ssh/id"; "oauth2"; a date.
 _WORDS = re.compile(
-    r"[~./_]{0,3}[A-Za-z]{1,15}(?:[_./ -]{1,3}(?:[A-Za-z]{1,15}|\d{1,3}))*[:.,_]{0,2}|[A-Za-z]{4,15}\d|[\d.:/ -]{1,20}"
+    r"[~./_#-]{0,3} ?[A-Za-z]{1,15}(?:[_./ -]{1,3}(?:[A-Za-z]{1,15}|\d{1,3}))*[:.,_]{0,2}"
+    r"|[A-Za-z]{4,15}\d|[\d.:/ -]{1,20}"
 )
 #: Keys under which JSON puts what the key around them names.
 _VALUE_KEYS = ("value", "values", "default")
 
 #: Secrets that are known by their shape: Hugging Face, Weights & Biases, GitHub, GitLab, OpenAI and Anthropic, AWS,
-#: Google, Slack, npm, PyPI, JSON web tokens, Stripe; Replicate, Groq, LangSmith, Docker, Kaggle, DigitalOcean; xAI,
-#: Perplexity, NVIDIA; Vault; Databricks.
+#: Google, Slack, npm, PyPI, JSON web tokens, Stripe; Replicate, Groq, LangSmith, Docker, Kaggle, DigitalOcean, RunPod,
+#: Linear, Notion, Figma, Sentry, Grafana, Pinecone, Together; xAI, Perplexity, NVIDIA, Tavily, Cerebras; Vault;
+#: Databricks; E2B, Supabase, Shopify; Fireworks; SendGrid, Telegram, Azure, Twilio, New Relic, Atlassian, age.
 _SECRET_SHAPES = re.compile(
-    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
-    r"|gl(?:pat|dt|ft|soat|rt|ptt)-[\w-]{20,}|sk-(?=[\w-]{0,40}?(?=[A-Za-z]{0,15}\d)[A-Za-z0-9]{16})[\w-]{20,}"
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|hf_(?:oauth|jwt)_[\w-]{20,}(?:\.[\w-]+)*|api_org_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}"
+    r"|github_pat_\w{20,}|gl(?:pat|dt|ft|soat|rt|ptt|cbt|agent)-[\w-]{20,}|sk-(?=[\w-]{0,40}?(?=[A-Za-z]{0,15}\d)[A-Za-z0-9]{16})[\w-]{20,}"
     r"|wandb_v1_\w{16,}|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{35}|GOCSPX-[\w-]{20,}|ya29\.[\w-]{20,}|1//0[\w-]{40,}"
     r"|xox[abposr]-[\w-]{10,}|xapp-\d-[\w-]{20,}|npm_[A-Za-z0-9]{36}|pypi-[\w-]{50,}"
-    r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*|[rs]k_live_[A-Za-z0-9]{20,}"
-    r"|(?:r8|gsk|lsv2_[ps][tk]|dckr_pat|KGAT|do[opr]_v1)_[\w-]{27,}|(?:xai|pplx|nvapi)-[\w-]{40,}"
-    r"|hv[sb]\.[\w-]{24,}|dapi[0-9a-f]{32})(?![A-Za-z0-9])"
+    r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*|(?:[rs]k_live|whsec)_[A-Za-z0-9]{20,}"
+    r"|(?:r8|gsk|lsv2_[ps][tk]|dckr_pat|KGAT|do[opr]_v1|rpa|lin_api|ntn|figd|sntry[su]|glsa|pcsk|tgp_v1)_[\w-]{27,}"
+    r"|(?:xai|pplx|nvapi)-[\w-]{40,}|tvly-[\w-]{30,}|csk-[a-z0-9]{48}|hv[sb]\.[\w-]{24,}|dapi[0-9a-f]{32}"
+    r"|(?:e2b|sbp|shp(?:at|ss|ca|pa))_[0-9a-f]{32,40}|fw_(?=[A-Za-z]{0,20}\d)[A-Za-z0-9]{22,24}"
+    r"|SG\.[\w-]{22}\.[\w-]{43}|\d{8,10}:AA[\w-]{33}|[\w~.]{3}\dQ~[\w~.-]{31,34}|SK[0-9a-f]{32}|NRAK-[A-Z0-9]{27}"
+    r"|ATATT3[\w=-]{60,}|AGE-SECRET-KEY-1[0-9A-Z]{58})(?![A-Za-z0-9])"
 )
 #: Addresses that let in whoever has them: webhooks of Slack and Discord, signed links of Azure, AWS and Google.
 _URL_SECRET = re.compile(
@@ -105,7 +110,9 @@ _PRIVATE_KEY = re.compile(
     r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z0-9 ]*-----|\Z)", re.DOTALL
 )
 #: ``--flag value``, ``--flag=value``, ``trainer.flag=value``, ``?flag=value``, ``NAME=value``, up to the value.
-_OPTION = re.compile(r"(?<![\w.-])(?:(?P<name>-{1,2}[A-Za-z][\w.-]*)(?:=|\s+)|\+{0,2}(?P<key>[A-Za-z_][\w.-]*)=)")
+_OPTION = re.compile(
+    r"(?<![\w.-])(?:(?P<name>-{1,2}[A-Za-z][\w.-]*)(?:=|\s+(?:\\\s+)?)|\+{0,2}(?P<key>[A-Za-z_][\w.-]*)=)"
+)
 #: ``"flag": "value"`` of JSON and Python, also escaped, ``flag = "value"`` of programs, ``some_flag: value``.
 _ENTRY = re.compile(
     r"(?<![\w.-])(?:(?P<quote>\\?[\"'])(?P<name>-{0,2}[A-Za-z_][\w.-]*)(?P=quote)"
@@ -115,19 +122,24 @@ _ENTRY = re.compile(
     r"(?:(?:[fF]ield)?\((?:default=)?)?[rbuRBU]?(?=\\?[\"'][^\s,)])"
     r"|(?P<plain>[A-Za-z]+(?:[_-][A-Za-z0-9]+)+):[ \t]+)"
 )
-#: ``<flag>value</flag>`` of XML, and ``name="flag" value="value"`` of HTML and YAML.
+#: ``<flag>value</flag>`` of XML, ``name="flag" value="value"`` of HTML and YAML, ``setenv NAME value`` of shells,
+#: notebooks and Docker.
 _TAG = re.compile(
     r"<(?P<name>[A-Za-z_][\w.-]*)>(?=[^<>\s]+</)"
     r"|\b(?:name|key)[\"']?\s*[:=]\s*[\"']?(?P<key>[A-Za-z_][\w.-]*)[\"']?,?\s*[\"']?value[\"']?\s*[:=]\s*"
+    r"|(?:\bsetenv|\bsetx|\bset -\w+|\bENV|%env)[ ]+(?P<variable>[A-Za-z_]\w*)[ ]+(?=[^\s=])"
 )
+_FLAG = re.compile(r"--?[A-Za-z][\w.-]*")
 _VALUE = re.compile(r"\\\"[^\"\\]*\\\"|\"[^\"]*\"|'[^']*'(?:\"'\"'[^']*')*|[^\s\"'&,;}\])](?:(?!</)[^\s\"'&,;}\]])*")
 #: What none of the above can do without; most strings of a record have none of it and are left at once.
 _MAYBE = re.compile(
     r"hf_|api_org|gh[pousr]_|github_pat|gl\w+-|sk-|wandb|AKIA|ASIA|AIza|GOCSPX|ya29|1//0|xox|xapp-|npm_|pypi-|eyJ"
-    r"|k_live_|r8_|gsk_|lsv2_|dckr_|KGAT_|_v1_|xai-|pplx-|nvapi-|hv[sb]\.|dapi|hooks|sig|://|PRIVATE"
+    r"|k_live_|r8_|gsk_|lsv2_|dckr_|KGAT_|_v1_|xai-|pplx-|nvapi-|hv[sb]\.|dapi|hooks|sig|://|PRIVATE|whsec|rpa_"
+    r"|lin_api|ntn_|figd_|sntry|glsa_|pcsk_|tvly-|e2b_|sbp_|shp\w\w_|fw_|SG\.|:AA|Q~|SK[0-9a-f]{32}|NRAK-|ATATT3"
     r"|token|secret|pass|pwd|key|cred|auth|bearer|basic|cookie|[A-Z]PAT=",
     re.IGNORECASE,
 )
+#: No service makes shorter ones; "zwx92" is a word that somebody teaches a model.
 _SHORTEST_SECRET = 8
 
 
@@ -161,7 +173,8 @@ def is_secret_name(name: str, value: str | None = None) -> bool:
     kind = (token["kind"] or "").lower()
     if _ACCESS.fullmatch(kind):
         return value is None or not _SPECIAL_VALUE.fullmatch(value)
-    return not (token["many"] or _SPECIAL.fullmatch(kind) or are_words)
+    is_short = value is not None and len(value) < _SHORTEST_SECRET
+    return not (token["many"] or _SPECIAL.fullmatch(kind) or are_words or is_short)
 
 
 def known_secrets(more: Iterable[str | None] = ()) -> frozenset[str]:
@@ -210,7 +223,7 @@ def redact_words(words: Sequence[str]) -> list[str]:
     shown: list[str] = []
     for before, word in zip(["", *words], words, strict=False):
         name, equals, value = word.partition("=")
-        if before.startswith("-") and "=" not in before and is_secret_name(before, word) and not word.startswith("--"):
+        if _FLAG.fullmatch(before) and is_secret_name(before, word) and not word.startswith("--"):
             shown.append(REDACTED)
         elif equals and value and re.fullmatch(r"[+-]*[A-Za-z_][\w.-]*", name) and is_secret_name(name, value):
             shown.append(f"{name}={REDACTED}")
@@ -248,7 +261,7 @@ def named_entries(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from named_entries(value, _key_of(content, str(inner), key))
     elif isinstance(content, list):
         for before, value in zip([None, *content], content, strict=False):
-            is_flag = isinstance(before, str) and re.match(r"--?[A-Za-z][\w.-]*$", before)
+            is_flag = isinstance(before, str) and _FLAG.fullmatch(before)
             yield from named_entries(value, before if is_flag and isinstance(value, str) else key)
     elif isinstance(content, str) or _is_password_of_digits(key, content):
         yield key, str(content)
@@ -295,9 +308,11 @@ def _is_password_of_digits(key: str, value: Any) -> bool:
 
 
 def _items(value: Sequence[Any]) -> Sequence[Any]:
-    """A list of words may be a command's, where a flag's value follows it; what has blanks is a text."""
-    are_words = all(isinstance(item, str) and " " not in item for item in value)
-    return redact_words(value) if are_words else value
+    """A list of texts may be a command's words, where a flag's value follows it; ``a=b c`` is left to ``_clean``."""
+    if not all(isinstance(item, str) for item in value):
+        return value
+    shown = zip(value, redact_words(value), strict=True)
+    return [item if " " in item and clean != REDACTED else clean for item, clean in shown]
 
 
 def _is_telling(name: str, value: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hf_sai.optim.options import OPTIONS
+from hf_sai.optim.options import OPTIONS, shown
 from hf_sai.optim.rules import RULES
 
 __all__ = ["parse_optim_args"]
@@ -34,21 +34,21 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
     for key, value in _pairs(optim_args):
         if key in _ELSEWHERE:
             raise ValueError(
-                f"optim_args: {key} is set by --{_ELSEWHERE[key]}, not in optim_args (got {_shown(value)})."
+                f"optim_args: {key} is set by --{_ELSEWHERE[key]}, not in optim_args (got {shown(value)})."
             )
         if key == "normalize_gradient":
             raise ValueError(_renamed(value))
         if key not in _KEYS:
             raise ValueError(
-                f"optim_args: unknown key {_shown(key)} (value {_shown(value)}). Allowed: {', '.join(_KEYS)}."
+                f"optim_args: unknown key {shown(key)} (value {shown(value)}). Allowed: {', '.join(_KEYS)}."
             )
         if key in options:
-            raise ValueError(f"optim_args: {key} is given twice; the second value is {_shown(value)}.")
+            raise ValueError(f"optim_args: {key} is given twice; the second value is {shown(value)}.")
         parse, allowed = _KEYS[key]
         try:
             options[key] = parse(value)
         except (ValueError, TypeError, AttributeError, KeyError, OverflowError):
-            raise ValueError(f"optim_args: {key} must be {allowed}, but is {_shown(value)}.") from None
+            raise ValueError(f"optim_args: {key} must be {allowed}, but is {shown(value)}.") from None
     return options
 
 
@@ -56,15 +56,13 @@ def _pairs(optim_args: str | Mapping[str, Any] | None) -> list[tuple[Any, Any]]:
     if optim_args is None or isinstance(optim_args, Mapping):
         return list((optim_args or {}).items())
     if not isinstance(optim_args, str):
-        raise ValueError(
-            f"optim_args must be a string 'key=value,key=value' or a mapping, but is {_shown(optim_args)}."
-        )
+        raise ValueError(f"optim_args must be a string 'key=value,key=value' or a mapping, but is {shown(optim_args)}.")
     pairs = []
     for item in optim_args.split(",") if optim_args.strip() else []:
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not key or not value:
             raise ValueError(
-                f"optim_args: {_shown(item.strip())} in {_shown(optim_args)} is not of the form key=value. "
+                f"optim_args: {shown(item.strip())} in {shown(optim_args)} is not of the form key=value. "
                 "Write for example momentum=0.95,eps=1e-8."
             )
         pairs.append((key, value))
@@ -74,10 +72,10 @@ def _pairs(optim_args: str | Mapping[str, Any] | None) -> list[tuple[Any, Any]]:
 def _renamed(value: Any) -> str:
     rule = "published" if value is None else str(value).lower().replace("none", "published")
     if rule in RULES:
-        return f"optim_args: normalize_gradient is called update now; write update={rule} for {_shown(value)}."
+        return f"optim_args: normalize_gradient is called update now; write update={rule} for {shown(value)}."
     return (
         f"optim_args: normalize_gradient is called update now, which must be {OPTIONS['update'].allowed}; "
-        f"there is no {_shown(value)}."
+        f"there is no {shown(value)}."
     )
 
 
@@ -109,15 +107,6 @@ def _by_name(value: Any) -> dict[str, Any]:
     if len(named) < len(pairs):
         raise ValueError
     return named
-
-
-def _shown(value: Any) -> str:
-    """A value for a sentence: of an endless one its beginning."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python does not write out integers of more than 4,300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 200 else f"{text[:100]}... ({len(text)} characters)"
 
 
 _KEYS: dict[str, tuple[Callable[[Any], Any], str]] = {

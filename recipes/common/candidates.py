@@ -81,6 +81,7 @@ def timing_table(model: Callable[[], nn.Module], names: Sequence[str], candidate
         for parameter in trainable(own):
             parameter.grad = torch.randn_like(parameter)
         optimizers[name] = candidates[name].build(own, 1e-6)
+        getattr(optimizers[name], "train", lambda: None)()  # schedule-free ones step in no other mode
     seconds = interleaved_step_times(optimizers, rounds=TIMED_ROUNDS)
     rows = []
     for name in names:

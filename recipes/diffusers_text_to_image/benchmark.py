@@ -4,9 +4,9 @@
         --results recipes/diffusers_text_to_image/results/benchmark.json
 
 For each candidate the learning rates of its grid are tried with seed 0; while the best lies at an end, the grid grows
-there by a factor of 2; the best is repeated with seeds 1 and 2. Every run is written to the results file at once, and
-a run that stands there is not repeated. `--candidates name name` runs only these, `--table true` only prints the
-table, `--timing true` compares the times of the optimizers' steps.
+there by a factor of 2; the best is repeated with seeds 1 and 2, or with `--seeds 5` up to 4. Every run is written to
+the results file at once, and a run that stands there is not repeated. `--candidates name name` runs only these,
+`--table true` only prints the table, `--timing true` compares the times of the optimizers' steps.
 """
 
 import copy
@@ -25,6 +25,7 @@ from accelerate.utils import set_seed
 from arguments import Arguments, check_arguments
 from evaluation import denoising_loss
 from image_data import load_splits
+from schedulefree import AdamWScheduleFree
 from sd_parts import Denoiser, add_lora, load_parts
 from torch import nn
 from tqdm.auto import tqdm
@@ -58,6 +59,11 @@ CANDIDATES = {
     "sgd_sai, factored gradient, momentum 0.8": Candidate(sai(update="factored", momentum=0.8), (2e-3, 4e-3, 8e-3)),
     "sgd_sai, averaged": Candidate(
         sai(update="averaged", momentum=0.8), (2e-3, 4e-3, 8e-3), {"lr_scheduler_type": "constant_with_warmup"}
+    ),
+    "schedule-free adamw": Candidate(
+        lambda model, lr: AdamWScheduleFree(trainable(model), lr=lr),
+        (2e-3, 4e-3, 8e-3),
+        {"lr_scheduler_type": "constant_with_warmup"},
     ),
     # 0.1 is what the paper takes for a diffusion LoRA.
     "sgd_sai": Candidate(sai(), (0.0125, 0.025, 0.05, 0.1)),

@@ -232,6 +232,17 @@ def test_a_table_is_kept_while_no_address_changes():
     assert other.owners is first.owners
 
 
+def test_tables_are_made_on_the_cpu_whatever_the_default_device_is():
+    triton_step._code_tables.cache_clear()
+    with torch.device("meta"):
+        table = triton_tables.kept_table("test", torch.device(DEVICE), [[112, 128]], [2, 1])
+        assert triton_tables.float_bits([1.0]) == [0x3FF0000000000000]
+        codes = triton_step._code_tables("4bit", torch.device(DEVICE))
+    assert table.on_device.tolist() == [[0, 2], [112, 128]]
+    assert table.owners.tolist() == [0, 0, 1]
+    assert [t.device.type for t in codes] == [DEVICE] * 3
+
+
 def test_programs_cover_every_element_once_beyond_32_bits():
     sizes = [2**31 + 7, 5, 2**32]
     programs = [-(-size // triton_step.BLOCK) for size in sizes]
@@ -270,6 +281,10 @@ def test_what_the_kernels_do_not_take_is_refused():
         assert triton_step.can_update(p, p, p, good)
     for bad in ((columns, rows), (rows[:4],), (rows.double(),)):
         assert not triton_step.can_update(p, p, p, bad)
+    square, ones = torch.zeros(6, 6, device=DEVICE), torch.ones(6, 1, device=DEVICE)
+    assert triton_step.factor_addresses(square, (columns,)) == (0, columns.data_ptr())
+    assert triton_step.factor_addresses(square, (ones,)) == (ones.data_ptr(), 0)
+    assert triton_step.factor_addresses(square, (columns, ones)) is None
 
 
 def test_triton_is_used_on_cuda_only_when_asked_for():

@@ -200,6 +200,17 @@ def test_without_numba_torchs_kernel_takes_over(monkeypatch):
     assert path_of(torch.ones(3), fused=True) == path_of(torch.ones(3)) == "torch_fused"
 
 
+@pytest.mark.parametrize("error", [ImportError("not for this numpy"), RuntimeError("no C compiler")], ids=str)
+def test_a_compiler_that_is_broken_ends_no_training_and_one_that_is_missing_says_nothing(monkeypatch, caplog, error):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(choice.importlib, "import_module", fail)
+    assert choice._imported.__wrapped__("numba_plain") is None
+    warned = "numba_plain does not work here (RuntimeError: no C compiler)" in caplog.text
+    assert warned == bool(caplog.records) == isinstance(error, RuntimeError)
+
+
 # --- sizes are checked before a kernel gets an address
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from hf_sai import SGDSaI
 
@@ -142,6 +143,121 @@ def test_a_parameter_that_is_reached_late_averages_from_then_on():
     state = optimizer.state[model.vector]
     assert state["weight_sum"] == pytest.approx(3 * optimizer.param_groups[0]["lr"] ** 2)
     assert optimizer.state[model.matrix]["weight_sum"] == pytest.approx(2 * state["weight_sum"])
+
+
+def test_a_sharded_checkpoint_of_shown_means_says_so_to_a_new_optimizer():
+    """torch.distributed.checkpoint loads only keys that the new optimizer's groups have."""
+    model = Tiny()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(4))
+    optimizer.eval()
+    assert optimizer_of(Tiny()).param_groups[0].keys() == optimizer.param_groups[0].keys()
+    saved = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    again = Tiny()
+    again.load_state_dict(model.state_dict())
+    resumed = optimizer_of(again)
+    wanted = get_optimizer_state_dict(again, resumed, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    loaded = {key: saved[key] for key in wanted}  # as DefaultLoadPlanner does
+    set_optimizer_state_dict(again, resumed, loaded, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    optimizer.train()
+    resumed.train()
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+def test_the_momentum_of_another_rule_is_not_shown_as_a_mean():
+    model = Tiny()
+    optimizer = optimizer_of(model, update="factored", lr=1e-3)
+    train(model, optimizer, range(3), rates=[1e-3] * 3)
+    before = [p.detach().clone() for p in model.parameters()]
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["update"] = "averaged"
+    optimizer.load_state_dict(saved)
+    optimizer.eval()
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_the_official_codes_momentum_is_forgotten():
+    model = Tiny()
+    optimizer = optimizer_of(model, update="published", lr=1e-3)
+    train(model, optimizer, range(3), rates=[1e-3] * 3)
+    saved = optimizer.state_dict()
+    for name in ("update", "normalize", "maximize", "momentum_dtype", "stochastic_rounding", "foreach", "fused"):
+        del saved["param_groups"][0][name]
+    again = Tiny()
+    resumed = optimizer_of(again)
+    resumed.load_state_dict(saved)
+    start = [p.detach().clone() for p in again.parameters()]
+    train(again, resumed, range(3, 4), rates=[1e-3] * 4)
+    for p, q in zip(again.parameters(), start, strict=True):
+        assert 0 < (p - q).abs().max() < 0.02
+        assert resumed.state[p]["momentum_buffer"].abs().max() < 0.02
+
+
+def test_a_mean_of_16_bits_is_refused_however_it_comes_about():
+    model = Tiny()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(2))
+    saved = optimizer.state_dict()
+    resumed = optimizer_of(Tiny().bfloat16(), momentum_dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"saved options cannot be used: .* lost in torch\.bfloat16"):
+        resumed.load_state_dict(saved)
+    cast = Tiny()
+    late = optimizer_of(cast)
+    cast.bfloat16()
+    before = [p.detach().clone() for p in cast.parameters()]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"lost in torch\.bfloat16"):
+            train(cast, late, range(2))
+    assert all(map(torch.equal, cast.parameters(), before))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("means_shown", "no"), ("means_shown", 1), ("rounding_step", "1"), ("rounding_step", -1)]
+)
+def test_what_a_group_has_beside_its_options_is_checked(key, value):
+    model = Tiny()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(2))
+    saved = optimizer.state_dict()
+    saved["param_groups"][0][key] = value
+    with pytest.raises(ValueError, match=f"{key} of a group"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"momentum": 0.0}, "needs a momentum"),
+        ({"normalize": True}, "two ways"),
+        ({"update": "orthogonal"}, "matrices"),
+    ],
+    ids=str,
+)
+def test_saved_options_that_exclude_each_other_are_refused(options, message):
+    model = Tiny()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(2))
+    saved = optimizer.state_dict()
+    saved["param_groups"][0].update(options)
+    with pytest.raises(ValueError, match=f"saved options cannot be used: .*{message}"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_run_that_leaves_it_goes_on_from_the_weights_that_are_shown():
+    model = Tiny()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(4))
+    optimizer.eval()
+    shown = [p.detach().clone() for p in model.parameters()]
+    optimizer.param_groups[0]["update"] = "factored"
+    optimizer.train()
+    assert all(map(torch.equal, model.parameters(), shown))
+    train(model, optimizer, range(4, 5), rates=[1e-3] * 5)
+    state = optimizer.state[model.matrix]
+    assert "weight_sum" not in state
+    assert state["averaged_steps"] == 5  # the size of the gradients is known
+    # Not the difference of two weights: the momentum begins at a gradient of unit size.
+    assert state["momentum_buffer"].square().mean() > 0.1
 
 
 def test_switching_to_it_forgets_the_other_rules_momentum():

@@ -171,6 +171,40 @@ def test_a_flat_tensor_that_nobody_owns_is_refused_before_the_first_update():
     assert torch.equal(flat.detach(), torch.ones(21))
 
 
+def test_what_is_flattened_between_two_steps_is_refused_too():
+    p = nn.Parameter(torch.ones(4, 4))
+    optimizer = SGDSaI([p], lr=1e-2)
+    p.grad = gradient(p.shape)
+    optimizer.step()
+    flat = nn.Parameter(p.detach().flatten())
+    flat.grad = gradient(16)
+    before = flat.detach().clone()
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(ValueError, match="Something has flattened"):
+        optimizer.step()
+    assert torch.equal(flat.detach(), before)
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_groups_and_parameters_may_be_taken_out(stepped):
+    """As by those who freeze layers, or who make all groups anew."""
+    first, second, third = params = [nn.Parameter(torch.ones(n, 4)) for n in (2, 3, 4)]
+    optimizer = SGDSaI([{"params": [first]}, {"params": [second, third]}], lr=1e-2)
+    for p in params:
+        p.grad = gradient(p.shape)
+    if stepped:
+        optimizer.step()
+    optimizer.param_groups[1]["params"].remove(second)
+    optimizer.param_groups.pop(0)
+    before = copy.deepcopy(params)
+    optimizer.step()
+    assert [torch.equal(p, q) for p, q in zip(params, before, strict=True)] == [True, True, False]
+    optimizer.param_groups.clear()
+    optimizer.add_param_group({"params": [second], "update": "factored"})
+    optimizer.step()
+    assert not torch.equal(second, before[1])
+
+
 def test_parameters_exchanged_for_others_of_their_shape_are_trained():
     """As by mixed precision with copies in float32, and by accelerate under FSDP2."""
     params = [nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(5))]

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import sys
 
 import pytest
 import torch
@@ -213,6 +214,24 @@ def test_without_bitsandbytes_the_same_codes_are_written(monkeypatch):
     same = (states[0]["momentum_buffer"] == states[1]["momentum_buffer"]).float().mean()
     assert same > 0.99  # bitsandbytes' own kernel decides near ties in another way
     assert torch.equal(states[0]["momentum_scales"], states[1]["momentum_scales"])
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_a_broken_bitsandbytes_costs_a_warning_and_no_training(monkeypatch, caplog, kind):
+    monkeypatch.setattr("hf_sai.optim.momentum.find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    has_bitsandbytes.cache_clear()
+    p = nn.Parameter(torch.zeros(64, 64))
+    optimizer = SGDSaI([p], momentum_dtype=kind, foreach=False)
+    try:
+        for _ in range(2):
+            p.grad = torch.randn(64, 64)
+            optimizer.step()
+    finally:
+        has_bitsandbytes.cache_clear()
+    assert p.detach().count_nonzero() == p.numel()
+    assert caplog.text.count("bitsandbytes does not work here") == 1
 
 
 @pytest.mark.parametrize("sign", [-1, 1])

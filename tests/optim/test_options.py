@@ -1,8 +1,10 @@
 """The table of options: what each takes and refuses, in one sentence whatever came."""
 
 import inspect
+import math
 
 import pytest
+import torch
 
 from hf_sai import SGDSaI
 from hf_sai.optim.options import DEFAULTS, OPTIONS, upgrade_group
@@ -40,3 +42,13 @@ def test_groups_of_older_versions_get_todays_keys():
     assert upgrade_group({"lr": 1.0, "normalize_gradient": None})["update"] == "published"
     assert upgrade_group({"lr": 1.0, "normalize_gradient": "factored"})["update"] == "factored"
     assert upgrade_group({"lr": 1.0}, {**DEFAULTS, "maximize": True})["maximize"] is True
+
+
+@pytest.mark.parametrize(
+    "lr",
+    [torch.tensor([0.1], device="meta"), torch.tensor(1), torch.tensor(math.nan), torch.tensor([0.1, 0.2])],
+    ids=str,
+)
+def test_a_rate_that_is_no_number_is_refused_in_a_sentence(lr):
+    with pytest.raises(ValueError, match="lr must be a finite number"):
+        SGDSaI([torch.nn.Parameter(torch.ones(2))], lr=lr)

@@ -195,6 +195,46 @@ def test_switched_on_in_the_middle_of_training():
     assert optimizer.state[params[0]]["averaged_steps"] == 1
 
 
+def test_a_rule_takes_nothing_over_that_another_one_means_otherwise():
+    """Both keep something of each row under one name; a momentum of unit size is far too much for the published one."""
+    params = [make_params()[0]]
+    optimizer = SGDSaI(params, lr=1e-3, update="factored")
+    update(params, optimizer, 0)
+    optimizer.param_groups[0].update(update="orthogonal", matrices="linear_transposed")
+    update(params, optimizer, 1)
+    assert optimizer.state[params[0]].keys() == {"gsnr", "momentum_buffer", "row_mean_square"}
+    assert optimizer.state[params[0]]["row_mean_square"].shape == (1, params[0].shape[1])
+    optimizer.param_groups[0]["update"] = "factored"
+    update(params, optimizer, 2)
+    assert optimizer.state[params[0]]["averaged_steps"] == 1
+    optimizer.param_groups[0]["update"] = "published"
+    update(params, optimizer, 3, size=1e-3)
+    assert optimizer.state[params[0]].keys() == {"gsnr", "momentum_buffer"}
+    assert optimizer.state[params[0]]["momentum_buffer"].abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"update": "orthogonal"}, "matrices=None"),
+        ({"update": "averaged", "momentum": 0.0}, "needs a momentum"),
+        ({"update": "rows", "normalize": True}, "two ways"),
+        ({"update": "muon"}, "update must be one of"),
+    ],
+    ids=str,
+)
+def test_a_rule_that_is_switched_on_is_checked_before_anything_moves(changed, message):
+    params = make_params()
+    optimizer = SGDSaI(params, lr=1e-3, update="factored")
+    update(params, optimizer, 0)
+    before = copy.deepcopy(params)
+    optimizer.param_groups[0].update(changed)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            update(params, optimizer, 1)
+    assert all(map(torch.equal, params, before))
+
+
 def test_a_checkpoint_without_the_option_keeps_what_the_optimizer_was_built_with():
     params = make_params()
     optimizer = SGDSaI(params, update="rows")
@@ -276,6 +316,19 @@ def test_one_bad_element_does_not_spoil_its_tensor(shape, bad, path):
     moved[3] = 1.0
     assert (moved.abs() > 1e-5).float().mean() > 0.9  # and it goes on training
     assert all(optimizer.state[p][key].isfinite().all() for key in MEAN_SQUARES if key in optimizer.state[p])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e20])
+@pytest.mark.parametrize("shape", [(4, 13), (7,)], ids=str)
+def test_one_bad_element_spoils_no_other_of_its_row(shape, bad):
+    p = nn.Parameter(torch.ones(shape))
+    optimizer = SGDSaI([p], lr=1e-2, update="rows")
+    for step in range(3):
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        if step == 1:
+            p.grad.view(-1)[5] = bad
+        optimizer.step()
+    assert (~p.detach().isfinite()).sum() == (0 if math.isfinite(bad) else 1)
 
 
 @pytest.mark.parametrize(("on_gpu", "capturing"), [(True, True), (True, False), (False, True)])

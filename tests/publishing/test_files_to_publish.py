@@ -34,6 +34,8 @@ LAYOUTS = {
     ],
     "custom generation": ["custom_generate/generate.py", "custom_generate/requirements.txt"],
     "several chat templates": ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"],
+    "mistral's own, open_clip": ["params.json", "open_clip_config.json"],
+    "licences": ["LICENSE.md", "LICENCE", "COPYING", "NOTICE.txt", "USE_POLICY.md"],
     "two adapters": ["adapter_config.json", "style/adapter_config.json", "style/adapter_model.safetensors"],
     "an adapter with a name of its own": ["style/adapter_config.json", "style/adapter_model.safetensors"],
 }
@@ -124,7 +126,8 @@ def test_what_somebody_may_miss_is_told_and_what_a_training_keeps_is_not(tmp_pat
 NEVER = [
     *(".env", "my.ENV", "server.PEM", "ID_RSA", "id_ed25519.pub", "secrets.yaml", "SECRET.json", "Credentials.json"),
     *("training_args.bin", "checkpoint-1/training_args.bin", "keys/server.Key", "kaggle.json", "prod-secrets.toml"),
-    *(".netrc", "cert.p12", "store.kdbx", "token", "client_secret_1.json", "passwords.txt"),
+    *(".netrc", "cert.p12", "store.kdbx", "token", "client_secret_1.json", "passwords.txt", "password.md"),
+    *("token.txt", "hf_token.txt", "openai_api_key", "wandb-api-key.json"),
 ]
 
 
@@ -160,6 +163,30 @@ def test_settings_that_are_cut_off_are_not_published(tmp_path, name, content):
     (tmp_path / name).write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=rf"{name} is damaged or not .* \(no JSON: .*\); save it again"):
         plan_files(tmp_path)
+
+
+def test_an_index_that_names_weights_which_are_not_there_is_not_published(tmp_path):
+    write(tmp_path, "model-00001-of-00002.safetensors")
+    names = {"x": "model-00001-of-00002.safetensors", "y": "model-00002-of-00002.safetensors"}
+    write(tmp_path, "model.safetensors.index.json", json.dumps({"weight_map": names}))
+    with pytest.raises(ValueError, match=r"index.json is damaged or not .* \(model-00002-of-00002.safetensors is not"):
+        plan_files(tmp_path)
+    write(tmp_path, "model-00002-of-00002.safetensors")
+    assert len(plan_files(tmp_path).files) == 3
+
+
+def test_weights_behind_a_symbolic_link_are_refused_with_a_way_out(tmp_path):
+    write(tmp_path, "blobs/0a1b.safetensors")
+    (tmp_path / "model.safetensors").symlink_to("blobs/0a1b.safetensors")
+    with pytest.raises(ValueError, match=r"holds no weights .* link is not followed, so copy there what it leads to"):
+        plan_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a\nleft out   b.png", "a\udcff.png", "a\u202egnp.png"])
+def test_a_file_whose_name_cannot_be_shown_stays_out_and_is_told(tmp_path, name):
+    write(tmp_path, "model.safetensors")
+    write(tmp_path, f"images/{name}")
+    assert plan_files(tmp_path).left_out == ((ascii(f"images/{name}"), "its name has signs that cannot be shown"),)
 
 
 @pytest.mark.parametrize("pattern", ["optimizr.pt", "../*", "/etc/passwd", "", "["])

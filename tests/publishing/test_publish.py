@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from hf_sai.cli.main import main
 from hf_sai.publishing.artifacts import finish_run
 from hf_sai.publishing.files_to_publish import plan_files
-from hf_sai.publishing.publish import PublishError, publish
+from hf_sai.publishing.publish import PublishError, create_repository, publish
 from hf_sai.runs.record import RECORD_FILE, RunRecord
 from hf_sai.runs.recorder import RunRecorder
 from hf_sai.trainer.callbacks import RunRecordCallback
@@ -102,6 +102,26 @@ def test_a_published_run_comes_back_the_same_and_loads(finished, hub, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), original.parameters(), strict=True))
     assert RunRecord.load(copy) == RunRecord.load(finished)
     assert set(hub.files("tester/counting")) == PUBLIC | {".gitattributes"}
+
+
+@pytest.mark.parametrize("change", ["rewritten", "removed"])
+def test_a_file_that_changes_after_the_search_for_secrets_is_not_published(
+    finished, hub, tmp_path, monkeypatch, change
+):
+    folder = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+
+    def create(*args, **options):
+        file = folder / "generation_config.json"
+        text = file.read_text()
+        file.unlink()
+        if change == "rewritten":
+            file.write_text(" " * len(text))
+        return create_repository(*args, **options)
+
+    monkeypatch.setattr("hf_sai.publishing.publish.create_repository", create)
+    with pytest.raises(ValueError, match=r"generation_config.json was changed or removed while it was published"):
+        publish(folder, "tester/counting")
+    assert hub.commits == []
 
 
 def test_publishing_again_updates_and_a_revision_is_a_branch(finished, hub):

@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 import zlib
 
+import numpy
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
@@ -151,6 +152,31 @@ def test_a_secret_in_a_pickle_or_a_packed_archive_is_found(tmp_path):
     with zipfile.ZipFile(tmp_path / "data.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.txt", f"x {TOKEN}")
     assert "data.npz (a.txt in the archive)" in refusal(tmp_path, ["data.npz"])
+    for name in ("data.npz", "data.npy"):
+        save = numpy.save if name == "data.npy" else numpy.savez_compressed
+        save(tmp_path / name, numpy.array([TOKEN]))
+        assert f"{name} (" in refusal(tmp_path, [name])
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_secret_of_a_fixed_length_is_found_among_the_letters_of_a_pickle(tmp_path, legacy):
+    for kind in ("AWS", "Google"):
+        state = {"note": SECRETS[kind], "x": torch.zeros(2)}
+        torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+        assert find_secret(tmp_path / "a.pt", "a.pt") is not None
+
+
+def test_a_secret_behind_the_letters_of_protobuf_is_found(tmp_path):
+    secret = SECRETS["Anthropic"] + "a1B2" * 12
+    assert chr(len(secret)) == "m"
+    (tmp_path / "events").write_bytes(b"\x08\x07B" + bytes([len(secret)]) + secret.encode() + b"\0\xff")
+    assert find_secret(tmp_path / "events", "events") is not None
+
+
+def test_a_secret_in_a_name_within_an_archive_is_found(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(SECRETS["AWS"], "x")
+    assert find_secret(tmp_path / "a.zip", "a.zip")[0] == "the archive's names"
 
 
 def test_a_secret_behind_the_first_64_mebibytes_is_found(tmp_path):
@@ -244,6 +270,10 @@ def test_without_detect_secrets_nothing_is_planned(tmp_path, monkeypatch):
         "train.py --token $token --api_key $1 --api_key KEY",
         "train.py --password PASSWORD",
         "`train.py --token <s>`",
+        "train.py --hub_token ${HF_TOKEN}",
+        'headers = {"Authorization": "Bearer " + token}',
+        'headers = {"Authorization": "Bearer <token>", "authorization": "Bearer $HF_TOKEN"}',
+        *(f'api_key="{key}"' for key in ("not-needed", "dummy-key", "fake-key-1", "sk-no-key-required", "ollama")),
     ],
 )
 def test_what_only_stands_for_a_secret_may_be_published(line, tmp_path):
@@ -278,6 +308,11 @@ def test_data_programs_and_pages_that_are_asked_for_are_searched_by_name(name, c
 def test_a_line_of_a_text_may_say_that_it_holds_no_secret(tmp_path):
     (tmp_path / "a.py").write_text('password = "abc123def456"  # pragma: allowlist secret\n')
     assert find_secret(tmp_path / "a.py", "a.py") is None
+    (tmp_path / "a.py").write_text(f"# base: me/{SECRETS['OpenAI']}\n")
+    assert find_secret(tmp_path / "a.py", "a.py") is not None
+    (tmp_path / "a.py").write_text(f"# base: me/{SECRETS['OpenAI']} pragma: allowlist secret\n")
+    assert find_secret(tmp_path / "a.py", "a.py") is None
+    assert find_secret(tmp_path / "a.py", "a.py", [SECRETS["OpenAI"]]) is not None
 
 
 def test_a_named_secret_in_the_metadata_of_weights_or_of_a_picture_is_found(tmp_path):

@@ -117,6 +117,11 @@ def test_headers_that_let_somebody_in_are_hidden(text):
     "text",
     [
         f"machine api.wandb.ai login user password {SECRET}",
+        f"train.py --hub_token \\\n    {SECRET} \\\n    --lr 1",
+        f"setenv HF_TOKEN {SECRET}",
+        f"set -gx HF_TOKEN {SECRET}",
+        f"ENV HF_TOKEN {SECRET}",
+        f"%env HF_TOKEN {SECRET}",
         "wandb login " + "0a1b2c3d" * 5,
         f'hub_token: str = "{SECRET}"',
         f'os.environ["HF_TOKEN"] = "{SECRET}"',
@@ -139,6 +144,13 @@ def test_other_ways_to_write_a_secret_down_are_known(text):
     shown = redact_text(text)
     assert "<redacted>" in shown
     assert not any(part in shown for part in (SECRET, "0a1b2c3d", "a1B2a1B2"))
+
+
+def test_a_flags_value_is_hidden_in_a_list_of_words_some_of_which_have_blanks():
+    shown = redact({"argv": ["train.py", "--prompt", "a photo", "--password", SECRET, "--pw", f"{SECRET} b"]})
+    assert shown == {"argv": ["train.py", "--prompt", "a photo", "--password", "<redacted>", "--pw", "<redacted>"]}
+    texts = {"notes": ["- hub_token", "read from the environment", "-- password", "asked for at the prompt"]}
+    assert redact(texts) == texts
 
 
 def test_what_stands_deeper_under_a_secrets_name_is_hidden():
@@ -167,6 +179,10 @@ SHAPES = (
         "r8_" + "a1B2" * 9 + "x",
         "gsk_" + "a1B2" * 13,
     ),
+    *("hf_oauth_" + "a1B2" * 9, "whsec_" + "a1B2" * 8, "rpa_" + "A1B2" * 10, "tvly-" + "a1B2" * 8, "fw_" + "a1B2" * 6),
+    *("e2b_" + "0a1b" * 10, "csk-" + "0a1b" * 12, "shpat_" + "0a1b" * 8, "sntrys_" + "a1B2" * 12, "SK" + "0a1b" * 8),
+    *("SG." + "a1B2c3" * 3 + "a1B2." + "a1B" * 14 + "a", "1234567890:AA" + "a1B" * 11, "ATATT3" + "a1B2" * 20),
+    *("aB18Q~" + "a1B2" * 8 + "aa", "NRAK-" + "A1B" * 9, "AGE-SECRET-" + "KEY-1" + "A1" * 29, "tgp_v1_" + "a1B2" * 10),
     *("nvapi-" + "a1B2" * 16, "xai-" + "a1B2" * 20, "dapi" + "0a1b" * 8, "KGAT_" + "0a1b" * 8, "sk_live_" + "a1B2" * 6),
 )
 
@@ -188,7 +204,9 @@ HARMLESS = (
     "bearer of_good_news_to_everybody_here",
     "--user_token <|user|> --bot_token <bot> --api_token <api> --storage_key weights --s3_key train/data.json",
     "--client_key client_id --hf_key text --auth basic --cookie no --ssh_key ~/.ssh/id --token 5 --pass 2",
-    '"user_token": "USER:", "bot_token": "BOT:"',
+    '"user_token": "USER:", "bot_token": "BOT:", "user_token": "### User 1:"',
+    '--identifier_token sks1 --token zwx92 {"style_token": "s1y2tk0", "extra_token": "\u2581x1"}',
+    "ENV PATH /usr/bin and set -x",
     "sk-small-language-model-v1-base and task-sk-small-and-well-trained-model",
 )
 

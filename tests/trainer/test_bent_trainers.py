@@ -9,6 +9,7 @@ from transformers import Trainer
 
 import hf_sai
 from hf_sai.runs.meters import unwrap_optimizer
+from hf_sai.trainer.small_updates import watch_updates
 
 
 def lora_gpt2(**more):
@@ -255,6 +256,17 @@ def test_a_rate_written_out_that_trains_nothing_is_warned_about(tmp_path, caplog
 )
 def test_rates_that_train_are_not_warned_about(tmp_path, caplog, options):
     assert warnings_of(caplog, plain_trainer(tmp_path, **options)) == []
+
+
+def test_advice_that_fails_ends_no_training(monkeypatch):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = hf_sai.SGDSaI([p], lr=1e-7)
+    monkeypatch.setattr("hf_sai.trainer.small_updates.UpdateMeter.before", lambda meter: meter.no_such_name)
+    watch_updates(optimizer)
+    for _ in range(6):
+        p.grad = torch.tensor([1.0, -1.0, 2.0])
+        optimizer.step()
+    assert not optimizer._optimizer_step_post_hooks
 
 
 def test_only_the_main_process_warns(tmp_path, caplog, monkeypatch):

@@ -4,11 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from trainer_cases import ROWS, arguments, plain_trainer, tiny_gpt2
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_sai import create_sgd_sai_optimizer
 from hf_sai.runs.meters import unwrap_optimizer
-from hf_sai.trainer import means
 
 OPTIONS = {"optim": "sgd_sai_averaged", "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}
 
@@ -84,9 +83,33 @@ def test_a_decaying_rate_is_warned_of(tmp_path, caplog):
     assert "lr_scheduler_type" not in caplog.text
 
 
-def test_other_rules_get_no_callback(tmp_path):
-    trainer = trained(tmp_path, optim="sgd_sai_factored")
-    assert not any(isinstance(callback, means._MeansCallback) for callback in trainer.callback_handler.callbacks)
+def test_a_run_that_goes_on_averages_if_its_checkpoint_does_whatever_is_asked_for(tmp_path, caplog):
+    trained(tmp_path, steps=3, save_strategy="steps", save_steps=3)
+    resumed = trained(tmp_path, resume=str(tmp_path / "checkpoint-3"), optim="sgd_sai_factored")
+    assert "update=averaged (asked for: factored)" in caplog.text
+    assert all(group["means_shown"] for group in unwrap_optimizer(resumed.optimizer).param_groups)
+
+
+def test_what_a_callback_saves_when_something_is_logged_are_means(tmp_path):
+    class SaveOnLog(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            control.should_save = state.global_step == 3
+
+    trainer = plain_trainer(
+        tmp_path, callbacks=[SaveOnLog()], **{**OPTIONS, "logging_steps": 1, "save_strategy": "steps"}
+    )
+    trainer.train()
+    short = trained(tmp_path / "short", steps=3)
+    saved = in_checkpoint(tmp_path / "checkpoint-3")
+    assert_same(saved, weights_of(short), names=saved)
+
+
+def test_an_optimizer_of_another_kind_that_comes_later_is_left_alone(tmp_path, caplog):
+    trainer = trained(tmp_path, steps=3)
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.args.optim, trainer.args.lr_scheduler_type, trainer.args.max_steps = "adamw_torch", "linear", 6
+    trainer.train()
+    assert "averaged" not in caplog.text
 
 
 def test_an_optimizer_of_the_users_own_is_shown_too(tmp_path):

@@ -28,7 +28,7 @@ from hf_sai.optim import momentum as momenta
 from hf_sai.optim.layout import Part
 from hf_sai.optim.rules.factored import Factored
 from hf_sai.optim.rules.published import Portion
-from hf_sai.optim.update import is_ordinary, multiplied
+from hf_sai.optim.update import Choice, multiplied
 
 __all__ = ["FASTER", "WEIGHT_SUM", "Averaged", "Numbers", "Step", "show_means"]
 
@@ -71,17 +71,21 @@ class Averaged(Factored):
             raise ValueError(
                 "update='averaged' needs a momentum above 0: it is how near to their mean the weights are trained."
             )
-        kept = group["momentum_dtype"]
-        coarse = [p.dtype for p in group["params"] if (kept or p.dtype) not in (torch.float32, torch.float64)]
-        if isinstance(kept, str) or coarse:
-            raise ValueError(
-                f"update='averaged' adds up small steps, which are lost in {kept if kept is not None else coarse[0]}: "
-                "use momentum_dtype=torch.float32 (optim_args: momentum_dtype=float32)."
-            )
+        for p in group["params"]:
+            _refuse_coarse(group, p)
 
     def allocate(self, part: Part) -> None:
         super().allocate(part)
-        part.state.setdefault(WEIGHT_SUM, 0.0)
+        if WEIGHT_SUM not in part.state:  # it is new, or saved by another rule, with that one's momentum
+            _refuse_coarse(part.group, part.param)
+            momenta.drop(part)
+            part.state[WEIGHT_SUM] = 0.0
+
+    def factors(self, parts: Sequence[Part]) -> list[Sequence[Tensor]]:
+        for part in parts:
+            if WEIGHT_SUM not in part.state:
+                self.allocate(part)
+        return super().factors(parts)
 
     def start(self, part: Part) -> None:
         momenta.allocate(part)
@@ -97,9 +101,6 @@ class Averaged(Factored):
         for part in parts:
             e = momenta.momentum_of(part)
             assert isinstance(e, Tensor)
-            if WEIGHT_SUM not in part.state:  # until now the momentum of another rule
-                e.zero_()
-            self.allocate(part)
             part.state[WEIGHT_SUM] += lr**2
             c = lr**2 / part.state[WEIGHT_SUM] if lr else 0.0
             scale = sign * lr * self.scale(part.gsnr, part.shape.numel())
@@ -113,13 +114,21 @@ class Averaged(Factored):
             yield Portion(own, differences, [None] * len(own), 0.0, whole=True)
 
 
+def _refuse_coarse(group: dict[str, Any], p: Tensor) -> None:
+    kept = group["momentum_dtype"] or p.dtype
+    if kept not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"update='averaged' adds up small steps, which are lost in {kept}: "
+            "use momentum_dtype=torch.float32 (optim_args: momentum_dtype=float32)."
+        )
+
+
 def _buckets(steps: Sequence[Step]) -> Iterable[list[Step]]:
     """Those that torch's multi-tensor operations work on together: in the gradients' memory, with the same numbers."""
     buckets: dict[Any, list[Step]] = defaultdict(list)
     for index, step in enumerate(steps):
         part, group = step.part, step.part.group
-        automatic = group["foreach"] is None and group["fused"] is None
-        many = is_ordinary(part.param) and not part.param.is_cpu if automatic else group["foreach"]
+        many = Choice(group["foreach"], group["fused"]).together(part.param)
         in_place = part.grad.dtype == step.e.dtype
         buckets[(part.param.device, step.e.dtype, *step.numbers[1:]) if many and in_place else index].append(step)
     return buckets.values()
@@ -141,7 +150,7 @@ def _differences(steps: Sequence[Step]) -> list[Tensor]:
 
 def show_means(part: Part, shown: bool) -> None:
     """Bring a parameter from y to the mean x, or back; one that has not started yet stays as it is."""
-    if "momentum_buffer" in part.state:
+    if WEIGHT_SUM in part.state and "momentum_buffer" in part.state:  # no other rule's momentum
         e = momenta.momentum_of(part)
         assert isinstance(e, Tensor)
         part.param.add_(e.to(part.param.dtype), alpha=(1 if shown else -1) * (1 - part.group["momentum"]))

@@ -69,7 +69,7 @@ class Factored(Rows):
         on_gpu = not torch.compiler.is_compiling() and any(part.param.is_cuda for part in parts)
         if on_gpu and torch.cuda.is_current_stream_capturing():
             raise ValueError(
-                "update='factored' counts its steps on the host, and a CUDA graph would replay one count for ever: "
+                f"update={self.name!r} counts its steps on the host, and a CUDA graph would replay one count for ever: "
                 "leave the optimizer's step out of the graph, or use update='published'."
             )
         for part in parts:

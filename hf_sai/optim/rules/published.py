@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_sai.optim.layout import Part
-from hf_sai.optim.momentum import Momentum, momentum_of, start
+from hf_sai.optim.momentum import Momentum, drop, momentum_of, start
 
 __all__ = ["Portion", "Published"]
 
@@ -63,6 +63,13 @@ class Published:
 
     def allocate(self, part: Part) -> None:
         """Give a part's state what the rule keeps, unless it is there."""
+
+    def leave(self, part: Part, rule: Published) -> None:
+        """Forget of a part what another rule, which takes it over, cannot use: the momentum, too, has another size."""
+        related = isinstance(rule, type(self)) or isinstance(self, type(rule))
+        for key in set(self.keys) - set(rule.keys if related else ()):
+            part.state.pop(key, None)
+        drop(part)
 
     def taken_up(self, part: Part, saved: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the rule keeps of a part, from tensors that may have been saved in another form."""

@@ -34,6 +34,8 @@ class Rows(Published):
         kept = [((0,) if len(part.shape) > 1 else (),) for part in parts]
         sums = [sums_of_squares(part, dims) for part, dims in zip(parts, kept, strict=True)]
         roots = reciprocal_roots(list(itertools.chain(*mean_squares(parts, kept, sums))))
+        for root in roots:  # of a row with a NaN the other elements rest, as they do beside an infinity
+            root.nan_to_num_(nan=0.0)
         return [applied_to_boxes(part, (root,)) for part, root in zip(parts, roots, strict=True)]
 
     def scale(self, gsnr: float, numel: int) -> float:
@@ -90,11 +92,15 @@ def mean_squares(
     sum_over_holders(
         (total, part.holders(dims), part.table_device) for total, (part, dims) in zip(flat, owners, strict=True)
     )
-    # Of no elements the mean is 0.
-    kept_of_all = [math.prod(part.shape[d] for d in dims) / max(1, part.shape.numel()) for part, dims in owners]
-    torch._foreach_mul_(flat, kept_of_all)
+    torch._foreach_mul_(flat, [_kept_share(part.shape, dims) for part, dims in owners])
     rest = iter(flat)
     return [[next(rest) for _ in of_part] for of_part in kept]
+
+
+def _kept_share(shape: torch.Size, dims: Sequence[int]) -> float:
+    """What a sum over all other dimensions is multiplied by to be a mean; 0 where there are no elements."""
+    # By itself: torch 2.11 with Python 3.12 does not compile a list whose items hold a generator over its variable.
+    return math.prod(shape[d] for d in dims) / max(1, shape.numel())
 
 
 def reciprocal_roots(means: list[Tensor]) -> list[Tensor]:
