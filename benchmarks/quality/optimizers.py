@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from benchmarks.quality.ideas import IDEAS, laid_over, with_beta2
 from benchmarks.quality.sinkgd import SinkGD
 from hf_sai import create_sgd_sai_optimizer, param_groups
 
@@ -184,10 +185,15 @@ RIVALS = {
     "orthogonal": Rival(_sai("orthogonal"), {"momentum": 0.9}, MOMENTA, times_adamw=2),
 }
 
-#: What a rule is without one of its parts, or with a smaller state; run where they are named.
+#: What a rule is without one of its parts, with a smaller state, or with a cheap idea on top; run where they are named.
 VARIANTS = {
     **{f"{rule}_without_gsnr": replace(RIVALS[rule], build=_sai(rule, with_gsnr=False))
        for rule in ("published", "factored", "orthogonal")},
     **{f"{rule}_{bits}": replace(RIVALS[rule], build=_sai(rule, momentum_dtype=bits))
        for rule in ("factored", "orthogonal") for bits in ("8bit", "4bit")},
+    **{f"factored_{name}": replace(RIVALS["factored"], build=laid_over(_sai("factored"), idea))
+       for name, idea in IDEAS.items()},
+    **{f"orthogonal_{name}": replace(RIVALS["orthogonal"], build=laid_over(_sai("orthogonal"), IDEAS[name]))
+       for name in ("cautious_mask", "cautious_decay")},
+    "factored_beta2_0.99": replace(RIVALS["factored"], build=with_beta2(_sai("factored", foreach=True), 0.99)),
 }  # fmt: skip

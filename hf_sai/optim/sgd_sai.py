@@ -24,7 +24,7 @@ from hf_sai.optim.gsnr import GSNRReport
 from hf_sai.optim.layout import UNMEASURED, Layout, Part, admit, find_layout, kind_of, name_of, whole_shapes
 from hf_sai.optim.options import DEFAULTS, OPTIONS, check_options, upgrade_group
 from hf_sai.optim.rules import RULES
-from hf_sai.optim.rules.averaged import show_means
+from hf_sai.optim.rules.averaged import WEIGHT_SUM, show_means
 from hf_sai.optim.saved_state import Incoming, completed, read
 from hf_sai.optim.stochastic import draw_alike, in_many_processes
 from hf_sai.optim.update import Choice, can_unscale, multiplied, sgd_sai
@@ -114,8 +114,8 @@ class SGDSaI(Optimizer):
     #: The parameters of each group and their shapes as the optimizer was given them, to see if they are exchanged.
     built_with: list[list[tuple[weakref.ref[Tensor], torch.Size]]]
 
-    #: id of each group -> its rule, to see if somebody changes it.
-    _rules: dict[int, str]
+    #: id of each group -> its rule and its momentum, to see if somebody changes them.
+    _rules: dict[int, tuple[str, float]]
 
     _layout: Layout | None
     _releases: Releases | None
@@ -291,8 +291,10 @@ class SGDSaI(Optimizer):
     def _take_up_rules(self) -> None:
         """Where a group's rule has been changed, check the new one and forget what the old one kept."""
         for group in self.all_groups:
-            before = self._rules.setdefault(id(group), group["update"])
+            before, momentum = self._rules.setdefault(id(group), _rule_of(group))
             if group["update"] == before:
+                if group["momentum"] != momentum:
+                    self._take_up_momentum(group, momentum)
                 continue
             check_options(group)
             old, new = RULES[before], RULES[group["update"]]
@@ -303,6 +305,19 @@ class SGDSaI(Optimizer):
             group.pop("means_shown", None)  # training goes on from what is shown
             self._rules[id(group)] = _rule_of(group)
             self._layout = None
+
+    def _take_up_momentum(self, group: dict[str, Any], before: float) -> None:
+        """Weights that are trained near their mean lie where the momentum says; from the mean itself it can change."""
+        averages = RULES[group["update"]].averages and not group.get("means_shown", False)
+        if averages and any(WEIGHT_SUM in self.state[p] for p in group["params"] if p in self.state):
+            now = group["momentum"]
+            group["momentum"] = before
+            raise ValueError(
+                f"update='averaged' trains weights whose place its momentum decides, and that went from {before} to "
+                f"{now}: switch that off (OneCycleLR and CyclicLR: cycle_momentum=False), or call optimizer.eval(), "
+                "change it and call optimizer.train()."
+            )
+        self._rules[id(group)] = _rule_of(group)
 
     def _refuse_means(self) -> None:
         if any(group.get("means_shown") for group in self.param_groups):
@@ -517,14 +532,14 @@ def _identities(group: dict[str, Any]) -> list[tuple[weakref.ref[Tensor], torch.
     return [(weakref.ref(p), p.shape) for p in group["params"]]
 
 
-def _rule_of(group: dict[str, Any]) -> str:
-    """A group's rule. One that averages says in the group which weights are shown, from the first on.
+def _rule_of(group: dict[str, Any]) -> tuple[str, float]:
+    """A group's rule and momentum. One that averages says in the group which weights are shown, from the first on.
 
     A key that came later would be lost: torch.distributed.checkpoint loads those that a new optimizer has.
     """
     if RULES[group["update"]].averages:
         group.setdefault("means_shown", False)
-    return str(group["update"])
+    return str(group["update"]), group["momentum"]
 
 
 def _check_params(group: dict[str, Any]) -> None:

@@ -191,7 +191,14 @@ def test_a_signal_ends_what_was_started_and_a_second_run_waits_for_no_part(numbe
     python, out = stand_in(tmp_path, "exec sleep 600"), tmp_path / "out put"
     command = [RUN, "out put", "quality:600"]
     environment = {**os.environ, "PYTHON": str(python)}
-    ran = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    ran = subprocess.Popen(
+        command,
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell keeps ignoring what nohup ignores
+    )
     until(lambda: (tmp_path / "pids").is_file())
     second = run(out, "engines:5", python=python)
     assert (second.returncode, second.stderr.splitlines()[0]) == (2, f"run.sh: another run still writes into {out}")

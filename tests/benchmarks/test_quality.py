@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.quality import __main__ as program
+from benchmarks.quality.ideas import IDEAS, laid_over
 from benchmarks.quality.optimizers import RIVALS, VARIANTS
 from benchmarks.quality.package_sources import load_sources
 from benchmarks.quality.search import best_settings, choosers, coordinate_search
@@ -15,6 +16,7 @@ from benchmarks.quality.sinkgd import unit_rows_and_columns
 from benchmarks.quality.tables import steps_to, tables
 from benchmarks.quality.task import Task, halves
 from benchmarks.quality.training import train_once
+from hf_sai import SGDSaI
 from recipes.common.lr_search import Results
 
 PACKAGE = {"schedule_free": "schedulefree", "adam_mini": "adam_mini"}
@@ -69,6 +71,56 @@ def test_without_gsnr_a_training_is_another(rule):
 def test_low_bits_are_asked_for(name):
     (optimizer,) = VARIANTS[name].build(Model(), VARIANTS[name].first(5e-2))
     assert {group["momentum_dtype"] for group in optimizer.param_groups} == {name.rpartition("_")[2]}
+
+
+def idea_by_hand(name, make_gradient, mu, lr, decay):
+    """Published steps with a g-SNR of 1 and the idea, written down plainly in float64."""
+    p, m, mine = torch.linspace(-1, 1, 6, dtype=torch.float64), None, None
+    for step in range(6):
+        g = make_gradient(step)
+        m = g if m is None else mu * m + (1 - mu) * g
+        update, share = m, 1.0
+        if name == "cautious_mask":
+            agrees = (m * g > 0).double()
+            update = m * agrees / agrees.mean().clamp(min=1e-3)
+        elif name == "cautious_decay":
+            share = (m * p >= 0).double()
+        elif name == "nesterov":
+            update = g if step == 0 else mu * m + (1 - mu) * g
+        elif name == "clipped":
+            unit = g / max(1.0, g.square().mean().sqrt().item())
+            update = mine = unit if mine is None else mu * mine + (1 - mu) * unit
+        else:
+            update = m * m.square().mean().sqrt() * math.sqrt((1 + mu) / (1 - mu))
+        p = p - lr * decay * share * p - lr * update
+    return p
+
+
+@pytest.mark.parametrize("name", IDEAS)
+def test_an_idea_makes_the_steps_that_its_docstring_says(name):
+    mu, lr, decay = 0.8, 0.1, 0.5
+
+    def make_gradient(step):
+        return 2 * torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+
+    weight = nn.Parameter(torch.linspace(-1, 1, 6, dtype=torch.float64))
+
+    def build(model, settings):
+        optimizer = SGDSaI([weight], lr=lr, momentum=mu, weight_decay=decay)
+        optimizer.state[weight]["gsnr"] = 1.0
+        return [optimizer]
+
+    (optimizer,) = laid_over(build, IDEAS[name])(nn.Module(), {})
+    for step in range(6):
+        weight.grad = make_gradient(step)
+        optimizer.step()
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (lr, decay)
+    torch.testing.assert_close(weight.detach(), idea_by_hand(name, make_gradient, mu, lr, decay), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.endswith((*IDEAS, "beta2_0.99"))])
+def test_a_variant_trains_another_way_than_its_rule(name):
+    assert trained(name, weight_decay=0.1)["curve"] != trained(name.partition("_")[0], weight_decay=0.1)["curve"]
 
 
 def test_without_gsnr_every_step_is_scaled_by_one():

@@ -133,6 +133,33 @@ def test_other_rules_have_nothing_to_show():
     assert all("means_shown" not in group for group in optimizer.param_groups)
 
 
+def test_a_schedule_of_the_momentum_is_refused_since_it_would_move_the_weights():
+    model = Tiny()
+    optimizer = optimizer_of(model)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.03, total_steps=STEPS)  # sets it before training
+    train(model, optimizer, range(1))
+    schedule.step()
+    optimizer.param_groups[0]["momentum"], scheduled = 0.5, optimizer.param_groups[0]["momentum"]
+    weights = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="cycle_momentum=False"):
+        optimizer.step()
+    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+    assert optimizer.param_groups[0]["momentum"] != scheduled
+
+
+def test_between_eval_and_train_the_momentum_can_change():
+    model = Tiny()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(4))
+    optimizer.eval()
+    mean = copy.deepcopy(model.state_dict())
+    optimizer.param_groups[0]["momentum"] = 0.4
+    optimizer.train()
+    optimizer.eval()
+    torch.testing.assert_close(model.state_dict(), mean, rtol=1e-6, atol=1e-6)
+    train(model, optimizer, range(4, STEPS))
+
+
 def test_a_parameter_that_is_reached_late_averages_from_then_on():
     model = Tiny()
     optimizer = optimizer_of(model)
