@@ -17,6 +17,7 @@ from hf_sai.runs.meters import unwrap_optimizer
 from hf_sai.trainer.grouping import named_groups
 from hf_sai.trainer.optim_args import parse_optim_args
 from hf_sai.trainer.small_updates import watch_updates
+from hf_sai.trainer.unfrozen import watch_frozen
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -103,6 +104,7 @@ def add_new_parameters(trainer: Trainer, *, created: bool) -> None:
     outside = {id(p): name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
     if created:
         trainer._hf_sai_left_out = (weakref.ref(optimizer), set(outside))  # type: ignore[attr-defined]
+        watch_frozen(optimizer, model)
         return
     known: Any
     known, left_out = getattr(trainer, "_hf_sai_left_out", (lambda: None, set()))

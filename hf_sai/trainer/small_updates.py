@@ -30,28 +30,30 @@ def watch_updates(optimizer: Optimizer) -> None:
 
 class _Watch:
     def __init__(self, optimizer: Optimizer) -> None:
-        self._meter = UpdateMeter(optimizer)
+        self._meter: UpdateMeter | None = UpdateMeter(optimizer)  # None once the updates have been judged
         self._steps = 0
-        # After the steps, not around one: with gradient_release the update is over when step() is called.
-        self._hook = optimizer.register_step_post_hook(self._after)
+        # After the steps, not around one: with gradient_release the update is over when step() is called. The hook
+        # stays: torch goes through its hooks and fails where one takes itself away and another comes after it.
+        optimizer.register_step_post_hook(self._after)
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
-        try:
-            self._judge(optimizer)
-        except Exception as error:  # advice never ends a training
-            self._hook.remove()
-            logger.debug("The size of the updates was not judged: %s", error)
+        if self._meter is not None:
+            try:
+                self._judge(optimizer, self._meter)
+            except Exception as error:  # advice never ends a training
+                self._meter = None
+                logger.debug("The size of the updates was not judged: %s", error)
 
-    def _judge(self, optimizer: Optimizer) -> None:
+    def _judge(self, optimizer: Optimizer, meter: UpdateMeter) -> None:
         rates = [(float(group["lr"]), float(group.get("initial_lr", group["lr"]))) for group in optimizer.param_groups]
         now, full = max(rates, default=(0.0, 0.0))
         self._steps += now > 0
         if self._steps == STEP - 1:
-            self._meter.before()
+            meter.before()
         elif self._steps >= STEP:
-            self._hook.remove()
-            self._meter.after()
-            ratio = self._meter.whole_ratio()
+            self._meter = None
+            meter.after()
+            ratio = meter.whole_ratio()
             if ratio is not None and 0 < ratio * full / now < SMALLEST:
                 logger.warning(_words(ratio * full / now, full))
 

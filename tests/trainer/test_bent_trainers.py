@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from trainer_cases import ROWS, arguments, plain_trainer, tiny_gpt2
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 import hf_sai
 from hf_sai.runs.meters import unwrap_optimizer
@@ -160,6 +160,33 @@ def test_what_an_override_left_out_stays_out(tmp_path):
     assert len(unwrap_optimizer(trainer.optimizer).param_groups) == 1
 
 
+class Unfreeze(TrainerCallback):
+    def __init__(self, name):
+        self.name = name
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            model.get_parameter(self.name).requires_grad_(True)
+
+
+def test_what_is_unfrozen_in_training_is_named_once_and_trained_by_the_next_train(tmp_path, caplog):
+    model, name = tiny_gpt2(), "transformer.wpe.weight"
+    model.get_parameter(name).requires_grad_(False)
+    before = model.get_parameter(name).detach().clone()
+    trainer = plain_trainer(tmp_path, model)
+    trainer.args.max_steps = 4
+    trainer.add_callback(Unfreeze(name))
+    with caplog.at_level(logging.WARNING, logger="hf_sai"):
+        trainer.train()
+    assert [name in record.message for record in caplog.records if "were unfrozen" in record.message] == [True]
+    assert torch.equal(model.get_parameter(name), before)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="hf_sai"):
+        trainer.train()  # the way out that it tells
+    assert not [record.message for record in caplog.records if "were unfrozen" in record.message]
+    assert not torch.equal(model.get_parameter(name), before)
+
+
 def late(caplog, trainer):
     """What a second train() says of arguments that came too late."""
     caplog.clear()
@@ -261,12 +288,30 @@ def test_rates_that_train_are_not_warned_about(tmp_path, caplog, options):
 def test_advice_that_fails_ends_no_training(monkeypatch):
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = hf_sai.SGDSaI([p], lr=1e-7)
-    monkeypatch.setattr("hf_sai.trainer.small_updates.UpdateMeter.before", lambda meter: meter.no_such_name)
+    tried = []
+
+    def fails(meter):
+        tried.append(meter)
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("hf_sai.trainer.small_updates.UpdateMeter.before", fails)
     watch_updates(optimizer)
     for _ in range(6):
         p.grad = torch.tensor([1.0, -1.0, 2.0])
         optimizer.step()
-    assert not optimizer._optimizer_step_post_hooks
+    assert len(tried) == 1
+
+
+def test_a_hook_of_the_users_after_ours_ends_no_training():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = hf_sai.SGDSaI([p], lr=1e-2)
+    steps = []
+    watch_updates(optimizer)
+    optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    for _ in range(8):  # torch's iterator failed here at the fifth, when ours had taken itself away
+        p.grad = torch.tensor([1.0, -1.0, 2.0])
+        optimizer.step()
+    assert len(steps) == 8
 
 
 def test_only_the_main_process_warns(tmp_path, caplog, monkeypatch):
