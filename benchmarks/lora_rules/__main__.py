@@ -81,7 +81,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def table(results: Results, names: list[str]) -> str:
-    """One line a candidate, the best first; p is that of the paired t-test on the test losses of the same seeds."""
+    """One line a candidate, the best first.
+
+    Seeds are paired: the same one has the same weights and the same batches. "Below" is how far the validation loss is
+    under the baseline's, mean and standard deviation of the pairs; p is that of the paired t-test on the test losses.
+    """
     base = reported(results, BASELINE)
     rows = []
     for name in names:
@@ -91,9 +95,10 @@ def table(results: Results, names: list[str]) -> str:
             order = statistics.mean(run["test_loss"] for run in runs) if runs else float("inf")
             grid = ", ".join(f"{run['learning_rate']:g}: {_shown(run['eval_loss'])}" for run in tried)
             test, validation = (_spread([run[key] for run in runs]) for key in ("test_loss", "eval_loss"))
-            chance = _chance(runs, base) if name != BASELINE else "-"
-            rows.append((order, [name, test, validation, len(runs), chance, f"{results.best(name):g}", grid]))
-    columns = ["candidate", "test loss", "validation loss", "seeds", f"p against {BASELINE}", "rate", "grid (seed 0)"]
+            below, chance = (_below(runs, base), _chance(runs, base)) if name != BASELINE else ("-", "-")
+            rows.append((order, [name, test, validation, len(runs), below, chance, f"{results.best(name):g}", grid]))
+    columns = ["candidate", "test loss", "validation loss", "seeds", f"below {BASELINE}", f"p against {BASELINE}",
+               "rate", "grid (seed 0)"]  # fmt: skip
     return markdown_table(columns, [row for _, row in sorted(rows, key=lambda row: row[0])])
 
 
@@ -112,12 +117,21 @@ def _spread(losses: list[float]) -> str:
     return f"{statistics.mean(losses):.4f}{spread}"
 
 
+def _below(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
+    pairs = _pairs(runs, base, "eval_loss")
+    counted = f" in {sum(own < other for own, other in pairs)} of {len(pairs)} seeds" if pairs else ""
+    return _spread([other - own for own, other in pairs]) + counted
+
+
 def _chance(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
-    losses, others = ({run["seed"]: run["test_loss"] for run in some} for some in (runs, base))
-    seeds = losses.keys() & others.keys()  # the same rows in the same order, from the same weights
-    if len(seeds) < 2:
-        return "-"
-    return f"{ttest_rel([losses[seed] for seed in seeds], [others[seed] for seed in seeds]).pvalue:.1g}"
+    pairs = _pairs(runs, base, "test_loss")
+    return f"{ttest_rel(*zip(*pairs, strict=True)).pvalue:.1g}" if len(pairs) > 1 else "-"
+
+
+def _pairs(runs: list[dict[str, Any]], base: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """A loss of a candidate and of the baseline, for each seed that both have."""
+    own, others = ({run["seed"]: run[key] for run in some} for some in (runs, base))
+    return [(own[seed], others[seed]) for seed in sorted(own.keys() & others.keys())]
 
 
 def _shown(loss: float | None) -> str:

@@ -144,6 +144,18 @@ def test_the_seed_that_chooses_the_rate_does_not_report(tmp_path, monkeypatch, c
     assert capsys.readouterr().out.strip().splitlines()[-4:] == printed.strip().splitlines()[-4:]
 
 
+def test_losses_are_compared_seed_by_seed(tmp_path):
+    results = Results(tmp_path / "runs.json", {})
+    of_seeds = {"adamw": {0: 2.0, 1: 3.0, 2: 5.0, 3: 4.0}, "averaged": {0: 1.9, 1: 2.8, 2: 4.9, 4: 9.0}}
+    for candidate, losses in of_seeds.items():
+        for seed, loss in losses.items():
+            run = {"candidate": candidate, "learning_rate": 0.1, "seed": seed, "eval_loss": loss, "test_loss": loss}
+            results.add(run)
+    ours, theirs = program.table(results, ["adamw", "averaged"]).splitlines()[-1:1:-1]
+    assert "| 0.1500 ± 0.0707 in 2 of 2 seeds | 0.2 |" in ours  # 0.2 and 0.1; seeds 3 and 4 have no other
+    assert "| - | - |" in theirs
+
+
 @pytest.mark.longer
 def test_the_byte_model_learns_with_lora_on_what_it_has_not_seen(monkeypatch):
     byte_model = pytest.importorskip("benchmarks.lora_rules.byte_model")
