@@ -35,6 +35,7 @@ from recipes.common.lr_search import Results
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docs" / "results.json"
+LORA_RESULTS = ROOT / "benchmarks" / "lora_rules" / "results"
 PAGES = ("README.md", "docs/**/*.md", "recipes/*/README.md")
 BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
@@ -43,6 +44,9 @@ FACTORED, PRESET = "sgd_sai, factored gradient", "sgd_sai, factored gradient, mo
 PRESET_8BIT = PRESET + ", 8 bits"
 ORTHOGONAL, AVERAGED = "sgd_sai, orthogonal", "sgd_sai, averaged"
 RULES_AND_ADAMW = {"adamw", "published", "factored", "averaged", "orthogonal"}
+QUALITY_TASKS = ("gpt2", "vit", "vit_full", "smollm2_full", "bert_class")
+#: Variants that lay an idea over a rule, where the others take something away from it.
+IDEAS_TRIED = {name for name in VARIANTS if not name.endswith(("bit", "without_gsnr"))}
 #: What the settings of a GPT-2 sweep are called elsewhere; the runs were made when `update` was `normalize_gradient`.
 GPT2_SWEEP = {
     "demo_adamw": {"": ADAMW, "--adam_beta1 0.8": SHORT},
@@ -316,7 +320,7 @@ def command_section(parser: argparse.ArgumentParser) -> str:
 
 
 def demo(results: dict) -> str:
-    """README's table of `make demo`."""
+    """What is shown of `make demo`."""
     runs = results["stated"]["demo"]
     adamw, ours = runs["adamw_torch_fused"], runs["sgd_sai_orthogonal"]
     rows = [
@@ -500,23 +504,48 @@ def test_loss(task: str, name: str) -> str:
     return f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
 
 
-def rivals(task: str, names: Iterable[str]) -> Callable[[dict], str]:
-    """What benchmarks/quality measured on a task: every optimizer that was repeated with the seeds that report."""
+def rivals(task: str, names: Iterable[str], **other: int) -> Callable[[dict], str]:
+    """What benchmarks/quality measured on a task: every optimizer that was repeated with the seeds that report.
+
+    Args:
+        task: Its name.
+        names: Of the optimizers.
+        other: ``steps`` or ``batch_size`` where they are not the task's own.
+    """
 
     def table(_: dict) -> str:
         stores, own = of_quality(task, names)
-        lines = quality_tables(stores, **own).split("\n\n")[0].splitlines()
+        lines = quality_tables(stores, **own | other).split("\n\n")[0].splitlines()
         return "\n".join(line for line in lines if "not yet" not in line)
 
     return table
 
 
-def lora_rules(steps: int) -> Callable[[dict], str]:
-    """What benchmarks/lora_rules measured on SmolLM2 in so many steps."""
+def lora_rules(task: str, steps: int) -> Callable[[dict], str]:
+    """What benchmarks/lora_rules measured at rank 8 in so many steps."""
 
     def table(_: dict) -> str:
-        file = ROOT / "benchmarks" / "lora_rules" / "results" / f"smollm2_rank_8_steps_{steps}.json"
-        return lora_table(Results(file, {}), list(CANDIDATES))
+        return lora_table(Results(LORA_RESULTS / f"{task}_rank_8_steps_{steps}.json", {}), list(CANDIDATES))
+
+    return table
+
+
+def lora_ranks(task: str, steps: int) -> Callable[[dict], str]:
+    """Validation loss over rank and learning rate, with the one seed that chooses the rate."""
+
+    def table(_: dict) -> str:
+        tried = []
+        for file in LORA_RESULTS.glob(f"{task}_rank_*_steps_{steps}.json"):
+            results, rank = Results(file, {}), int(file.stem.split("_")[2])
+            for name in ("adamw", "averaged"):
+                losses = {run["learning_rate"]: f"{run['eval_loss']:.4f}" for run in results.find(name, seed=0)}
+                if losses:
+                    losses[results.best(name)] = f"**{losses[results.best(name)]}**"
+                    tried.append((rank, name, losses))
+        tried.sort(key=lambda line: line[:2])
+        rates = sorted({rate for _, _, losses in tried for rate in losses})
+        rows = [[rank, name, *(losses.get(rate, "") for rate in rates)] for rank, name, losses in tried]
+        return markdown_table(["rank", "candidate", *(f"{rate:g}" for rate in rates)], rows)
 
     return table
 
@@ -536,9 +565,13 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "step-speed": step_speed,
     "options": options,
     **{task.replace("_", "-"): search_table(task) for task in TASKS},
-    **{f"lora-rules-{steps}": lora_rules(steps) for steps in (60, 300)},
-    "variants-vit": rivals("vit", RULES_AND_ADAMW | VARIANTS.keys()),
-    **{f"rivals-{task.replace('_', '-')}": rivals(task, RIVALS) for task in ("gpt2", "vit", "vit_full", "bert_class")},
+    **{f"lora-smollm2-{steps}": lora_rules("smollm2", steps) for steps in (60, 300)},
+    **{f"lora-bytes-{steps}": lora_rules("bytes", steps) for steps in (100, 300, 1000)},
+    **{f"lora-ranks-{task}": lora_ranks(task, steps) for task, steps in {"smollm2": 60, "bytes": 100}.items()},
+    "variants-vit": rivals("vit", RULES_AND_ADAMW | VARIANTS.keys() - IDEAS_TRIED),
+    "ideas-vit": rivals("vit", {"adamw", "factored", "orthogonal"} | IDEAS_TRIED),
+    **{f"vit-rows-{rows}": rivals("vit", RIVALS.keys() | IDEAS_TRIED, batch_size=rows) for rows in (2, 8)},
+    **{f"rivals-{task.replace('_', '-')}": rivals(task, RIVALS) for task in QUALITY_TASKS},
 }
 
 
