@@ -569,7 +569,10 @@ TABLES: dict[str, Callable[[dict], str]] = {
     **{f"lora-bytes-{steps}": lora_rules("bytes", steps) for steps in (100, 300, 1000)},
     **{f"lora-ranks-{task}": lora_ranks(task, steps) for task, steps in {"smollm2": 60, "bytes": 100}.items()},
     "variants-vit": rivals("vit", RULES_AND_ADAMW | VARIANTS.keys() - IDEAS_TRIED),
-    "ideas-vit": rivals("vit", {"adamw", "factored", "orthogonal"} | IDEAS_TRIED),
+    **{
+        f"ideas-{task.replace('_', '-')}": rivals(task, {"adamw", "factored", "orthogonal"} | IDEAS_TRIED)
+        for task in ("vit", "vit_full")
+    },
     **{f"vit-rows-{rows}": rivals("vit", RIVALS.keys() | IDEAS_TRIED, batch_size=rows) for rows in (2, 8)},
     **{f"rivals-{task.replace('_', '-')}": rivals(task, RIVALS) for task in QUALITY_TASKS},
 }
