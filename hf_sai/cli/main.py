@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -31,8 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         subcommand.add_parser(subparsers)
     args = parser.parse_args(argv)
     try:
-        print(args.run(args))
+        text = args.run(args)
     except (ImportError, OSError, ValueError) as error:
         print("hf-sai:", " ".join(str(error).split()), file=sys.stderr)
         return 1
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever read it, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -39,9 +39,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> str:
     """Returns what would be uploaded, or where it is now."""
     from hf_sai.publishing.files_to_publish import plan_files
-    from hf_sai.publishing.publish import publish, visibility
+    from hf_sai.publishing.publish import publish, require_possible_name, visibility
     from hf_sai.publishing.shortcomings import shortcomings
 
+    require_possible_name(args.repo_id)
     plan = plan_files(args.run_dir, include=args.include)
     missing = [f"missing    {sentence}" for sentence in shortcomings(args.run_dir, plan)]
     if args.yes:
@@ -54,7 +55,10 @@ def run(args: argparse.Namespace) -> str:
             update=args.update,
             message=args.message,
         )
-        return "\n".join([f"published, {visibility(args.repo_id)}: {url}", *missing])
+        seen = visibility(args.repo_id)
+        if args.public and seen == "private":
+            missing.append("private    as the repository was before: --public is for new ones, its settings change it")
+        return "\n".join([f"published, {seen}: {url}", *missing])
     lines = [f"{human_bytes(size):>9}  {name}" for name, size in plan.files]
     lines += [f"left out   {name} ({reason})" for name, reason in plan.left_out]
     return "\n".join(

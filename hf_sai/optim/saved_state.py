@@ -98,7 +98,7 @@ def _checked(
         counts = [[len(group["params"]) for group in of] for of in (saved_groups, groups)]
         raise ValueError(
             f"The state was saved for parameter groups of {counts[0]} parameters, and this optimizer's have "
-            f"{counts[1]}. Build model and groups as they were. {_FRESH}"
+            f"{counts[1]}. Build model and groups as they were{_of_the_same_update(saved_groups, groups)}. {_FRESH}"
         )
     saved_groups = [upgrade_group(group, present) for group, present in zip(saved_groups, groups, strict=True)]
     for group, present in zip(saved_groups, groups, strict=True):
@@ -129,6 +129,12 @@ def _checked(
         states[index] = {key: value for key, value in state.items() if key not in tensors}
         incoming.append((p, group, _in_form(name, p, group, tensors, counted="averaged_steps" in state)))
     return {**state_dict, "state": states, "param_groups": saved_groups}, incoming
+
+
+def _of_the_same_update(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> str:
+    """Words for who asked for another rule than the saved one, which may have groups of its own."""
+    saved, asked = (sorted({str(group.get("update", "published")) for group in of}) for of in (saved_groups, groups))
+    return "" if saved == asked else f": with update={'/'.join(saved)}, and not {'/'.join(asked)}"
 
 
 def _each(

@@ -291,7 +291,9 @@ class SGDSaI(Optimizer):
     def _take_up_rules(self) -> None:
         """Where a group's rule has been changed, check the new one and forget what the old one kept."""
         for group in self.all_groups:
-            before, momentum = self._rules.setdefault(id(group), _rule_of(group))
+            if id(group) not in self._rules:
+                self._rules[id(group)] = _rule_of(group)
+            before, momentum = self._rules[id(group)]
             if group["update"] == before:
                 if group["momentum"] != momentum:
                     self._take_up_momentum(group, momentum)

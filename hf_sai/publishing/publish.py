@@ -21,7 +21,7 @@ from hf_sai.runs.paths import hide_paths, is_local_path
 from hf_sai.runs.record import MAX_RECORD_BYTES, RECORD_FILE, RunRecord
 from hf_sai.runs.redact import redact_text
 
-__all__ = ["PublishError", "create_repository", "publish", "visibility"]
+__all__ = ["PublishError", "create_repository", "publish", "require_possible_name", "visibility"]
 
 logger = logging.getLogger(__name__)
 
@@ -135,10 +135,7 @@ def create_repository(
         ValueError: An impossible name.
         PublishError: No token, the Hub refuses, or the repository is public or holds something else.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} cannot be the name of a repository: {redact_text(str(error))}") from None
+    require_possible_name(repo_id)
     if not (token or get_token()):
         raise PublishError("there is no access token: run `hf auth login`, or set HF_TOKEN to a token that may write")
     api = HfApi(token=token, library_name="hf-sai")
@@ -163,6 +160,21 @@ def create_repository(
     if revision is not None:
         _call(lambda: api.create_branch(full_name, branch=revision, exist_ok=True), full_name, token)
     return api, full_name
+
+
+def require_possible_name(repo_id: str) -> None:
+    """Refuse, without a request, what no repository on the Hub can be called.
+
+    Args:
+        repo_id: ``name`` or ``namespace/name``.
+
+    Raises:
+        ValueError: An impossible name.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} cannot be the name of a repository: {redact_text(str(error))}") from None
 
 
 def visibility(repo_id: str, token: str | None = None) -> str:

@@ -164,7 +164,7 @@ class RunRecord:
         if not path.exists():
             raise ValueError(
                 f"cannot read {path}: No such file. A run leaves it while it trains: Trainer(..., "
-                "callbacks=[RunRecordCallback()]), or for any script python -m hf_sai.run --record script.py ..."
+                "callbacks=[RunRecordCallback()]), or for any script hf-sai run --record script.py ..."
             )
         text = read_text(path, MAX_RECORD_BYTES)
         try:

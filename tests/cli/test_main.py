@@ -1,5 +1,7 @@
 """The command by its three names."""
 
+import json
+import os
 import subprocess
 import sys
 
@@ -25,3 +27,15 @@ def test_torchrun_starts_the_command():
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "-m", "hf_sai.cli"]
     done = subprocess.run([*launcher, "--version"], capture_output=True, text=True, timeout=120)
     assert done.stdout == f"hf-sai {__version__}\n", done.stderr
+
+
+@pytest.mark.longer
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 8, "n_layer": 1, "n_head": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as nobody:
+        command = [sys.executable, "-m", "hf_sai", "memory", str(tmp_path)]
+        done = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,6 +1,7 @@
 """CONTRIBUTING names every floor of the package, and nothing that is not there."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,10 @@ def test_every_file_says_its_one_job_on_its_first_line():
     files = [*(ROOT / "hf_sai").rglob("*.py"), *(ROOT / "recipes").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     without = [str(file.relative_to(ROOT)) for file in files if not re.match(r'r?"""\S', file.read_text())]
     assert not without
+
+
+@pytest.mark.longer
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")
+def test_nothing_is_committed_that_git_is_to_ignore():
+    command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout == ""

@@ -2,11 +2,16 @@
 
 import importlib.util
 import re
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import setuptools
+import torch
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import hf_sai
 
@@ -52,6 +57,28 @@ def test_the_pythons_that_are_declared_are_those_that_are_tested():
     tests = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
     assert tests["jobs"]["python"]["strategy"]["matrix"]["python"] == declared
     assert f'requires-python = ">={declared[0]}"' in PROJECT
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11) or torch.version.cuda is not None, reason="pinned for others")
+def test_whatever_an_extra_brings_along_is_pinned():
+    def brought(name, extra):
+        try:
+            wanted = map(Requirement, metadata.requires(name) or [])
+        except metadata.PackageNotFoundError:
+            return
+        for requirement in wanted:
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                yield from ((canonicalize_name(requirement.name), more) for more in ("", *requirement.extras))
+
+    todo, seen = [("hf-sai", extra) for extra in metadata.metadata("hf-sai").get_all("Provides-Extra")], set()
+    while todo:
+        one = todo.pop()
+        if one not in seen:
+            seen.add(one)
+            todo += brought(*one)
+    here = {canonicalize_name(distribution.name) for distribution in metadata.distributions()}
+    pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert {name for name, _ in seen} & here - {"hf-sai", "setuptools"} <= {*map(canonicalize_name, pinned)}
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

@@ -326,6 +326,13 @@ def test_groups_of_other_sizes_are_refused_in_one_sentence():
         SGDSaI(named(shapes=((4, 3), (5,))), lr=1e-2).load_state_dict(trained().state_dict())
 
 
+def test_where_another_update_has_other_groups_the_refusal_names_both_updates():
+    saved = trained("factored").state_dict()
+    other = SGDSaI([{"params": [one]} for one in named()], lr=1e-2, update="averaged")
+    with pytest.raises(ValueError, match=r"as they were: with update=factored, and not averaged\. To train on"):
+        other.load_state_dict(saved)
+
+
 # --- options
 
 

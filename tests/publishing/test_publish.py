@@ -235,8 +235,9 @@ def test_after_a_fault_nothing_is_half_there_and_a_second_try_completes(finished
 
 @pytest.mark.parametrize("name", ["a/b/c", "spaces are wrong", "-x", "x..y", "", "x" * 97])
 def test_an_impossible_name_is_refused_before_anything_is_sent(finished, hub, capsys, name):
-    assert main(["publish", str(finished), "--yes", "--", name]) == 1
-    assert "cannot be the name of a repository" in capsys.readouterr().err
+    for told in ([], ["--yes"]):
+        assert main(["publish", str(finished), *told, "--", name]) == 1
+        assert "cannot be the name of a repository" in capsys.readouterr().err
     assert hub.requests == []
 
 
@@ -523,6 +524,13 @@ def test_a_new_repository_is_private_unless_public_is_said(finished, hub, capsys
     assert hub.repos["tester/open"]["private"] is False
     publish(finished, "tester/by_hand")
     assert hub.repos["tester/by_hand"]["private"] is True
+
+
+def test_a_private_repository_stays_so_and_the_command_says_it(finished, hub, capsys):
+    publish(finished, "tester/mine")
+    assert main(["publish", str(finished), "tester/mine", "--yes", "--public"]) == 0
+    assert "\nprivate    as the repository was before" in capsys.readouterr().out
+    assert hub.repos["tester/mine"]["private"] is True
 
 
 def test_a_public_repository_is_committed_to_only_if_public_is_said(finished, hub, capsys):
