@@ -348,7 +348,7 @@ def test_options_that_a_loaded_state_overrules_are_recorded_as_they_are_in_force
 
 
 def test_a_missing_record_is_refused_with_the_ways_to_one(tmp_path):
-    with pytest.raises(ValueError, match=r"run_record.json: No such.*RunRecordCallback.*hf_sai.run --record"):
+    with pytest.raises(ValueError, match=r"run_record.json: No such.*RunRecordCallback.*hf-sai run --record"):
         RunRecord.load(tmp_path)
 
 

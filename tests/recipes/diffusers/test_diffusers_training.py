@@ -302,7 +302,7 @@ def test_twins_differ_only_in_the_optimizer(twin):
     ours = yaml.safe_load((RECIPE / twin.replace("_adamw", "")).read_text())
     theirs = yaml.safe_load((RECIPE / twin).read_text())
     assert {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)} <= OPTIMIZER_LINES
-    assert ours["optim"] == ("sgd_sai_averaged" if twin.startswith("demo") else "sgd_sai")
+    assert ours["optim"] == "sgd_sai_averaged"
 
 
 @pytest.mark.parametrize("config", sorted(RECIPE.glob("*.yaml"), key=str), ids=lambda path: path.name)
