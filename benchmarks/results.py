@@ -44,7 +44,7 @@ FACTORED, PRESET = "sgd_sai, factored gradient", "sgd_sai, factored gradient, mo
 PRESET_8BIT = PRESET + ", 8 bits"
 ORTHOGONAL, AVERAGED = "sgd_sai, orthogonal", "sgd_sai, averaged"
 RULES_AND_ADAMW = {"adamw", "published", "factored", "averaged", "orthogonal"}
-QUALITY_TASKS = ("gpt2", "vit", "vit_full", "smollm2_full", "bert_class")
+QUALITY_TASKS = ("gpt2", "llama_code", "seq2seq", "vit", "vit_full", "smollm2_full", "bert_class")
 #: Variants that lay an idea over a rule, where the others take something away from it.
 IDEAS_TRIED = {name for name in VARIANTS if not name.endswith(("bit", "without_gsnr"))}
 #: What the settings of a GPT-2 sweep are called elsewhere; the runs were made when `update` was `normalize_gradient`.
