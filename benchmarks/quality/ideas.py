@@ -1,8 +1,8 @@
 """Cheap ideas that can be laid over a rule: each changes the step that an optimizer is about to make.
 
-Ours and the weight decay are taken apart by letting the optimizer step with a learning rate of 1 and no decay: what
-it then takes from a parameter is its own update, G / sqrt(n) m. The idea changes that, and the learning rate and the
-decay come back afterwards.
+The rule's update and the weight decay are told apart by letting the optimizer step with a learning rate of 1 and no
+decay: what it then takes from a parameter is the update alone, G / sqrt(n) m. The idea changes that, and the learning
+rate and the decay come back afterwards.
 """
 
 from __future__ import annotations
