@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_sai.optim.rules import factored
+from hf_sai.optim.rules import factored, orthogonal
 
-__all__ = ["IDEAS", "laid_over", "with_beta2"]
+__all__ = ["IDEAS", "laid_over", "with_beta2", "with_qkv_apart"]
 
 Build = Callable[[nn.Module, Mapping[str, float]], list[Optimizer]]
 #: Takes the rule's update, the parameter before it, the gradient, the momentum's coefficient and what the idea has kept
@@ -115,6 +115,31 @@ def with_beta2(build: Build, beta2: float) -> Build:
         for optimizer in optimizers:
             optimizer.register_step_pre_hook(lambda *_: setattr(factored, "KEPT", beta2))
             optimizer.register_step_post_hook(lambda *_: setattr(factored, "KEPT", usual))
+        return optimizers
+
+    return built
+
+
+def with_qkv_apart(build: Build) -> Build:
+    """The orthogonal rule with queries, keys and values made orthogonal each alone, where one matrix holds the three.
+
+    That is what three times as many columns as rows means here, as in GPT-2.
+    """
+    usual = orthogonal.newton_schulz
+
+    def in_thirds(matrices: Tensor) -> Tensor:
+        count, rows, columns = matrices.shape
+        if columns != 3 * rows:
+            return usual(matrices)
+        thirds = matrices.view(count, rows, 3, rows).transpose(1, 2).reshape(3 * count, rows, rows)
+        whole = usual(thirds).view(count, 3, rows, rows).transpose(1, 2).reshape(matrices.shape)
+        return whole / 3**0.5  # the size that the whole would have
+
+    def built(model: nn.Module, settings: Mapping[str, float]) -> list[Optimizer]:
+        optimizers = build(model, settings)
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(lambda *_: setattr(orthogonal, "newton_schulz", in_thirds))
+            optimizer.register_step_post_hook(lambda *_: setattr(orthogonal, "newton_schulz", usual))
         return optimizers
 
     return built

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks.quality.ideas import IDEAS, laid_over, with_beta2
+from benchmarks.quality.ideas import IDEAS, laid_over, with_beta2, with_qkv_apart
 from benchmarks.quality.sinkgd import SinkGD
 from hf_sai import create_sgd_sai_optimizer, param_groups
 
@@ -195,5 +195,6 @@ VARIANTS = {
        for name, idea in IDEAS.items()},
     **{f"orthogonal_{name}": replace(RIVALS["orthogonal"], build=laid_over(_sai("orthogonal"), IDEAS[name]))
        for name in ("cautious_mask", "cautious_decay")},
+    "orthogonal_qkv_apart": replace(RIVALS["orthogonal"], build=with_qkv_apart(_sai("orthogonal"))),
     "factored_beta2_0.99": replace(RIVALS["factored"], build=with_beta2(_sai("factored", foreach=True), 0.99)),
 }  # fmt: skip

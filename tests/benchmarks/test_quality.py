@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.quality import __main__ as program
-from benchmarks.quality.ideas import IDEAS, laid_over
+from benchmarks.quality.ideas import IDEAS, laid_over, with_qkv_apart
 from benchmarks.quality.optimizers import RIVALS, VARIANTS
 from benchmarks.quality.package_sources import load_sources
 from benchmarks.quality.search import best_settings, choosers, coordinate_search
@@ -17,8 +17,10 @@ from benchmarks.quality.tables import steps_to, tables
 from benchmarks.quality.task import Task, halves
 from benchmarks.quality.training import train_once
 from hf_sai import SGDSaI
+from hf_sai.optim.rules import orthogonal
 from recipes.common.lr_search import Results
 
+usual_newton_schulz = orthogonal.newton_schulz
 PACKAGE = {"schedule_free": "schedulefree", "adam_mini": "adam_mini"}
 
 
@@ -121,6 +123,29 @@ def test_an_idea_makes_the_steps_that_its_docstring_says(name):
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name.endswith((*IDEAS, "beta2_0.99"))])
 def test_a_variant_trains_another_way_than_its_rule(name):
     assert trained(name, weight_decay=0.1)["curve"] != trained(name.partition("_")[0], weight_decay=0.1)["curve"]
+
+
+def test_with_qkv_apart_each_third_of_a_matrix_moves_as_if_alone():
+    whole = nn.Parameter(torch.zeros(4, 12))  # queries, keys and values side by side, as in GPT-2
+    thirds = [nn.Parameter(torch.zeros(4, 4)) for _ in range(3)]
+    grad = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+
+    def step(parameters, wrap):
+        group = {"params": parameters, "matrices": "linear_transposed"}
+        (optimizer,) = wrap(lambda model, settings: [SGDSaI([group], lr=0.1, update="orthogonal")])(nn.Module(), {})
+        for parameter in parameters:
+            optimizer.state[parameter]["gsnr"] = math.sqrt(parameter.numel())
+        optimizer.step()
+
+    whole.grad = grad.clone()
+    for third, part in zip(thirds, grad.split(4, dim=1), strict=True):
+        third.grad = part.clone()
+    step([whole], with_qkv_apart)
+    step(thirds, lambda build: build)
+    for own, alone in zip(whole.detach().split(4, dim=1), thirds, strict=True):
+        torch.testing.assert_close(own.norm(), alone.detach().norm(), rtol=0.1, atol=0)  # rows are sized by the whole
+        torch.testing.assert_close(own / own.norm(), (alone / alone.norm()).detach())
+    assert orthogonal.newton_schulz is usual_newton_schulz
 
 
 def test_without_gsnr_every_step_is_scaled_by_one():
