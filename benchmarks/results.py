@@ -27,6 +27,8 @@ from benchmarks.lora_rules.rules import CANDIDATES
 from benchmarks.quality.optimizers import RIVALS, VARIANTS
 from benchmarks.quality.tables import reported as quality_reported
 from benchmarks.quality.tables import tables as quality_tables
+from benchmarks.training_step import ratio as training_step_ratio
+from benchmarks.training_step import table as training_step_table
 from hf_sai.cli.main import SUBCOMMANDS
 from hf_sai.optim.options import OPTIONS
 from hf_sai.runs.files import atomic_write
@@ -250,7 +252,9 @@ def headline(results: dict) -> str:
     bytes_each = [f"{row['state_bytes_per_parameter']:.2f}" for row in (adamw, adamw, *ours)]
     rows.append(["optimizer state, bytes per parameter", *bytes_each])
     ratios = ["1", "1", *(f"{row['ratio']['median']:.{0 if row['ratio']['median'] > 10 else 2}f}" for row in ours)]
-    rows.append(["time of the step on a CPU, GPT-2 small", *ratios])
+    rows.append(["time of the optimizer's part of a step on a CPU, GPT-2 small", *ratios])
+    whole = [f"{training_step_ratio(training_step_report(), 'gpt2', name):.2f}" for name in tuned[1:]]
+    rows.append(["time of a whole training step on a CPU, the GPT-2 above", "1", "1", *whole])
     settings = {setting(best_adamw(results, task)) for task in titles}
     ours = ("`sgd_sai_orthogonal`", "`sgd_sai_averaged`", "`sgd_sai_factored`", "`sgd_sai`, published")
     best = f"AdamW, {settings.pop()}" if len(settings) == 1 else "AdamW, its best setting"
@@ -450,6 +454,15 @@ def step_speed(results: dict) -> str:
     return markdown_table(head, rows)
 
 
+def training_step(_: dict) -> str:
+    """docs/speed.md: whole steps of the recipes."""
+    return training_step_table(training_step_report())
+
+
+def training_step_report() -> dict:
+    return json.loads((ROOT / "docs" / "research" / "training_step.json").read_text())
+
+
 def search_table(task: str) -> Callable[[dict], str]:
     """A recipe's README: every optimizer with its grid, the best first."""
 
@@ -563,6 +576,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "momentum": momentum,
     "beside-adamw": beside_adamw,
     "step-speed": step_speed,
+    "training-step": training_step,
     "options": options,
     **{task.replace("_", "-"): search_table(task) for task in TASKS},
     **{f"lora-smollm2-{steps}": lora_rules("smollm2", steps) for steps in (60, 300)},
@@ -571,8 +585,11 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "variants-vit": rivals("vit", RULES_AND_ADAMW | VARIANTS.keys() - IDEAS_TRIED),
     **{
         f"ideas-{task.replace('_', '-')}": rivals(task, {"adamw", "factored", "orthogonal"} | IDEAS_TRIED)
-        for task in ("vit", "vit_full")
+        for task in ("gpt2", "vit", "vit_full")
     },
+    "bits-gpt2": rivals("gpt2", {"adamw", "orthogonal", "orthogonal_8bit", "orthogonal_4bit"}),
+    **{f"gpt2-steps-{steps}": rivals("gpt2", RIVALS, steps=steps) for steps in (3200,)},
+    **{f"vit-steps-{steps}": rivals("vit", RIVALS, steps=steps) for steps in (600, 2400)},
     **{f"vit-rows-{rows}": rivals("vit", RIVALS.keys() | IDEAS_TRIED, batch_size=rows) for rows in (2, 8)},
     **{f"rivals-{task.replace('_', '-')}": rivals(task, RIVALS) for task in QUALITY_TASKS},
 }

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from torch.optim import Optimizer
 from transformers import PrinterCallback
 from trl import ModelConfig, SFTConfig
 
@@ -57,15 +59,7 @@ class SmolLM2(Task):
         model = self.adapted(seed)
         optimizer = build(model, lr)
         schedule = {"lr_scheduler_type": "constant_with_warmup"} if constant else {}
-        trainer = CompletionTrainer(
-            model=model,
-            args=self.settings(seed=seed, learning_rate=lr, max_steps=steps, **schedule),
-            train_dataset=self.train,
-            eval_dataset=self.validation,
-            processing_class=self.tokenizer,
-            optimizers=(optimizer, None),
-        )
-        trainer.remove_callback(PrinterCallback)
+        trainer = self.trainer(model, optimizer, seed=seed, learning_rate=lr, max_steps=steps, **schedule)
         begin = time.process_time()
         trainer.train()
         seconds = time.process_time() - begin
@@ -73,3 +67,16 @@ class SmolLM2(Task):
         if report:
             result["test_loss"] = trainer.evaluate(self.test)["eval_loss"]
         return result | {"state_bytes": state_bytes(optimizer)}
+
+    def trainer(self, model: nn.Module, optimizer: Optimizer, **settings: Any) -> CompletionTrainer:
+        """The recipe's trainer with these of its settings changed."""
+        trainer = CompletionTrainer(
+            model=model,
+            args=self.settings(**settings),
+            train_dataset=self.train,
+            eval_dataset=self.validation,
+            processing_class=self.tokenizer,
+            optimizers=(optimizer, None),
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer

@@ -15,7 +15,7 @@ from benchmarks.quality.optimizers import Rival, Settings
 from benchmarks.quality.task import Rows, Task
 from hf_sai.runs.meters import state_bytes
 
-__all__ = ["train_once"]
+__all__ = ["batches", "train_once"]
 
 EVALUATED_ROWS = 32  # in one batch
 
@@ -53,13 +53,13 @@ def train_once(
     schedule = "constant_with_warmup" if rival.constant else task.schedule
     warmup = round(task.warmup * steps)
     schedulers = [get_scheduler(schedule, optimizer, warmup, steps) for optimizer in optimizers]
-    batches = _batches(task.train, batch_size, seed)
+    rows = batches(task.train, batch_size, seed)
     curve: list[list[float]] = []
     seconds = 0.0
     _switch(model, optimizers, "train")
     for step in range(1, steps + 1):
         start = time.perf_counter()
-        loss = model(**next(batches)).loss
+        loss = model(**next(rows)).loss
         if not math.isfinite(loss.item()):
             return {"eval_loss": math.nan, "state_bytes": sum(map(state_bytes, optimizers)), "diverged_at": step}
         loss.backward()
@@ -83,7 +83,7 @@ def train_once(
     return result | {"state_bytes": sum(map(state_bytes, optimizers))}
 
 
-def _batches(rows: Rows, size: int, seed: int) -> Iterator[Rows]:
+def batches(rows: Rows, size: int, seed: int) -> Iterator[Rows]:
     """Rows in a new random order every epoch; what does not fill a batch at an epoch's end is left out."""
     generator = torch.Generator().manual_seed(seed)
     count = len(next(iter(rows.values())))

@@ -94,3 +94,43 @@ def test_peak_memory_counts_gradients_and_states(monkeypatch):
     assert plain["states"] == released["states"] == 4 * elements + 8 * len(params)  # a buffer and the g-SNR
     assert released["gradients"] == 0
     assert adamw["states"] == pytest.approx(8 * elements, rel=0.01)
+
+
+def test_training_step_times_what_every_optimizer_does_on_a_model_of_its_own(monkeypatch, tmp_path, capsys):
+    benchmark = load("training_step")
+    made = []
+
+    def start():
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        made.append([parameter.detach().clone() for parameter in model.parameters()])
+        return model, (model(torch.full((3, 4), float(row))).sum() for row in range(100))
+
+    monkeypatch.setattr(benchmark, "TASKS", {"tiny": lambda: start})
+    output = tmp_path / "new" / "times.json"
+    flags = ["--rounds", "2", "--optimizers", "adamw", "factored", "schedule_free", "--output", str(output)]
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    benchmark.main(flags)
+    found = json.loads(output.read_text())["tasks"]["tiny"]
+    assert set(found["update_seconds"]) == {"adamw", "factored", "schedule_free"}
+    assert min(found["gradient_seconds"], *found["update_seconds"].values()) > 0
+    assert len(made) == 3
+    assert all(torch.equal(*pair) for pair in zip(made[0], made[2], strict=True))
+    assert "| adamw | 1.00 (" in capsys.readouterr().out
+
+
+def test_training_step_shows_the_whole_step_over_adamws():
+    tasks = {
+        "tiny": {"gradient_seconds": 0.3, "update_seconds": {"adamw": 0.1, "orthogonal": 0.5}},
+        "adapter": {"gradient_seconds": 0.3, "update_seconds": {"adamw": 0.1}},
+    }
+    assert load("training_step").table({"tasks": tasks}).splitlines()[2:] == [
+        "| adamw | 1.00 (25%) | 1.00 (25%) |",
+        "| orthogonal | 2.00 (62%) | - |",
+    ]
+
+
+@pytest.mark.parametrize("flags", [["--rounds", "0"], ["--optimizers", "factored"], ["--optimizers", "adan"]])
+def test_training_step_refuses_what_it_cannot_time(flags):
+    benchmark = load("training_step")
+    with pytest.raises(benchmark.InputError):
+        benchmark.main(flags)
