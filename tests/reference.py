@@ -86,10 +86,20 @@ RULES = {"published": Published, "rows": Rows, "factored": Factored, "averaged":
 class ReferenceSGDSaI:
     """Algorithm 1 of arXiv 2412.11768 (without normalisation), a copy of each parameter in float64."""
 
-    def __init__(self, params, lr=1e-2, momentum=0.9, weight_decay=1e-2, eps=1e-8, maximize=False, update="published"):
+    def __init__(
+        self,
+        params,
+        lr=1e-2,
+        momentum=0.9,
+        weight_decay=1e-2,
+        eps=1e-8,
+        maximize=False,
+        update="published",
+        nesterov=False,
+    ):
         self.params = [p.detach().to(torch.float64).clone() for p in params]
         self.lr, self.momentum, self.weight_decay, self.eps = lr, momentum, weight_decay, eps
-        self.maximize = maximize
+        self.maximize, self.nesterov = maximize, nesterov
         self.rules = [RULES[update](momentum) if update == "orthogonal" else RULES[update]() for _ in params]
         if update == "orthogonal":
             self.momentum = 0.0  # the rule has it
@@ -110,8 +120,11 @@ class ReferenceSGDSaI:
             self.buffers = [g.clone() for g in gradients]
         for i, g in enumerate(gradients):
             self.buffers[i] = self.momentum * self.buffers[i] + (1 - self.momentum) * g
+            direction = self.buffers[i]
+            if self.nesterov:
+                direction = self.momentum * direction + (1 - self.momentum) * g
             decayed = self.params[i] - self.lr * self.weight_decay * self.params[i]
-            self.params[i] = decayed - self.lr * self.rules[i].scale(self.gsnr[i], g.numel()) * self.buffers[i]
+            self.params[i] = decayed - self.lr * self.rules[i].scale(self.gsnr[i], g.numel()) * direction
 
     def step_averaged(self, gradients):
         """arXiv 2405.15682, equations 3 to 5, with weights of the squared rates."""

@@ -67,7 +67,7 @@ def _compiled(
         assert module is not None
         module.update(*lists, **options)
 
-    return Kernel(name, offers, update, **more)
+    return Kernel(name, offers, update, looks_ahead=True, **more)
 
 
 def _if_asked(choice: Choice) -> bool:

@@ -67,6 +67,7 @@ def update(
     grad_factors: Sequence[tuple[Tensor, ...]],
     lr: float | Tensor,
     momentum: float,
+    ahead: float,
     weight_decay: float,
     maximize: bool,
 ) -> None:
@@ -74,7 +75,7 @@ def update(
     sign = -1.0 if maximize else 1.0
     for dtype, lists in of_one_dtype(params, params, grads, momentum_buffers, grad_factors, scales):
         *tensors, own_scales = lists
-        _step(tensors, coefficients(dtype, own_scales, lr, momentum, weight_decay, sign))
+        _step(tensors, coefficients(dtype, own_scales, lr, momentum, ahead, weight_decay, sign), averages=False)
 
 
 def average(steps: Sequence[Step]) -> list[Step]:
@@ -86,17 +87,17 @@ def average(steps: Sequence[Step]) -> list[Step]:
     params = [step.part.param for step in own]
     for dtype, (mine,) in of_one_dtype(params, own):
         tensors = zip(*((step.part.param, step.part.grad, step.e, step.factors) for step in mine), strict=True)
-        _step(list(tensors), np.array([step.numbers for step in mine], dtype=dtype))
+        _step(list(tensors), np.array([step.numbers for step in mine], dtype=dtype), averages=True)
     return others
 
 
-def _step(lists: Sequence[Sequence[Any]], numbers: np.ndarray) -> None:
+def _step(lists: Sequence[Sequence[Any]], numbers: np.ndarray, averages: bool) -> None:
     params, grads, momenta, factors = lists
     own = list(map(_factors, grads, factors))  # keeps what is made here for as long as needed
     table = np.empty((len(own), 6), dtype=np.int64)
     table[:, :3] = addresses(params, grads, momenta)
     table[:, 3:] = [each.place for each in own]
-    in_shares([p.numel() for p in params], lambda share: numba_loops.step_factored(table, numbers, share))
+    in_shares([p.numel() for p in params], lambda share: numba_loops.step_factored(table, numbers, share, averages))
 
 
 def _addresses_of_means(state: Mapping[str, Any], shape: torch.Size) -> tuple[int, ...]:

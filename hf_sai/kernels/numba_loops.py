@@ -69,27 +69,28 @@ _pointer: Any = intrinsic(_integer_as_pointer)
 
 @jit
 def step_plain(table, numbers, share):
-    """p, g and m, or p and g without a momentum: float[tensors, 4] of decay, step, sign and weight."""
+    """p, g and m, or p and g without a momentum: float[tensors, 5] of decay, step, sign, weight and ahead."""
     for index in range(len(share)):
         tensor, start, stop = share[index]
         if start == stop:
             continue
-        decay, step, sign, weight = numbers[tensor]
+        decay, step, sign, weight, ahead = numbers[tensor]
         p = carray(_pointer(table[tensor, 0]), (stop,), numbers.dtype)[start:stop]
         g = carray(_pointer(table[tensor, 1]), (stop,), numbers.dtype)[start:stop]
         if table.shape[1] == 2:
             _step_without_momentum(p, g, decay, step, sign)
         else:
             m = carray(_pointer(table[tensor, 2]), (stop,), numbers.dtype)[start:stop]
-            _step(p, g, m, decay, step, sign, weight)
+            _step(p, g, m, decay, step, sign, weight, ahead)
 
 
 @jit
-def _step(p, g, m, decay, step, sign, weight):
+def _step(p, g, m, decay, step, sign, weight, ahead):
     for i in range(p.size):
-        direction = m[i] + weight * (sign * g[i] - m[i])
-        m[i] = direction
-        p[i] = decay * p[i] - step * direction
+        old = m[i]
+        difference = sign * g[i] - old
+        m[i] = old + weight * difference
+        p[i] = decay * p[i] - step * (old + ahead * difference)
 
 
 @jit
@@ -102,10 +103,10 @@ def _step_without_momentum(p, g, decay, step, sign):
 
 
 @jit
-def step_factored(table, numbers, share):
+def step_factored(table, numbers, share, averages):
     """p, g, m, and a factor for each row and each column; last in the table comes the number of columns.
 
-    Numbers are those of :func:`step_plain`, or the five of ``hf_sai.optim.rules.averaged.Numbers`` if m is their e.
+    Numbers are those of :func:`step_plain`, or ``hf_sai.optim.rules.averaged.Numbers`` if it averages: m is e then.
     """
     for index in range(len(share)):
         tensor, done, stop = share[index]
@@ -120,12 +121,12 @@ def step_factored(table, numbers, share):
             row, column = divmod(done, width)
             end = min(done + width - column, stop)
             factors = columns[column : column + end - done]
-            if len(own) == 4:
-                decay, step, sign, weight = own[0], own[1], own[2], own[3]
-                _step_row(p[done:end], g[done:end], m[done:end], sign * rows[row], factors, decay, step, weight)
-            else:
+            if averages:
                 row_factor = own[0] * rows[row]
                 _average_row(p[done:end], g[done:end], m[done:end], row_factor, factors, own[1], own[2], own[3], own[4])
+            else:
+                row_factor = own[2] * rows[row]
+                _step_row(p[done:end], g[done:end], m[done:end], row_factor, factors, own[0], own[1], own[3], own[4])
             done = end
 
 
@@ -139,11 +140,12 @@ def _average_row(p, g, e, row, columns, decay, own, pull, kept):
 
 
 @jit
-def _step_row(p, g, m, row, columns, decay, step, weight):
+def _step_row(p, g, m, row, columns, decay, step, weight, ahead):
     for i in range(p.size):
-        direction = m[i] + weight * (g[i] * row * columns[i] - m[i])
-        m[i] = direction
-        p[i] = decay * p[i] - step * direction
+        old = m[i]
+        difference = g[i] * row * columns[i] - old
+        m[i] = old + weight * difference
+        p[i] = decay * p[i] - step * (old + ahead * difference)
 
 
 @jit_sums
@@ -251,7 +253,7 @@ def step_bfloat16(table, numbers, share):
     bits = scratch.view(np.uint32)
     for index in range(len(share)):
         tensor, first, last = share[index]
-        decay, step, sign, weight = numbers[tensor]
+        decay, step, sign, weight, ahead = numbers[tensor]
         p = carray(_pointer(table[tensor, 0]), (last,), np.float32)
         g = carray(_pointer(table[tensor, 1]), (last,), np.float32)
         codes = carray(_pointer(table[tensor, 2]), (last,), np.uint16)
@@ -259,7 +261,7 @@ def step_bfloat16(table, numbers, share):
             stop = min(start + scratch.size, last)
             mine, m = codes[start:stop], scratch[: stop - start]
             _widen(mine, bits)
-            _step(p[start:stop], g[start:stop], m, decay, step, sign, weight)
+            _step(p[start:stop], g[start:stop], m, decay, step, sign, weight, ahead)
             _narrow(mine, bits)
 
 
@@ -270,7 +272,7 @@ def step_8bit(table, numbers, share, values, nearest, midpoints):
     bits = scratch.view(np.uint32)
     for index in range(len(share)):
         tensor, first, last = share[index]
-        decay, step, sign, weight = numbers[tensor]
+        decay, step, sign, weight, ahead = numbers[tensor]
         p = carray(_pointer(table[tensor, 0]), (last,), np.float32)
         g = carray(_pointer(table[tensor, 1]), (last,), np.float32)
         codes = carray(_pointer(table[tensor, 2]), (last,), np.uint8)
@@ -279,7 +281,7 @@ def step_8bit(table, numbers, share, values, nearest, midpoints):
             stop = min(start + scratch.size, last)
             mine, m = codes[start:stop], scratch[: stop - start]
             _read_8bit(mine, values, scales[start // scratch.size], m)
-            _step(p[start:stop], g[start:stop], m, decay, step, sign, weight)
+            _step(p[start:stop], g[start:stop], m, decay, step, sign, weight, ahead)
             scales[start // scratch.size] = divide_by_largest(m, bits)
             write_8bit(mine, nearest, midpoints, m, bits)
 
@@ -291,7 +293,7 @@ def step_4bit(table, numbers, share, values, nearest, midpoints):
     bits = scratch.view(np.uint32)
     for index in range(len(share)):
         tensor, first, last = share[index]
-        decay, step, sign, weight = numbers[tensor]
+        decay, step, sign, weight, ahead = numbers[tensor]
         p = carray(_pointer(table[tensor, 0]), (last,), np.float32)
         g = carray(_pointer(table[tensor, 1]), (last,), np.float32)
         codes = carray(_pointer(table[tensor, 2]), (last // 2,), np.uint8)
@@ -300,7 +302,7 @@ def step_4bit(table, numbers, share, values, nearest, midpoints):
             stop = min(start + scratch.size, last)
             mine, m = codes[start // 2 : stop // 2], scratch[: stop - start]
             _read_4bit(mine, values, scales[start // scratch.size], m)
-            _step(p[start:stop], g[start:stop], m, decay, step, sign, weight)
+            _step(p[start:stop], g[start:stop], m, decay, step, sign, weight, ahead)
             scales[start // scratch.size] = divide_by_largest(m, bits)
             write_4bit(mine, nearest, midpoints, m, bits)
 

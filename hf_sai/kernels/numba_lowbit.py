@@ -49,6 +49,7 @@ def update(
     *,
     lr: float | Tensor,
     momentum: float,
+    ahead: float,
     weight_decay: float,
     maximize: bool,
 ) -> None:
@@ -61,7 +62,7 @@ def update(
         kept = [own] if kind == "bfloat16" else [[m.codes for m in own], [m.scales for m in own]]
         table = addresses([params[i] for i in indices], [grads[i] for i in indices], *kept)
         sign = -1.0 if maximize else 1.0
-        numbers = coefficients(np.float32, [scales[i] for i in indices], lr, momentum, weight_decay, sign)
+        numbers = coefficients(np.float32, [scales[i] for i in indices], lr, momentum, ahead, weight_decay, sign)
         loop = functools.partial(_LOOPS[kind], table, numbers)
         codes: Any = () if kind == "bfloat16" else nearest_code_tables(kind)
         in_shares([params[i].numel() for i in indices], lambda share: loop(share, *codes), _ALIGNMENT)  # noqa: B023

@@ -59,6 +59,7 @@ def update(
     *,
     lr: float | Tensor,
     momentum: float,
+    ahead: float,
     weight_decay: float,
     maximize: bool,
     grad_scale: Tensor | None = None,
@@ -71,7 +72,7 @@ def update(
     tensors = [params, grads] if momentum == 0 else [params, grads, momentum_buffers]
     for dtype, (own_scales, *own) in of_one_dtype(params, scales, *tensors):
         table = addresses(*own)
-        numbers = coefficients(dtype, own_scales, lr, momentum, weight_decay, sign)
+        numbers = coefficients(dtype, own_scales, lr, momentum, ahead, weight_decay, sign)
         in_shares([p.numel() for p in own[0]], lambda share: numba_loops.step_plain(table, numbers, share))  # noqa: B023
 
 
@@ -92,12 +93,18 @@ def addresses(*lists: Sequence[Tensor]) -> np.ndarray:
 
 
 def coefficients(
-    dtype: Any, scales: Sequence[float], lr: float | Tensor, momentum: float, weight_decay: float, sign: float
+    dtype: Any,
+    scales: Sequence[float],
+    lr: float | Tensor,
+    momentum: float,
+    ahead: float,
+    weight_decay: float,
+    sign: float,
 ) -> np.ndarray:
-    """What the loops call decay, step, sign and weight, [tensors, 4] in the dtype in which they compute."""
+    """What the loops call decay, step, sign, weight and ahead, [tensors, 5] in the dtype in which they compute."""
     lr = float(lr)
-    numbers = np.empty((len(scales), 4), dtype=dtype)
-    numbers[:] = (1 - lr * weight_decay, 0.0, sign, 1 - momentum)
+    numbers = np.empty((len(scales), 5), dtype=dtype)
+    numbers[:] = (1 - lr * weight_decay, 0.0, sign, 1 - momentum, ahead)
     numbers[:, 1] = lr * np.array(scales)
     return numbers
 

@@ -93,6 +93,7 @@ def update(
     *,
     lr: float | Tensor,
     momentum: float,
+    ahead: float,
     weight_decay: float,
     maximize: bool,
     stochastic_rounding: bool = False,
@@ -132,6 +133,7 @@ def update(
                 lr if isinstance(lr, Tensor) else float(lr),
                 float(weight_decay),
                 1.0 - momentum,
+                ahead,
                 -1.0 if maximize else 1.0,
                 grad_scale,
                 found_inf,
@@ -191,6 +193,7 @@ def _step(
     lr,  # a number or a tensor
     weight_decay,
     weight,
+    ahead,
     sign,
     grad_scale,  # tensors or None
     found_inf,
@@ -222,19 +225,19 @@ def _step(
     step = lr * entry(table, tensors, 9, tensor).to(tl.float64, bitcast=True).to(tl.float32)
     if left >= block_size:  # without a mask, several elements go in one memory access
         _update_block(
-            table, tensors, tensor, block, start, left, lr * weight_decay, step, weight, sign, seed, values, nearest,
-            midpoints, p_dtype, g_dtype, m_dtype, per_scale, four_bits, normalised, aligned, False, block_size,
+            table, tensors, tensor, block, start, left, lr * weight_decay, step, weight, ahead, sign, seed, values,
+            nearest, midpoints, p_dtype, g_dtype, m_dtype, per_scale, four_bits, normalised, aligned, False, block_size,
         )  # fmt: skip
     else:
         _update_block(
-            table, tensors, tensor, block, start, left, lr * weight_decay, step, weight, sign, seed, values, nearest,
-            midpoints, p_dtype, g_dtype, m_dtype, per_scale, four_bits, normalised, aligned, True, block_size,
+            table, tensors, tensor, block, start, left, lr * weight_decay, step, weight, ahead, sign, seed, values,
+            nearest, midpoints, p_dtype, g_dtype, m_dtype, per_scale, four_bits, normalised, aligned, True, block_size,
         )  # fmt: skip
 
 
 @triton.jit
 def _update_block(
-    table, tensors, tensor, block, start, left, decay, step, weight, sign, seed, values, nearest, midpoints,
+    table, tensors, tensor, block, start, left, decay, step, weight, ahead, sign, seed, values, nearest, midpoints,
     p_dtype: tl.constexpr, g_dtype: tl.constexpr, m_dtype: tl.constexpr, per_scale: tl.constexpr,
     four_bits: tl.constexpr, normalised: tl.constexpr, aligned: tl.constexpr, masked: tl.constexpr,
     block_size: tl.constexpr,
@@ -256,8 +259,9 @@ def _update_block(
         if per_scale == 0:
             m += start
             old = tl.load(m + offsets, mask=inside).to(tl.float32)
-            direction = old + weight * (direction - old)
-            tl.store(m + offsets, direction.to(m_dtype), mask=inside)
+            difference = direction - old
+            tl.store(m + offsets, (old + weight * difference).to(m_dtype), mask=inside)
+            direction = old + ahead * difference
         else:
             firsts = tl.arange(0, blocks) * per_scale
             scales = pointer(entry(table, tensors, 4, tensor), tl.float32, False) + start // per_scale
@@ -271,14 +275,16 @@ def _update_block(
                 m += start
                 old = read_8bit(m, values, offsets, inside)
             old *= tl.load(scales, mask=firsts < left, other=0.0)[:, None]
-            direction = old + weight * (direction - old)
+            difference = direction - old
+            new = old + weight * difference
             if masked:
-                direction = tl.where(inside, direction, 0.0)
+                new = tl.where(inside, new, 0.0)
             if four_bits:
-                largest = write_4bit(m, nearest, midpoints, direction, pairs, whole, blocks, per_scale)
+                largest = write_4bit(m, nearest, midpoints, new, pairs, whole, blocks, per_scale)
             else:
-                largest = write_8bit(m, nearest, midpoints, direction, offsets, inside)
+                largest = write_8bit(m, nearest, midpoints, new, offsets, inside)
             tl.store(scales, largest, mask=firsts < left)
+            direction = old + ahead * difference
     # --- decoupled weight decay and scaled step
     p = pointer(entry(table, tensors, 1, tensor), p_dtype, aligned) + start
     value = tl.load(p + offsets, mask=inside).to(tl.float32)

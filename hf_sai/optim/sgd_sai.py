@@ -79,6 +79,8 @@ class SGDSaI(Optimizer):
         eps: Added to the standard deviation, at most 0.5 % of it, in units of the gradient, >= 0.
         update: The rule: ``"published"``, the paper's; ``"rows"`` and ``"factored"``, with gradients of unit size;
             ``"averaged"``, which also averages the weights; or ``"orthogonal"``, as Muon moves hidden matrices.
+        nesterov: Step along the momentum a step ahead, :math:`\mu m_t + (1 - \mu) g_t` (as torch's SGD does, whose
+            momentum is a sum). Hidden matrices under ``"orthogonal"`` always do; ``"averaged"`` cannot.
         normalize: Divide every g-SNR by the largest of this optimizer, or of the groups that share a
             ``normalize_over`` (the paper's Algorithm 1, line 14; the official code does not).
         maximize: Ascend instead of descend.
@@ -130,6 +132,7 @@ class SGDSaI(Optimizer):
         eps: float = DEFAULTS["eps"],
         *,
         update: str = DEFAULTS["update"],
+        nesterov: bool = DEFAULTS["nesterov"],
         normalize: bool = DEFAULTS["normalize"],
         maximize: bool = DEFAULTS["maximize"],
         momentum_dtype: torch.dtype | str | None = DEFAULTS["momentum_dtype"],
@@ -144,6 +147,7 @@ class SGDSaI(Optimizer):
             "weight_decay": weight_decay,
             "eps": eps,
             "update": update,
+            "nesterov": nesterov,
             "normalize": normalize,
             "maximize": maximize,
             "momentum_dtype": momentum_dtype,
@@ -434,7 +438,7 @@ class SGDSaI(Optimizer):
         group = parts[0].group
         rule = RULES[group["update"]]
         unit = largest[group.get("normalize_over")] if group["normalize"] else 1.0
-        names = ("lr", "weight_decay", "maximize", "stochastic_rounding", "foreach", "fused")
+        names = ("lr", "nesterov", "weight_decay", "maximize", "stochastic_rounding", "foreach", "fused")
         options: dict[str, Any] = {**{name: group[name] for name in names}, **of_scaler}
         alike = group["stochastic_rounding"] and in_many_processes()
         whole = {"lr": 1.0, "weight_decay": 0.0, "maximize": False}
@@ -527,7 +531,7 @@ def _allocate(part: Part) -> None:
 
 
 def _choice(group: dict[str, Any]) -> Choice:
-    return Choice(group["foreach"], group["fused"], group["stochastic_rounding"])
+    return Choice(group["foreach"], group["fused"], group["stochastic_rounding"], group["nesterov"])
 
 
 def _identities(group: dict[str, Any]) -> list[tuple[weakref.ref[Tensor], torch.Size]]:

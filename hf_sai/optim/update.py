@@ -28,6 +28,7 @@ class Choice:
     foreach: bool | None
     fused: bool | None
     stochastic_rounding: bool = False
+    nesterov: bool = False
     traced: bool = False  # by torch.compile, which fuses by itself and must see torch's own operations
 
     @property
@@ -60,6 +61,8 @@ class Kernel:
         unscales: Whether it takes ``grad_scale`` and ``found_inf``, too.
         multiplies: It is for gradients with factors: takes ``grad_factors``, too, and leaves the gradient as it is.
         rounds: Whether it takes ``stochastic_rounding``, too.
+        looks_ahead: Whether it takes ``ahead``, too: the gradient's weight in what the step goes along, beside the old
+            momentum. It is that in the momentum, 1 - mu, or with Nesterov's 1 - mu^2.
     """
 
     name: str
@@ -68,11 +71,16 @@ class Kernel:
     unscales: bool = False
     multiplies: bool = False
     rounds: bool = False
+    looks_ahead: bool = False
 
     def takes(self, p: Tensor, g: Tensor, m: Momentum | None, factors: Sequence[Tensor], choice: Choice) -> bool:
         """Whether it updates these."""
-        takes = self.offers(p.device.type, choice)
+        takes = self.asked(p.device.type, choice)
         return takes is not None and takes(p, g, m, factors)
+
+    def asked(self, device: str, choice: Choice) -> Takes | None:
+        """What it offers, if it can do what is chosen."""
+        return self.offers(device, choice) if self.looks_ahead or not choice.nesterov else None
 
 
 # Elements of a piece of a tensor that is updated with temporary copies.
@@ -93,6 +101,7 @@ def sgd_sai(
     *,
     lr: float | Tensor,
     momentum: float,
+    nesterov: bool = False,
     weight_decay: float,
     maximize: bool = False,
     stochastic_rounding: bool = False,
@@ -108,6 +117,9 @@ def sgd_sai(
         m \leftarrow \mu m + (1 - \mu) g, \qquad
         \theta \leftarrow (1 - \gamma\lambda) \theta - \gamma\, G\, m
 
+    With ``nesterov`` the step goes along :math:`\mu m + (1 - \mu) g` of the new momentum, the one that follows if the
+    next gradient is this one.
+
     The first step's rule :math:`m_1 = g_1` needs no case of its own: a buffer that starts at the gradient stays there
     (exactly in the plain and the multi-tensor path, to rounding in the fused one).
 
@@ -120,6 +132,7 @@ def sgd_sai(
         scales: One factor :math:`G` per tensor: its g-SNR, normalised or not.
         lr: Learning rate :math:`\gamma`, a float or a one-element tensor.
         momentum: :math:`\mu` in [0, 1).
+        nesterov: Step along the momentum a step ahead; without a momentum nothing else.
         weight_decay: :math:`\lambda` >= 0.
         maximize: Negate the gradients.
         stochastic_rounding: Compute in float32 and round bfloat16 parameters up or down at random, so that updates
@@ -143,7 +156,9 @@ def sgd_sai(
         >>> theta
         tensor([0.5000, 1.5000])
     """
-    choice = Choice(foreach, fused, stochastic_rounding, torch.compiler.is_compiling())
+    nesterov = nesterov and momentum != 0
+    choice = Choice(foreach, fused, stochastic_rounding, nesterov, torch.compiler.is_compiling())
+    ahead = 1 - (momentum**2 if nesterov else momentum)
     all_factors = grad_factors or [()] * len(params)
     by_device: dict[torch.device, tuple[list[tuple[Kernel, Takes]], dict[Kernel, list[int]]]] = {}
     for i, (p, g, m, factors) in enumerate(zip(params, grads, momentum_buffers, all_factors, strict=True)):
@@ -168,6 +183,8 @@ def sgd_sai(
             extra |= {key: _on(value, device) for key, value in unscaling.items()}
         if path.rounds:
             extra["stochastic_rounding"] = stochastic_rounding
+        if path.looks_ahead:
+            extra["ahead"] = ahead
         if path.multiplies:
             extra["grad_factors"] = own_factors
         else:
@@ -188,7 +205,7 @@ def is_ordinary(tensor: Tensor) -> bool:
 
 def _offers(device: torch.device, choice: Choice) -> list[tuple[Kernel, Takes]]:
     """The kernels that may update tensors of a device."""
-    offered = [(kernel, kernel.offers(device.type, choice)) for kernel in KERNELS] if choice.kernels else []
+    offered = [(kernel, kernel.asked(device.type, choice)) for kernel in KERNELS] if choice.kernels else []
     return [(kernel, takes) for kernel, takes in offered if takes is not None]
 
 
@@ -235,14 +252,16 @@ def multiplied(g: Tensor, factors: Sequence[Tensor]) -> Tensor:
     return g
 
 
-def _single_tensor(params, grads, momentum_buffers, scales, *, lr, momentum, weight_decay, maximize):
+def _single_tensor(params, grads, momentum_buffers, scales, *, lr, momentum, ahead, weight_decay, maximize):
     """The plain path, which the others must equal to rounding."""
     for p, g, m, scale in zip(params, grads, momentum_buffers, scales, strict=True):
         # --- gradient
         direction = (-g if maximize else g).to(p.dtype)
         # --- momentum
         if momentum != 0:
-            direction = m.lerp_(direction, 1 - momentum)
+            further = m.lerp(direction, ahead) if ahead != 1 - momentum else m
+            m.lerp_(direction, 1 - momentum)
+            direction = further
         # --- decoupled weight decay
         if weight_decay != 0:
             p.mul_(1 - lr * weight_decay)
@@ -253,7 +272,7 @@ def _single_tensor(params, grads, momentum_buffers, scales, *, lr, momentum, wei
             p.add_(direction, alpha=-lr * scale)
 
 
-def _multi_tensor(params, grads, momentum_buffers, scales, *, lr, momentum, weight_decay, maximize):
+def _multi_tensor(params, grads, momentum_buffers, scales, *, lr, momentum, ahead, weight_decay, maximize):
     """The same through torch's multi-tensor operations: few kernel launches for many tensors."""
     buckets: dict[tuple, list[int]] = defaultdict(list)
     for index, (p, g) in enumerate(zip(params, grads, strict=True)):
@@ -267,8 +286,9 @@ def _multi_tensor(params, grads, momentum_buffers, scales, *, lr, momentum, weig
         # --- momentum
         if momentum != 0:
             buffers = [momentum_buffers[i] for i in indices]
+            further = list(torch._foreach_lerp(buffers, directions, ahead)) if ahead != 1 - momentum else buffers
             torch._foreach_lerp_(buffers, directions, 1 - momentum)
-            directions = buffers
+            directions = further
         # --- decoupled weight decay
         if weight_decay != 0:
             torch._foreach_mul_(bucket, 1 - lr * weight_decay)
@@ -281,7 +301,9 @@ def _multi_tensor(params, grads, momentum_buffers, scales, *, lr, momentum, weig
         torch._foreach_sub_(bucket, steps)
 
 
-def _widened(params, grads, momentum_buffers, scales, *, lr, momentum, weight_decay, maximize, stochastic_rounding):
+def _widened(
+    params, grads, momentum_buffers, scales, *, lr, momentum, ahead, weight_decay, maximize, stochastic_rounding
+):
     """In float32 or better, piece by piece: a momentum of another dtype, stochastic rounding."""
     decay = 1 - lr * weight_decay
     momenta = momentum_buffers if momentum != 0 else [None] * len(params)
@@ -293,8 +315,10 @@ def _widened(params, grads, momentum_buffers, scales, *, lr, momentum, weight_de
             direction = (-g if maximize else g).to(wide)
             # --- momentum
             if m is not None:
-                direction = load(m).to(wide).lerp(direction, 1 - momentum)
-                store(m, direction)
+                old = load(m).to(wide)
+                new = old.lerp(direction, 1 - momentum)
+                store(m, new)
+                direction = old.lerp(direction, ahead) if ahead != 1 - momentum else new
             # --- decoupled weight decay and scaled step
             updated = p.to(wide) * decay - step * direction
             p.copy_(stochastically_rounded(updated) if stochastic_rounding and p.dtype == torch.bfloat16 else updated)
@@ -325,6 +349,6 @@ def _all(*_: Any) -> Takes:
 
 
 # Every tensor has one of these ways, so nobody asks them.
-_SINGLE_TENSOR = Kernel("single_tensor", _all, _single_tensor)
-_MULTI_TENSOR = Kernel("multi_tensor", _all, _multi_tensor)
-_WIDENED = Kernel("widened", _all, _widened, rounds=True)
+_SINGLE_TENSOR = Kernel("single_tensor", _all, _single_tensor, looks_ahead=True)
+_MULTI_TENSOR = Kernel("multi_tensor", _all, _multi_tensor, looks_ahead=True)
+_WIDENED = Kernel("widened", _all, _widened, rounds=True, looks_ahead=True)

@@ -96,7 +96,8 @@ def make(mode, **options):
 
 def train_and_compare(mode, **options):
     """The run, its differences from one process, and its collectives."""
-    optimizer_options = {key: options.pop(key) for key in ("fused", "foreach", "normalize", "update") if key in options}
+    names = ("fused", "foreach", "normalize", "nesterov", "update")
+    optimizer_options = {key: options.pop(key) for key in names if key in options}
     model, rank, size = make(mode, **options)
     groups = groups_of(model, optimizer_options.get("update"))
     optimizer = SGDSaI(groups, **{**OPTIONS, **optimizer_options})
@@ -438,6 +439,8 @@ CHECKS = {
     "hsdp_fused": lambda: train_and_compare("hsdp", fused=True),
     "fsdp2_foreach": lambda: train_and_compare("fsdp2", foreach=True),
     "fsdp2_normalize": lambda: train_and_compare("fsdp2", normalize=True),
+    "fsdp2_nesterov": lambda: train_and_compare("fsdp2", nesterov=True),
+    "fsdp1_nesterov": lambda: train_and_compare("fsdp1", nesterov=True),
     "fsdp1_leaves": lambda: train_and_compare("fsdp1", leaves=True),
     "fsdp1_fused": lambda: train_and_compare("fsdp1", fused=True),
     **{

@@ -16,6 +16,8 @@ EXACT = {
         "fsdp2_fused",
         "fsdp2_foreach",
         "fsdp2_normalize",
+        "fsdp2_nesterov",
+        "fsdp1_nesterov",
         "tp_fused",
         "fsdp1_leaves",
         "fsdp1_fused",

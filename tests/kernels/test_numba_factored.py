@@ -84,15 +84,15 @@ def test_long_columns_are_summed_as_exactly_as_float32_allows():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("how", ["rows", "factored"])
+@pytest.mark.parametrize(("how", "nesterov"), [("rows", True), ("factored", False), ("factored", True)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_step_is_that_of_the_plain_path_on_the_normalised_gradient(shape, how, dtype):
+def test_a_step_is_that_of_the_plain_path_on_the_normalised_gradient(shape, how, nesterov, dtype):
     p, g, m = example(shape, dtype)
     factors = factors_of(g.clone(), how)
     q, n, unit, before = p.clone(), m.clone(), g.clone(), g.clone()
     for factor in factors:
         unit.mul_(factor)
-    options = {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.1, "maximize": True}
+    options = {"lr": 0.1, "momentum": 0.8, "nesterov": nesterov, "weight_decay": 0.1, "maximize": True}
     assert numba_factored.can_update(p, g, m)
     sgd_sai([p], [g], [m], [2.0], grad_factors=[factors], fused=True, **options)
     sgd_sai([q], [unit], [n], [2.0], foreach=False, **options)

@@ -48,7 +48,11 @@ def value(m):
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS, ids=str)
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("options", [{}, {"maximize": True, "weight_decay": 0.0}, {"lr": torch.tensor(0.1)}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"maximize": True, "weight_decay": 0.0}, {"lr": torch.tensor(0.1)}, {"nesterov": True}],
+    ids=str,
+)
 def test_three_steps_are_those_of_the_plain_path(momentum_dtype, size, options):
     p, g, m = example(size, momentum_dtype)
     q, n = p.clone(), copy.deepcopy(m)

@@ -34,7 +34,9 @@ def triton_alone(monkeypatch):
         return triton_step.can_update if asked.fused else None
 
     kernels = [
-        update.Kernel("triton", offers, triton_step.update, unscales=True, rounds=True, multiplies=multiplies)
+        update.Kernel(
+            "triton", offers, triton_step.update, unscales=True, rounds=True, looks_ahead=True, multiplies=multiplies
+        )
         for multiplies in (True, False)
     ]
     monkeypatch.setattr(update, "KERNELS", kernels)
@@ -66,7 +68,11 @@ def set_gradients(params, seed, common=7):
 @pytest.mark.parametrize("how", ["published", "rows", "factored"])
 @pytest.mark.parametrize(
     ("dtype", "options"),
-    [*((dtype, {}) for dtype in ROUNDING), (torch.float32, {"maximize": True, "weight_decay": 0.0})],
+    [
+        *((dtype, {}) for dtype in ROUNDING),
+        (torch.float32, {"maximize": True, "weight_decay": 0.0}),
+        (torch.float32, {"nesterov": True, "momentum": 0.8}),
+    ],
     ids=str,
 )
 def test_parameters_move_as_the_references_do(how, dtype, options, monkeypatch):
@@ -86,8 +92,8 @@ def test_parameters_move_as_the_references_do(how, dtype, options, monkeypatch):
 
 @pytest.mark.parametrize("kind", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
-@pytest.mark.parametrize("shape", [(), (64, 66), (5001,)], ids=str)
-def test_a_step_with_any_momentum_is_that_of_the_plain_loop(kind, dtype, shape):
+@pytest.mark.parametrize(("shape", "nesterov"), [((), False), ((64, 66), True), ((5001,), False)], ids=str)
+def test_a_step_with_any_momentum_is_that_of_the_plain_loop(kind, dtype, shape, nesterov):
     p = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     g = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
     part = Part(p, {"momentum_dtype": kind}, {})
@@ -96,7 +102,7 @@ def test_a_step_with_any_momentum_is_that_of_the_plain_loop(kind, dtype, shape):
     store(m, torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(DEVICE))
     assert triton_step.can_update(p, g, m)
     q, n, begun = p.clone(), copy.deepcopy(m), p.clone()
-    settings = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1}
+    settings = {"lr": 0.5, "momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.1}
     sgd_sai([p], [g], [m], [3.0], **settings, fused=True)
     sgd_sai([q], [g], [n], [3.0], **settings, foreach=False)
     assert_moved_alike([p], [q], [begun], rel=ROUNDING[dtype])
@@ -258,7 +264,7 @@ def test_elements_beyond_32_bits_are_found():
     rows = [[-beyond // triton_step.BLOCK], *[[t.data_ptr() - beyond * 4] for t in (p, g, m)], [0], [0], [0], [10]]
     table = torch.tensor([*rows, [beyond + 10], triton_tables.float_bits([1.0])])
     triton_step._step[(1,)](
-        table, torch.zeros(1, dtype=torch.int32), 1, 1.0, 0.0, 0.5, 1.0, None, None, None, None, None, None,
+        table, torch.zeros(1, dtype=torch.int32), 1, 1.0, 0.0, 0.5, 0.5, 1.0, None, None, None, None, None, None,
         p_dtype=triton_step.tl.float32, g_dtype=triton_step.tl.float32, m_dtype=triton_step.tl.float32, per_scale=0,
         four_bits=False, normalised=False, lr_on_device=False, aligned=False, block_size=triton_step.BLOCK,
     )  # fmt: skip

@@ -35,7 +35,8 @@ launched, JITFunction.run = JITFunction.run, compiled
 def step(dtype, kept=None, factors=None, **more):
     part = Part(torch.nn.Parameter(torch.ones(128, 96, dtype=dtype)), {"momentum_dtype": kept}, {})
     allocate(part)
-    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "maximize": False, "grad_factors": factors, **more}
+    options = {"lr": 0.1, "momentum": 0.9, "ahead": 0.1, "weight_decay": 0.1, "maximize": False, **more}
+    options["grad_factors"] = factors
     triton_step.update([part.param], [torch.ones(128, 96, dtype=dtype)], [momentum_of(part)], [1.0], **options)
 
 both = [(torch.ones(128, 1), torch.ones(1, 96))]

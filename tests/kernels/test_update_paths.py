@@ -29,6 +29,7 @@ def use_triton_on_cpu(monkeypatch):
         lambda *_: lambda p, g, m, factors: triton_step.can_update(p, g, m),
         triton_step.update,
         unscales=True,
+        looks_ahead=True,
     )
     monkeypatch.setattr(update, "KERNELS", [kernel])
 
@@ -84,6 +85,7 @@ options = st.fixed_dictionaries(
     {
         "lr": st.sampled_from([0.0, 1e-3, 0.1]),
         "momentum": st.sampled_from([0.0, 0.3, 0.9]),
+        "nesterov": st.booleans(),
         "weight_decay": st.sampled_from([0.0, 0.01, 0.5]),
         "maximize": st.booleans(),
     }
@@ -140,15 +142,17 @@ def test_the_number_of_threads_changes_no_bit(dtype, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["fused", "fused, torch's kernel", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_fused_paths_unscale_gradients_and_skip_on_inf(kind, found_inf, momentum, monkeypatch):
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+def test_fused_paths_unscale_gradients_and_skip_on_inf(kind, found_inf, momentum, nesterov, monkeypatch):
+    if nesterov and kind == "fused, torch's kernel":
+        pytest.skip("torch's kernel does not look ahead as we do, and is not asked")
     if kind == "triton":
         use_triton_on_cpu(monkeypatch)
     elif kind != "fused":
         monkeypatch.setattr(choice, "_imported", lambda name: None)
     p, g, m = (torch.randn(100) for _ in range(3))
     q, n = p.clone(), m.clone()
-    options = {"lr": 0.1, "momentum": momentum, "weight_decay": 0.1}
+    options = {"lr": 0.1, "momentum": momentum, "nesterov": nesterov, "weight_decay": 0.1}
     if found_inf != 1.0:
         sgd_sai([q], [g], [n], [2.0], **options, foreach=False)
     amp = {"grad_scale": torch.tensor(1024.0), "found_inf": None if found_inf is None else torch.tensor(found_inf)}
@@ -168,8 +172,8 @@ def test_paths_that_cannot_unscale_say_so_and_change_nothing():
 # --- which path
 
 
-def path_of(p, g=None, m=None, factors=(), foreach=None, fused=None, stochastic_rounding=False):
-    asked = update.Choice(foreach, fused, stochastic_rounding)
+def path_of(p, g=None, m=None, factors=(), foreach=None, fused=None, stochastic_rounding=False, nesterov=False):
+    asked = update.Choice(foreach, fused, stochastic_rounding, nesterov)
     offers = update._offers(p.device, asked)
     taken = update._path(p, p if g is None else g, p if m is None else m, factors, asked, offers)
     return taken.name
@@ -198,6 +202,17 @@ def test_a_momentum_in_fewer_bits_has_paths_of_its_own(choice):
 def test_without_numba_torchs_kernel_takes_over(monkeypatch):
     monkeypatch.setattr(choice, "_imported", lambda name: None)
     assert path_of(torch.ones(3), fused=True) == path_of(torch.ones(3)) == "torch_fused"
+
+
+def test_with_nesterov_no_path_is_asked_that_does_not_look_ahead(monkeypatch):
+    p = torch.zeros(64, 64)
+    quantised = QuantizedMomentum(torch.zeros(64, 64, dtype=torch.uint8), torch.zeros(16), p.shape)
+    assert path_of(p, nesterov=True) == "numba_plain"
+    assert path_of(p.bfloat16(), m=quantised, nesterov=True) == "widened"  # not bitsandbytes'
+    assert update.can_unscale(p, update.Choice(None, True, nesterov=True))
+    monkeypatch.setattr(choice, "_imported", lambda name: None)
+    assert path_of(p, fused=True, nesterov=True) == "single_tensor"  # not torch's
+    assert not update.can_unscale(p, update.Choice(None, True, nesterov=True))
 
 
 @pytest.mark.parametrize("error", [ImportError("not for this numpy"), RuntimeError("no C compiler")], ids=str)

@@ -46,7 +46,9 @@ def step_with(optimizer, p, *gradient):
     ("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)]
 )
 @pytest.mark.parametrize(
-    "options", [{}, {"momentum": 0.0}, {"weight_decay": 0.0}, {"maximize": True}, {"momentum": 0.3}], ids=str
+    "options",
+    [{}, {"momentum": 0.0}, {"weight_decay": 0.0}, {"maximize": True}, {"momentum": 0.3}, {"nesterov": True}],
+    ids=str,
 )
 def test_every_path_equals_the_reference(path, dtype, rtol, options):
     params = make_params(dtype)
@@ -58,6 +60,25 @@ def test_every_path_equals_the_reference(path, dtype, rtol, options):
         optimizer.step()
     for p, expected in zip(params, reference.params, strict=True):
         torch.testing.assert_close(p.detach().double(), expected, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_nesterov_is_that_of_torchs_sgd(path):
+    """torch's momentum is a sum of gradients, ours their mean: a buffer of 1 / (1 - mu) times the size."""
+    mu, lr = 0.8, 0.1
+    ours, theirs = (make_params(torch.float64) for _ in range(2))
+    optimizer = SGDSaI(ours, lr=lr, momentum=mu, nesterov=True, weight_decay=0.0, **path)
+    torchs = torch.optim.SGD(theirs, lr=lr * (1 - mu), momentum=mu, nesterov=True)
+    for p, q in zip(ours, theirs, strict=True):
+        optimizer.state[p].update(gsnr=1.0, momentum_buffer=torch.ones_like(p))
+        torchs.state[q]["momentum_buffer"] = torch.full_like(q, 1 / (1 - mu))
+    for step in range(4):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        optimizer.step()
+        torchs.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
@@ -421,6 +442,9 @@ def test_grad_scaler_overflow_on_the_first_steps_changes_nothing_and_later_steps
         ({"eps": -1e-8}, "eps must be a finite number >= 0"),
         ({"normalize": "yes"}, "normalize must be true or false, but is 'yes'"),
         ({"foreach": True, "fused": True}, "foreach and fused are both True"),
+        ({"nesterov": 1}, "nesterov must be true or false, but is 1"),
+        ({"nesterov": True, "momentum": 0.0}, "looks ahead along a momentum, and momentum is 0"),
+        ({"nesterov": True, "update": "averaged"}, "update='averaged' keeps a mean in its place"),
     ],
     ids=str,
 )

@@ -208,6 +208,20 @@ def test_resuming_goes_on_exactly(momentum_dtype):
     assert torch.equal(p, q)
 
 
+def test_nesterov_changes_what_is_no_hidden_matrix_alone():
+    moved = {}
+    for nesterov in (False, True):
+        matrix, bias = (nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in ((6, 8), (6,)))
+        groups = [{"params": [matrix], "matrices": "linear"}, {"params": [bias], "update": "factored"}]
+        optimizer = SGDSaI(groups, lr=1e-2, update="orthogonal", nesterov=nesterov)
+        for step in range(3):
+            matrix.grad, bias.grad = gradient(matrix.shape, step), gradient(bias.shape, step)
+            optimizer.step()
+        moved[nesterov] = matrix.detach(), bias.detach()
+    assert torch.equal(moved[False][0], moved[True][0])
+    assert not torch.equal(moved[False][1], moved[True][1])
+
+
 def test_the_state_is_a_momentum_and_a_number_per_row():
     p = nn.Parameter(gradient((6, 9), 7).float())
     optimizer = optimizer_for("linear_transposed", p)

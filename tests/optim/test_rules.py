@@ -54,7 +54,11 @@ def update(params, optimizer, step, size=1.0):
 
 @pytest.mark.parametrize("how", ["rows", "factored"])
 @pytest.mark.parametrize("path", PATHS, ids=str)
-@pytest.mark.parametrize("options", [{}, {"maximize": True, "weight_decay": 0.0}, {"momentum": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"maximize": True, "weight_decay": 0.0}, {"momentum": 0.0}, {"nesterov": True, "momentum": 0.8}],
+    ids=str,
+)
 def test_every_path_equals_the_reference(how, path, options):
     params, start = make_params(torch.float64), make_params(torch.float64)
     optimizer = SGDSaI(params, lr=1e-2, update=how, **options, **path)

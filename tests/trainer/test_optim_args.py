@@ -20,6 +20,7 @@ from hf_sai.trainer.optim_args import parse_optim_args
         ("freeze=lora_A", {"freeze": ("lora_A",)}),
         ("freeze=lora_A;default/lora_B", {"freeze": ("lora_A", "default/lora_B")}),
         ("update=factored", {"update": "factored"}),
+        ("nesterov=true", {"nesterov": True}),
         ("momentum_dtype=BFloat16,maximize=true", {"momentum_dtype": torch.bfloat16, "maximize": True}),
         ({"momentum": 0.5, "normalize": False}, {"momentum": 0.5, "normalize": False}),
         ({"lr_ratios": {"lora_B": 4}, "freeze": ["lora_A"]}, {"lr_ratios": {"lora_B": 4.0}, "freeze": ("lora_A",)}),
