@@ -20,8 +20,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import ttest_ind, ttest_rel
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes.common lies in the repository's root
 
+from benchmarks.lora_rules.__main__ import reported as lora_reported
 from benchmarks.lora_rules.__main__ import table as lora_table
 from benchmarks.lora_rules.rules import CANDIDATES
 from benchmarks.quality.optimizers import RIVALS, VARIANTS
@@ -513,7 +516,10 @@ def of_quality(task: str, names: Iterable[str]) -> tuple[dict[str, Results], dic
 def test_loss(task: str, name: str) -> str:
     """Mean and standard deviation on the test rows, at the best settings, over the seeds that chose nothing."""
     stores, own = of_quality(task, [name])
-    losses = [run["test_loss"] for run in quality_reported(stores[name], name, **own)]
+    return mean_and_spread([run["test_loss"] for run in quality_reported(stores[name], name, **own)])
+
+
+def mean_and_spread(losses: list[float]) -> str:
     return f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
 
 
@@ -541,6 +547,28 @@ def lora_rules(task: str, steps: int) -> Callable[[dict], str]:
         return lora_table(Results(LORA_RESULTS / f"{task}_rank_8_steps_{steps}.json", {}), list(CANDIDATES))
 
     return table
+
+
+def nesterov(_: dict) -> str:
+    """Of each task the factored rule with Nesterov's momentum and without, beside AdamW."""
+    rows = []
+    for task, title in {
+        "gpt2": "GPT-2 from scratch",
+        "vit": "ViT from scratch",
+        "vit_full": "a pretrained ViT",
+    }.items():
+        names = ("adamw", "factored", "factored_nesterov")
+        stores, own = of_quality(task, names)
+        losses = [[run["test_loss"] for run in quality_reported(stores[name], name, **own)] for name in names]
+        rows.append((title, losses, ttest_ind(*losses[1:], equal_var=False)))
+    results = Results(LORA_RESULTS / "smollm2_rank_8_steps_60.json", {})
+    runs = [lora_reported(results, name) for name in ("adamw", "factored", "factored, nesterov")]
+    losses = [[run["eval_loss"] for run in sorted(own, key=lambda run: run["seed"])] for own in runs]
+    rows.append(("LoRA on SmolLM2-135M", losses, ttest_rel(*losses[1:])))
+    return markdown_table(
+        ["task", "AdamW", "`factored`", "`factored`, `nesterov=true`", "p"],
+        [[title, *bold_best(list(map(mean_and_spread, each))), f"{test.pvalue:.1g}"] for title, each, test in rows],
+    )
 
 
 def lora_ranks(task: str, steps: int) -> Callable[[dict], str]:
@@ -587,6 +615,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
         f"ideas-{task.replace('_', '-')}": rivals(task, {"adamw", "factored", "orthogonal"} | IDEAS_TRIED)
         for task in ("gpt2", "vit", "vit_full")
     },
+    "nesterov": nesterov,
     "bits-gpt2": rivals("gpt2", {"adamw", "orthogonal", "orthogonal_8bit", "orthogonal_4bit"}),
     **{f"gpt2-steps-{steps}": rivals("gpt2", RIVALS, steps=steps) for steps in (3200,)},
     **{f"vit-steps-{steps}": rivals("vit", RIVALS, steps=steps) for steps in (600, 2400)},

@@ -133,7 +133,7 @@ _TABLE = (
     ),
     Option(
         "nesterov", False, "true or false", _FLAG,
-        "Step along the momentum a step ahead: better than without in each task tried with update=factored.",
+        "Step along the momentum a step ahead. Hidden matrices under orthogonal always do; averaged cannot.",
     ),
     Option(
         "normalize", False, "true or false", _FLAG,

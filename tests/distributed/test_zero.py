@@ -14,6 +14,7 @@ EXACT = [
     "zero1_fused",
     "zero2_normalize",
     "zero3_normalize",
+    "zero3_nesterov",
     "zero2_clipped",
     "zero3_clipped",
     "zero2_offload",
