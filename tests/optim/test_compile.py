@@ -23,7 +23,7 @@ def train(model, optimizer, step, steps, lrs):
         step()
 
 
-@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": False}, {"nesterov": True}], ids=str)
 def test_a_compiled_step_is_compiled_once_for_all_learning_rates(options):
     torch._dynamo.reset()
     torch.manual_seed(0)
