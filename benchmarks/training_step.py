@@ -118,13 +118,16 @@ def main(argv: list[str] | None = None) -> None:
     names = choose(args.optimizers, RIVALS)
     if BASELINE not in names:
         raise InputError(f"--optimizers must contain {BASELINE}, over which all times are shown.")
+    if args.output and (args.output.is_dir() or not args.output.parent.is_dir()):
+        raise InputError(f"--output is {args.output}, and must be a file in a folder that is there.")
     torch.set_num_threads(1)
     report = {"environment": environment(argv), "tasks": {}}
     for task in choose(args.tasks or list(TASKS), TASKS):
         own = [name for name in names if not (task in ADAPTERS and name in OF_MATRICES)]
         report["tasks"][task] = measure(TASKS[task](), own, args.rounds)
+        if left_out := set(names) - set(own):
+            print(f"{task}: an adapter has no hidden matrices for {', '.join(sorted(left_out))}; left out")
         if args.output:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(args.output, json.dumps(report, indent=1) + "\n")
     print(table(report))
 

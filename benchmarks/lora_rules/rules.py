@@ -177,7 +177,7 @@ CANDIDATES: dict[str, Candidate] = {
     "averaged, momentum 0.6": Candidate(sai(update="averaged", momentum=0.6), constant=True),
     "averaged, decaying rate": Candidate(sai(update="averaged", momentum=0.8)),
     "factored": Candidate(sai(update="factored", momentum=0.8)),
-    "factored, nesterov": _ruled(nesterov=True),
+    "factored, nesterov": Candidate(sai(update="factored", momentum=0.8, nesterov=True)),
     "factored, B x 4": _ruled(ratio=4.0),
     "factored, A x 4": _ruled(ratio=0.25),
     "factored, no momentum of A": _ruled(momentum_a=0.0),

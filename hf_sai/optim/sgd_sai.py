@@ -91,8 +91,8 @@ class SGDSaI(Optimizer):
         foreach: Use torch's multi-tensor operations, which need temporary memory of the size of the parameters; False
             is the plain loop.
         fused: Update in one pass over memory, decay included: numba's kernel on CPU (extra ``speed``), Triton's on
-            CUDA (never run on a GPU yet, so only if asked), else torch's in two passes. If ``foreach`` and ``fused``
-            are both None, so are CPU parameters.
+            CUDA (never run on a GPU yet, so only if asked), else torch's in two passes (without ``nesterov``). If
+            ``foreach`` and ``fused`` are both None, so are CPU parameters.
         gradient_release: Update each parameter within ``backward()`` and free its gradient at once. Excludes
             accumulation, clipping by the global norm, GradScaler, ``normalize`` and more than one process.
 
@@ -116,8 +116,8 @@ class SGDSaI(Optimizer):
     #: The parameters of each group and their shapes as the optimizer was given them, to see if they are exchanged.
     built_with: list[list[tuple[weakref.ref[Tensor], torch.Size]]]
 
-    #: id of each group -> its rule and its momentum, to see if somebody changes them.
-    _rules: dict[int, tuple[str, float]]
+    #: id of each group -> its rule, its momentum and whether that looks ahead, to see if somebody changes them.
+    _rules: dict[int, tuple[str, float, bool]]
 
     _layout: Layout | None
     _releases: Releases | None
@@ -297,9 +297,9 @@ class SGDSaI(Optimizer):
         for group in self.all_groups:
             if id(group) not in self._rules:
                 self._rules[id(group)] = _rule_of(group)
-            before, momentum = self._rules[id(group)]
+            before, momentum, nesterov = self._rules[id(group)]
             if group["update"] == before:
-                if group["momentum"] != momentum:
+                if (group["momentum"], group["nesterov"]) != (momentum, nesterov):
                     self._take_up_momentum(group, momentum)
                 continue
             check_options(group)
@@ -314,8 +314,11 @@ class SGDSaI(Optimizer):
 
     def _take_up_momentum(self, group: dict[str, Any], before: float) -> None:
         """Weights that are trained near their mean lie where the momentum says; from the mean itself it can change."""
+        if group["nesterov"]:
+            check_options(group)
         averages = RULES[group["update"]].averages and not group.get("means_shown", False)
-        if averages and any(WEIGHT_SUM in self.state[p] for p in group["params"] if p in self.state):
+        moved = group["momentum"] != before
+        if moved and averages and any(WEIGHT_SUM in self.state[p] for p in group["params"] if p in self.state):
             now = group["momentum"]
             group["momentum"] = before
             raise ValueError(
@@ -538,14 +541,14 @@ def _identities(group: dict[str, Any]) -> list[tuple[weakref.ref[Tensor], torch.
     return [(weakref.ref(p), p.shape) for p in group["params"]]
 
 
-def _rule_of(group: dict[str, Any]) -> tuple[str, float]:
-    """A group's rule and momentum. One that averages says in the group which weights are shown, from the first on.
+def _rule_of(group: dict[str, Any]) -> tuple[str, float, bool]:
+    """A group's rule, momentum and nesterov. One that averages says in the group from the first on which weights it shows.
 
     A key that came later would be lost: torch.distributed.checkpoint loads those that a new optimizer has.
     """
     if RULES[group["update"]].averages:
         group.setdefault("means_shown", False)
-    return str(group["update"]), group["momentum"]
+    return str(group["update"]), group["momentum"], group["nesterov"]
 
 
 def _check_params(group: dict[str, Any]) -> None:

@@ -284,21 +284,24 @@ def _multi_tensor(params, grads, momentum_buffers, scales, *, lr, momentum, ahea
         if maximize:
             directions = list(torch._foreach_neg(directions))
         # --- momentum
+        looks_ahead = momentum != 0 and ahead != 1 - momentum
         if momentum != 0:
             buffers = [momentum_buffers[i] for i in indices]
-            further = list(torch._foreach_lerp(buffers, directions, ahead)) if ahead != 1 - momentum else buffers
+            further = list(torch._foreach_lerp(buffers, directions, ahead)) if looks_ahead else buffers
             torch._foreach_lerp_(buffers, directions, 1 - momentum)
             directions = further
         # --- decoupled weight decay
         if weight_decay != 0:
             torch._foreach_mul_(bucket, 1 - lr * weight_decay)
         # --- scaled step
-        if isinstance(lr, Tensor):
-            steps = torch._foreach_mul(directions, [scales[i] for i in indices])
-            torch._foreach_mul_(steps, lr)
+        own = [scales[i] if isinstance(lr, Tensor) else lr * scales[i] for i in indices]
+        if looks_ahead:  # these are nobody else's
+            torch._foreach_mul_(directions, own)
         else:
-            steps = torch._foreach_mul(directions, [lr * scales[i] for i in indices])
-        torch._foreach_sub_(bucket, steps)
+            directions = list(torch._foreach_mul(directions, own))
+        if isinstance(lr, Tensor):
+            torch._foreach_mul_(directions, lr)
+        torch._foreach_sub_(bucket, directions)
 
 
 def _widened(
@@ -315,10 +318,10 @@ def _widened(
             direction = (-g if maximize else g).to(wide)
             # --- momentum
             if m is not None:
-                old = load(m).to(wide)
+                old = load(m).to(wide)  # which may be m itself
                 new = old.lerp(direction, 1 - momentum)
-                store(m, new)
                 direction = old.lerp(direction, ahead) if ahead != 1 - momentum else new
+                store(m, new)
             # --- decoupled weight decay and scaled step
             updated = p.to(wide) * decay - step * direction
             p.copy_(stochastically_rounded(updated) if stochastic_rounding and p.dtype == torch.bfloat16 else updated)

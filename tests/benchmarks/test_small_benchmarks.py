@@ -106,7 +106,7 @@ def test_training_step_times_what_every_optimizer_does_on_a_model_of_its_own(mon
         return model, (model(torch.full((3, 4), float(row))).sum() for row in range(100))
 
     monkeypatch.setattr(benchmark, "TASKS", {"tiny": lambda: start})
-    output = tmp_path / "new" / "times.json"
+    output = tmp_path / "times.json"
     flags = ["--rounds", "2", "--optimizers", "adamw", "factored", "schedule_free", "--output", str(output)]
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     benchmark.main(flags)
@@ -129,7 +129,17 @@ def test_training_step_shows_the_whole_step_over_adamws():
     ]
 
 
-@pytest.mark.parametrize("flags", [["--rounds", "0"], ["--optimizers", "factored"], ["--optimizers", "adan"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--rounds", "0"],
+        ["--optimizers", "factored"],
+        ["--optimizers", "adan"],
+        ["gpt3"],
+        ["--output", "/no/such/file"],
+    ],
+    ids=" ".join,
+)
 def test_training_step_refuses_what_it_cannot_time(flags):
     benchmark = load("training_step")
     with pytest.raises(benchmark.InputError):

@@ -204,6 +204,15 @@ def test_without_numba_torchs_kernel_takes_over(monkeypatch):
     assert path_of(torch.ones(3), fused=True) == path_of(torch.ones(3)) == "torch_fused"
 
 
+@pytest.mark.parametrize("asked", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_momentum_in_another_dtype_is_left_behind_and_looked_ahead_of_alike(asked, nesterov):
+    p, g, m = torch.zeros(8, dtype=torch.bfloat16), torch.ones(8, dtype=torch.bfloat16), torch.zeros(8)
+    sgd_sai([p], [g], [m], [1.0], lr=1.0, momentum=0.5, nesterov=nesterov, weight_decay=0.0, **asked)
+    assert m.tolist() == [0.5] * 8
+    assert p.tolist() == [-0.75 if nesterov else -0.5] * 8
+
+
 def test_with_nesterov_no_path_is_asked_that_does_not_look_ahead(monkeypatch):
     p = torch.zeros(64, 64)
     quantised = QuantizedMomentum(torch.zeros(64, 64, dtype=torch.uint8), torch.zeros(16), p.shape)

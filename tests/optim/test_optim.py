@@ -282,6 +282,27 @@ def test_momentum_zero_in_one_group_keeps_no_buffer_there_and_uses_nobody_elses(
     assert kept.tolist() == pytest.approx([1.0 - 0.1 - 0.12, 2.0 + 0.1 + 0.12])
 
 
+@pytest.mark.parametrize(
+    ("update", "changed", "message"),
+    [
+        ("published", {"momentum": 0.0}, "momentum is 0"),
+        ("published", {"nesterov": "false"}, "nesterov must be true or false, but is 'false'"),
+        ("averaged", {"nesterov": True}, "keeps a mean in its place"),
+    ],
+    ids=str,
+)
+def test_a_contradiction_that_comes_later_is_refused_before_anything_moves(update, changed, message):
+    p = parameter(1.0, 2.0)
+    optimizer = SGDSaI([p], lr=0.1, update=update, nesterov=update == "published")
+    step_with(optimizer, p, 1.0, -2.0)
+    before = p.detach().clone()
+    optimizer.param_groups[0].update(changed)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            step_with(optimizer, p, 1.0, 1.0)
+    assert torch.equal(p, before)
+
+
 def test_momentum_switched_on_later_starts_at_the_gradient():
     p = parameter(1.0, 2.0)
     optimizer = SGDSaI([p], lr=0.1, momentum=0.0, weight_decay=0.0)
