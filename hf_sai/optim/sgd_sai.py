@@ -542,7 +542,7 @@ def _identities(group: dict[str, Any]) -> list[tuple[weakref.ref[Tensor], torch.
 
 
 def _rule_of(group: dict[str, Any]) -> tuple[str, float, bool]:
-    """A group's rule, momentum and nesterov. One that averages says in the group from the first on which weights it shows.
+    """A group's rule, momentum and nesterov. One that averages says from the first on in the group what it shows.
 
     A key that came later would be lost: torch.distributed.checkpoint loads those that a new optimizer has.
     """
