@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import ttest_ind, ttest_rel
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes.common lies in the repository's root
+
+from scipy.stats import ttest_ind, ttest_rel
 
 from benchmarks.lora_rules.__main__ import reported as lora_reported
 from benchmarks.lora_rules.__main__ import table as lora_table

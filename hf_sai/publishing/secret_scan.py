@@ -39,7 +39,7 @@ _BLANKS = re.compile(r" {5,}")
 _ENCRYPTED_KEY = re.compile(r"BEGIN (?:ENCRYPTED |[A-Z0-9]+ )?PRIVATE KEY")
 #: Word lists, in which names and values are words of a language.
 _VOCABULARIES = re.compile(
-    r"(?:.*/)?(?:(?:tokenizer|vocab[\w-]*|\w*_vocab|added_tokens|byte_maps|word_\w+)\.(?:json|txt)|merges\.txt"
+    r"(?:.*/)?(?:(?:tokenizer|encoder|vocab[\w-]*|\w*_vocab|added_tokens|byte_maps|word_\w+)\.(?:json|txt)|merges\.txt"
     r"|.*\.(?:spm|model|tiktoken|codes|bpe))",
     re.ASCII,
 )

@@ -242,6 +242,11 @@ def test_what_loading_or_reading_needs_is_no_secret(tmp_path, name, content):
     assert name in dict(plan_files(tmp_path).files)
 
 
+def test_a_vocabulary_under_openais_name_is_no_secret(tmp_path):
+    (run_of(tmp_path) / "encoder.json").write_text('{"password": 28712, "token": 30001}')
+    assert "encoder.json" in dict(plan_files(tmp_path, include=["encoder.json"]).files)
+
+
 def test_without_detect_secrets_nothing_is_planned(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "detect_secrets.core.plugins.util", None)
     with pytest.raises(ImportError, match=r'pip install "hf-sai\[hub\]"'):
