@@ -39,6 +39,12 @@ def test_every_table_stands_on_a_page(results):
     assert shown == set(results.TABLES)
 
 
+def test_a_tasks_own_length_is_told_from_those_that_were_tried_more_often(results):
+    stores, own = results.of_quality("vit", ["adamw", "factored", "factored_nesterov"])
+    assert own == {"steps": 150, "batch_size": 32}
+    assert all(results.quality_reported(store, name, **own) for name, store in stores.items())
+
+
 def test_a_page_that_was_changed_by_hand_is_named_and_written_again(results, tmp_path, monkeypatch, capsys):
     (tmp_path / "docs" / "research").mkdir(parents=True)
     for name in ("results.json", "research/step_speed.json"):
