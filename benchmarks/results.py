@@ -66,8 +66,8 @@ GPT2_SWEEP = {
         "--optim_args normalize_gradient=factored": FACTORED,
         "--optim_args normalize_gradient=factored,momentum=0.8": PRESET,
         "--optim_args normalize_gradient=factored,momentum=0.95": FACTORED + ", momentum 0.95",
-        "": PRESET,
         "--optim sgd_sai": PUBLISHED,
+        "--optim sgd_sai_factored": PRESET,
         "--optim sgd_sai_orthogonal": ORTHOGONAL,
         "--optim sgd_sai_8bit": "sgd_sai, 8-bit momentum",
         "--optim sgd_sai_4bit": "sgd_sai, 4-bit momentum",
@@ -563,7 +563,7 @@ def nesterov(_: dict) -> str:
         rows.append((title, losses, partial(ttest_ind, equal_var=False)))
     results = Results(LORA_RESULTS / "smollm2_rank_8_steps_60.json", {})
     runs = [lora_reported(results, name) for name in ("adamw", "factored", "factored, nesterov")]
-    losses = [[run["eval_loss"] for run in sorted(own, key=lambda run: run["seed"])] for own in runs]
+    losses = [[run["test_loss"] for run in sorted(own, key=lambda run: run["seed"])] for own in runs]
     rows.append(("LoRA on SmolLM2-135M", losses, ttest_rel))
     shown = []
     for title, (adamw, without, ours), test in rows:

@@ -439,8 +439,10 @@ CHECKS = {
     "hsdp_fused": lambda: train_and_compare("hsdp", fused=True),
     "fsdp2_foreach": lambda: train_and_compare("fsdp2", foreach=True),
     "fsdp2_normalize": lambda: train_and_compare("fsdp2", normalize=True),
-    "fsdp2_nesterov": lambda: train_and_compare("fsdp2", nesterov=True),
-    "fsdp1_nesterov": lambda: train_and_compare("fsdp1", nesterov=True),
+    **{
+        f"{mode}_nesterov": (lambda mode=mode: train_and_compare(mode, nesterov=True, update="factored"))
+        for mode in ("ddp", "fsdp2", "tp", "hsdp", "fsdp1")
+    },
     "fsdp1_leaves": lambda: train_and_compare("fsdp1", leaves=True),
     "fsdp1_fused": lambda: train_and_compare("fsdp1", fused=True),
     **{

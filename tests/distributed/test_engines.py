@@ -16,8 +16,6 @@ EXACT = {
         "fsdp2_fused",
         "fsdp2_foreach",
         "fsdp2_normalize",
-        "fsdp2_nesterov",
-        "fsdp1_nesterov",
         "tp_fused",
         "fsdp1_leaves",
         "fsdp1_fused",
@@ -29,7 +27,7 @@ EXACT = {
 ROUNDING = {2: ["rounding_ddp", "rounding_tp"], 4: ["rounding_hsdp", "rounding_fsdp1_hybrid"]}
 #: Rules that average over rows and columns in every step.
 AVERAGING = {
-    2: ["fsdp1_factored", "fsdp1_leaves_factored", "fsdp1_rows"],
+    2: ["fsdp1_factored", "fsdp1_leaves_factored", "fsdp1_rows", "fsdp1_nesterov"],
     4: ["fsdp1_factored", "fsdp1_hybrid_factored"],
 }
 #: Modes of update="averaged", whose means are evaluated.
@@ -37,6 +35,8 @@ MEANS = {
     2: ["ddp_averaged", "fsdp2_averaged", "tp_averaged"],
     4: ["hsdp_averaged", "fsdp2_tp_averaged"],
 }
+#: Modes of update="factored" with nesterov, whose averages are DTensor's own or need none.
+NESTEROV = {2: ["ddp_nesterov", "fsdp2_nesterov", "tp_nesterov"], 4: ["hsdp_nesterov"]}
 #: Mode -> all_to_alls in a step: one per mesh dimension and back, for those on both dimensions and those on one.
 ORTHOGONAL = {
     2: {"ddp_orthogonal": 0, "fsdp2_orthogonal": 2, "tp_orthogonal": 2},
@@ -59,6 +59,7 @@ TWO = [
     *ROUNDS[2],
     *AVERAGING[2],
     *MEANS[2],
+    *NESTEROV[2],
     *BF16[2],
     *BF16_MOMENTUM[2],
     *ROUNDING[2],
@@ -85,6 +86,7 @@ FOUR = [
     *ROUNDS[4],
     *AVERAGING[4],
     *MEANS[4],
+    *NESTEROV[4],
     *BF16[4],
     *BF16_MOMENTUM[4],
     *ROUNDING[4],
@@ -135,7 +137,7 @@ def models_on_four(tmp_path_factory):
     return run_ranks("models_worker.py", 4, tmp_path_factory.mktemp("models"), "hsdp_lora")
 
 
-@pytest.mark.parametrize(("world_size", "mode"), [*by_size(EXACT), *by_size(MEANS)])
+@pytest.mark.parametrize(("world_size", "mode"), [*by_size(EXACT), *by_size(MEANS), *by_size(NESTEROV)])
 def test_gsnr_and_loss_equal_those_of_one_process(runs, world_size, mode):
     for result in runs[world_size]:
         assert result["world_size"] == world_size

@@ -14,7 +14,6 @@ EXACT = [
     "zero1_fused",
     "zero2_normalize",
     "zero3_normalize",
-    "zero3_nesterov",
     "zero2_clipped",
     "zero3_clipped",
     "zero2_offload",
@@ -33,7 +32,7 @@ HABITS = [f"habits{stage}_{rule}" for stage in (2, 3) for rule in ("published", 
 FOUR = ["zero1", "zero3", "zero1_factored", "zero3_factored"]
 #: Rules that average over rows and columns in every step.
 AVERAGING = [
-    *(f"zero{stage}_{rule}" for stage in (1, 2, 3) for rule in ("rows", "factored")),
+    *(f"zero{stage}_{rule}" for stage in (1, 2, 3) for rule in ("rows", "factored", "nesterov")),
     "zero3_sub_groups_factored",
     "zero2_factored_clipped",
 ]

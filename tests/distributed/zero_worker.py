@@ -252,7 +252,12 @@ CHECKS = {
     "zero1_fused": lambda: train_and_compare(1, options={"fused": True}),
     "zero2_normalize": lambda: train_and_compare(2, options={"normalize": True}),
     "zero3_normalize": lambda: train_and_compare(3, options={"normalize": True}),
-    "zero3_nesterov": lambda: train_and_compare(3, options={"nesterov": True}),
+    **{
+        f"zero{stage}_nesterov": (
+            lambda stage=stage: train_and_compare(stage, options={"nesterov": True, "update": "factored"})
+        )
+        for stage in (1, 2, 3)
+    },
     "zero2_clipped": lambda: train_and_compare(2, clip=0.05),
     "zero3_clipped": lambda: train_and_compare(3, clip=0.05),
     **{
