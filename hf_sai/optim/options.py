@@ -112,7 +112,7 @@ _FLAG_OR_AUTOMATIC = _choice({"true": True, "false": False, "none": None})
 _TABLE = (
     Option(
         "lr", 1e-2, "a finite number >= 0 or a floating tensor of one element", _rate,
-        "Learning rate. The published rule wants 2.5 to 50 times AdamW's, orthogonal twice, the others AdamW's.",
+        "Learning rate. The published rule mostly wants 2.5 to 50 times AdamW's, orthogonal twice, others AdamW's.",
         later=False, of_trainer="learning_rate",
     ),
     Option(

@@ -49,7 +49,8 @@ class SGDSaI(Optimizer):
 
     with learning rate :math:`\gamma`, momentum :math:`\mu` and decoupled weight decay :math:`\lambda`. For a gradient
     without a mean, :math:`G \approx \sqrt{n}` whatever the gradient's size. SGD-SaI wants a learning rate
-    2.5 to 50 times AdamW's: start at 1e-2.
+    2.5 to 50 times AdamW's, and on all weights of a pretrained language model less than that: start at 1e-2, there at
+    1e-5.
 
     State per parameter: ``gsnr``, a Python float (so that no dtype cast touches it), 0.0 while unmeasured; and
     ``momentum_buffer``, a tensor of the parameter's shape and dtype, absent where ``momentum`` is 0. AdamW keeps

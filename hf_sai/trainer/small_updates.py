@@ -61,6 +61,6 @@ class _Watch:
 def _words(ratio: float, rate: float) -> str:
     return (
         f"An update moves the weights by {ratio:.1e} of their size at learning rate {rate:g}, which will hardly train "
-        "anything. SGD-SaI's published rule wants 2.5 to 50 times AdamW's learning rate: try --learning_rate 1e-2, "
-        "then a third and three times that; or --optim sgd_sai_factored, which takes AdamW's."
+        "anything. SGD-SaI's published rule mostly wants 2.5 to 50 times AdamW's learning rate: try "
+        "--learning_rate 1e-2, then a third and three times that; or --optim sgd_sai_factored, which takes AdamW's."
     )
