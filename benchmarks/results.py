@@ -612,13 +612,12 @@ TABLES: dict[str, Callable[[dict], str]] = {
     **{f"lora-smollm2-{steps}": lora_rules("smollm2", steps) for steps in (60, 300)},
     **{f"lora-bytes-{steps}": lora_rules("bytes", steps) for steps in (100, 300, 1000)},
     **{f"lora-ranks-{task}": lora_ranks(task, steps) for task, steps in {"smollm2": 60, "bytes": 100}.items()},
-    "variants-vit": rivals("vit", RULES_AND_ADAMW | VARIANTS.keys() - IDEAS_TRIED),
+    **{f"variants-{task}": rivals(task, RULES_AND_ADAMW | VARIANTS.keys() - IDEAS_TRIED) for task in ("gpt2", "vit")},
     **{
         f"ideas-{task.replace('_', '-')}": rivals(task, {"adamw", "factored", "orthogonal"} | IDEAS_TRIED)
         for task in ("gpt2", "vit", "vit_full")
     },
     "nesterov": nesterov,
-    "bits-gpt2": rivals("gpt2", {"adamw", "orthogonal", "orthogonal_8bit", "orthogonal_4bit"}),
     **{f"gpt2-steps-{steps}": rivals("gpt2", RIVALS, steps=steps) for steps in (3200,)},
     **{f"vit-steps-{steps}": rivals("vit", RIVALS, steps=steps) for steps in (600, 2400)},
     **{f"vit-rows-{rows}": rivals("vit", RIVALS.keys() | IDEAS_TRIED, batch_size=rows) for rows in (2, 8)},
