@@ -159,7 +159,7 @@ def test_wide_matrices_in_float32_are_made_orthogonal_as_in_float64(columns):
     for _ in range(5):
         values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
     exact = (u * values) @ v.mT
-    assert torch.linalg.vector_norm(newton_schulz(x.float()) - exact) < 1e-3 * torch.linalg.vector_norm(exact)
+    assert torch.linalg.vector_norm(newton_schulz(x.float()) - exact) < 4e-3 * torch.linalg.vector_norm(exact)
 
 
 def test_a_step_has_the_size_that_the_docs_say():
