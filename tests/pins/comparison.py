@@ -22,8 +22,8 @@ class Tolerance:
 
 
 # At least twice what ``make_pins.py --spread`` finds between the paths, which round differently, and above what was
-# found between processors: AMD EPYC made the pins, Intel's AMX sums otherwise. In half precision that is much for single
-# elements, but little for norms: these are what a wrong scale of a few percent shows in.
+# found between processors: AMD EPYC made the pins, Intel's AMX sums otherwise. In half precision that is much for
+# single elements, but little for norms: these are what a wrong scale of a few percent shows in.
 _OF_DTYPE = {
     torch.float32: Tolerance(movement=2e-4, size=1e-4, momentum=1e-4, momentum_size=1e-4, gsnr=1e-5),
     torch.float16: Tolerance(movement=0.012, size=0.01, momentum=0.015, momentum_size=0.01, gsnr=5e-3),
