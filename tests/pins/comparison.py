@@ -27,7 +27,7 @@ class Tolerance:
 _OF_DTYPE = {
     torch.float32: Tolerance(movement=2e-4, size=1e-4, momentum=1e-4, momentum_size=1e-4, gsnr=1e-5),
     torch.float16: Tolerance(movement=0.012, size=0.01, momentum=0.015, momentum_size=0.01, gsnr=5e-3),
-    torch.bfloat16: Tolerance(movement=0.15, size=0.025, momentum=0.13, momentum_size=0.06, gsnr=5e-3),
+    torch.bfloat16: Tolerance(movement=0.07, size=0.025, momentum=0.06, momentum_size=0.045, gsnr=5e-3),
 }
 
 # Quantising makes steps of rounding differences: a code more or less.
@@ -37,14 +37,18 @@ _OF_MOMENTUM = {
     "4bit": Tolerance(movement=0.03, size=5e-3, momentum=0.25, momentum_size=0.02, gsnr=0.0),
 }
 
-# The published step has moved B by few roundings of bfloat16 so far, and A's gradient is made of these.
-_OF_NEW_LORA = Tolerance(movement=0.15, size=0.025, momentum=0.8, momentum_size=0.3, gsnr=5e-3)
+# Of an adapter in bfloat16, by its rule. The published step has moved B by few roundings so far, and A's gradient is
+# made of these.
+_OF_NEW_LORA = {
+    "published": Tolerance(movement=0.15, size=0.025, momentum=0.8, momentum_size=0.3, gsnr=5e-3),
+    "factored": Tolerance(movement=0.07, size=0.025, momentum=0.13, momentum_size=0.06, gsnr=5e-3),
+}
 
 
 def tolerance_of(case):
     own = _OF_DTYPE[case.dtype]
-    if case.model == "llama_lora" and case.dtype == torch.bfloat16 and case.rule == "published":
-        own |= _OF_NEW_LORA
+    if case.model == "llama_lora" and case.dtype == torch.bfloat16:
+        own |= _OF_NEW_LORA.get(case.rule, own)
     return own | _OF_MOMENTUM.get(case.options.get("momentum_dtype"), own)
 
 
