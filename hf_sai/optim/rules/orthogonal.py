@@ -51,6 +51,9 @@ STEP_SIZE = 0.2
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ROUNDS = 5
 
+# Norm below which a matrix is no more brought to size, as in Muon: one that gets no gradient comes to rest.
+_EPS = 1e-7
+
 # Elements of the matrices that are made orthogonal in one batch: bounds the temporary memory of a step.
 _BATCH = 1 << 25
 
@@ -150,11 +153,11 @@ def newton_schulz(matrices: Tensor) -> Tensor:
     """Replace the singular values of matrices by about 1 (0.7 to 1.2), those near 0 by something between.
 
     Args:
-        matrices: Of shape (number, rows, columns), rows <= columns, of any norm; zeros stay zeros. Computed in their
-            dtype, for which bfloat16 suffices.
+        matrices: Of shape (number, rows, columns), rows <= columns. Those of a norm far below 1e-7 come near zero, and
+            zeros stay zeros. Computed in their dtype, for which bfloat16 suffices.
     """
     norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    x = matrices / norms.clamp(min=torch.finfo(torch.float32).tiny).to(matrices.dtype)
+    x = matrices / norms.clamp(min=_EPS).to(matrices.dtype)
     if x.dtype == torch.float32 and x.shape[2] >= 2 * x.shape[1]:
         return _by_gram(x)
     a, b, c = _COEFFICIENTS
@@ -289,7 +292,15 @@ def _row_factors(orthogonal: Tensor, running: Tensor) -> Tensor:
 
 def _usable(parts: Sequence[Part]) -> dict[int, Tensor]:
     """For each part whether its whole gradient is finite, by its number; one all_reduce a process group."""
-    lost = {part.number: (~torch.linalg.vector_norm(part.grad).isfinite()).float().reshape(1) for part in parts}
+    # In float32 at least: a sum of squares in float16 would not be finite where all that it sums is.
+    lost = {
+        part.number: (
+            ~torch.linalg.vector_norm(part.grad, dtype=torch.promote_types(part.grad.dtype, torch.float32)).isfinite()
+        )
+        .float()
+        .reshape(1)
+        for part in parts
+    }
     sum_over_holders((lost[part.number], part.holders(), part.table_device) for part in parts)
     return {number: count == 0 for number, count in lost.items()}
 
