@@ -36,9 +36,9 @@ _RAW_CHANNELS = 3
 def hidden_matrices(model: nn.Module, chosen: Mapping[str, bool] | None = None) -> dict[int, str]:
     """Returns the form of every hidden matrix of ``model`` (a key of ``FORMS``), by ``id(parameter)``.
 
-    Layers are looked for in ``nn.ModuleList``. In models whose lists hold no layers but weights, or nothing, the weights
-    in ``nn.Sequential`` or else in these lists are taken, but for the model's first and last. Adapters' parameters are
-    not listed.
+    Layers are what lies in an ``nn.ModuleList``, and what is made of modules and repeated in an ``nn.Sequential``.
+    Where these are weights alone, or none, the weights in ``nn.Sequential`` are taken, or else those in the lists, but
+    for the model's first and last. Adapters' parameters are not listed.
 
     Args:
         model: Any module.
@@ -69,11 +69,34 @@ def hidden_matrices(model: nn.Module, chosen: Mapping[str, bool] | None = None) 
 
 def _in_layers(model: nn.Module, candidates: list[_Candidate]) -> list[_Candidate]:
     """Those of the candidates that lie where a model stacks its layers."""
-    listed = [entry for entry in candidates if _within(model, entry[0], nn.ModuleList)]
-    if any(_within(model, entry[0].rpartition(".")[0], nn.ModuleList) for entry in listed):
+    above = {path: list(_above(model, path)) for path, _, _ in candidates}
+    listed = [entry for entry in candidates if any(_is_layer(*pair) for pair in above[entry[0]])]
+    if any(_is_layer(*pair) for path, _, _ in listed for pair in above[path][:-1]):
         return listed
     inner = candidates[1:-1]
-    return [entry for entry in inner if _within(model, entry[0], nn.Sequential)] or [e for e in inner if e in listed]
+    in_sequences = [e for e in inner if any(isinstance(module, nn.Sequential) for module, _ in above[e[0]])]
+    return in_sequences or [entry for entry in inner if entry in listed]
+
+
+def _above(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """The modules that a module lies in, the outermost first, each with that child of it which leads there."""
+    for name in path.split(".") if path else ():
+        child = model.get_submodule(name)
+        yield model, child
+        model = child
+
+
+def _is_layer(above: nn.Module, child: nn.Module) -> bool:
+    """Whether a module's child is a layer of it: any in a list, in a sequence what is made of modules and repeated."""
+    if isinstance(above, nn.Sequential):
+        return _is_made_of_modules(child) and sum(type(other) is type(child) for other in above) > 1
+    return isinstance(above, nn.ModuleList)
+
+
+def _is_made_of_modules(module: nn.Module) -> bool:
+    """Whether a module has modules below; of a plain sequence, which may be a weight and what follows it, its own have."""
+    children = list(module.children())
+    return any(map(_is_made_of_modules, children)) if type(module) is nn.Sequential else bool(children)
 
 
 def _is_outside(path: str) -> bool:
@@ -166,9 +189,3 @@ def _router(module: nn.Module) -> Iterator[nn.Parameter]:
     gate = getattr(module, "gate", None) if hasattr(module, "experts") else None
     if isinstance(gate, nn.Module):
         yield from gate.parameters()
-
-
-def _within(model: nn.Module, path: str, kind: type[nn.Module]) -> bool:
-    """Whether a module lies in one of this kind."""
-    parts = path.split(".")
-    return any(isinstance(model.get_submodule(".".join(parts[:end])), kind) for end in range(len(parts)))

@@ -77,6 +77,39 @@ MODELS = {
         ["2."],
     ),
     "one layer": (lambda: nn.Linear(3, 2), {}, []),
+    "a list of weights": (
+        lambda: nn.ModuleList([nn.Linear(9, 8), nn.Linear(8, 8), nn.Linear(8, 2)]),
+        {"linear": 1},
+        ["1."],
+    ),
+    "ctrl": (
+        lambda: tf.CTRLLMHeadModel(tf.CTRLConfig(n_layer=1, n_embd=8, n_head=2, dff=12, vocab_size=11)),
+        {"linear": 6},
+        ["multi_head_attention", "ffn"],
+    ),
+    "funnel": (
+        lambda: tf.FunnelForSequenceClassification(
+            tf.FunnelConfig(block_sizes=[1], d_model=8, n_head=2, d_head=4, d_inner=12, vocab_size=11)
+        ),
+        {"linear": 6},
+        ["q_head", "k_head", "v_head", "post_proj", "ffn"],
+    ),
+    "wav2vec2": (
+        lambda: tf.Wav2Vec2ForCTC(
+            tf.Wav2Vec2Config(
+                **SMALL,
+                conv_dim=(8, 8),
+                conv_kernel=(10, 3),
+                conv_stride=(5, 2),
+                num_feat_extract_layers=2,
+                num_conv_pos_embeddings=4,
+                num_conv_pos_embedding_groups=2,
+                vocab_size=11,
+            )
+        ),
+        {"linear": 12, "convolution": 1},  # not the convolution that hears the sound itself
+        ["encoder.layers", "conv_layers.1"],
+    ),
 }
 
 
@@ -93,9 +126,7 @@ def test_in_real_models(model):
         assert {form: list(found.values()).count(form) for form in set(found.values())} == expected
     for name in found:
         assert any(word in name for word in words), name
-        assert not any(word in name for word in ("embed", "wte", "wpe", "lm_head", "shared", "classifier", "score")), (
-            name
-        )
+        assert not any(word in name for word in ENDS), name
 
 
 def test_stacked_experts_are_a_matrix_each():
@@ -115,6 +146,98 @@ def test_a_router_is_none_whatever_it_is_made_of():
     assert set(named(model, hidden_matrices(model))) == {f"0.experts.{index}.weight" for index in range(3)}
     del layer.experts
     assert set(named(model, hidden_matrices(model))) == {"0.gate.weight"}  # here it gates something else
+
+
+def module(**children):
+    made = nn.Module()
+    for name, child in children.items():
+        setattr(made, name, child)
+    return made
+
+
+def layer():
+    return module(inner=nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)))
+
+
+STRUCTURES = {
+    "a list of heads beside a sequence": (
+        lambda: module(
+            trunk=nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 8)),
+            outs=nn.ModuleList([nn.Linear(8, 2), nn.Linear(8, 3)]),
+        ),
+        ["trunk.2"],
+    ),
+    "a sequence of sequences of weights": (
+        lambda: nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in "abc"]),
+        ["1.0"],
+    ),
+    "a sequence of stages of layers": (
+        lambda: module(stages=nn.Sequential(nn.Sequential(layer()), nn.Sequential(layer()))),
+        ["stages.0.0.inner.0", "stages.0.0.inner.2", "stages.1.0.inner.0", "stages.1.0.inner.2"],
+    ),
+    "what a layer calls heads is attention": (
+        lambda: nn.ModuleList([module(heads=nn.ModuleList([module(key=nn.Linear(8, 4))]), q_head=nn.Linear(8, 8))]),
+        ["0.heads.0.key", "0.q_head"],
+    ),
+    "layers in a sequence, and what follows them": (
+        lambda: module(
+            table=nn.Embedding(11, 8),
+            blocks=nn.Sequential(layer(), layer(), nn.Sequential(nn.Linear(8, 2))),
+            lm_head=nn.Linear(8, 11),
+        ),
+        ["blocks.0.inner.0", "blocks.0.inner.2", "blocks.1.inner.0", "blocks.1.inner.2"],
+    ),
+    "a tower below an embedder": (
+        lambda: module(text_embedder=module(layers=nn.ModuleList([layer()])), decoder=nn.ModuleList([layer()])),
+        ["text_embedder.layers.0.inner.0", "text_embedder.layers.0.inner.2", "decoder.0.inner.0", "decoder.0.inner.2"],
+    ),
+    "what embeds and what predicts, in lists of their own": (
+        lambda: module(
+            decoder=nn.ModuleList([layer()]),
+            patch_embeddings=nn.ModuleList([module(proj=nn.Conv2d(4, 8, 2))]),
+            bbox_predictor=module(layers=nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 4)])),
+            class_embed=nn.ModuleList([nn.Linear(8, 3)]),
+        ),
+        ["decoder.0.inner.0", "decoder.0.inner.2"],
+    ),
+    "routers and gates by their names, and what has one row": (
+        lambda: nn.ModuleList(
+            [
+                module(
+                    router=module(layer=nn.Linear(8, 3)),
+                    shared_expert_gate=nn.Linear(8, 2),
+                    one=nn.Linear(8, 1),
+                    up=nn.Linear(8, 8),
+                )
+            ]
+        ),
+        ["0.up"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "found"), STRUCTURES.values(), ids=STRUCTURES)
+def test_in_structures_of_ones_own(build, found):
+    model = build()
+    assert [name.removesuffix(".weight") for name in named(model, hidden_matrices(model))] == found
+
+
+@pytest.mark.parametrize(("up", "down", "form"), [
+    ((3, 24, 8), (3, 8, 12), "experts"),
+    ((3, 8, 24), (3, 12, 8), "experts_transposed"),
+])  # fmt: skip
+def test_stacks_of_experts_say_by_how_they_fit_which_dimension_is_the_outputs(up, down, form):
+    experts = nn.Module()
+    experts.gate_up_proj, experts.down_proj = nn.Parameter(torch.zeros(up)), nn.Parameter(torch.zeros(down))
+    model = nn.ModuleList([module(experts=experts)])
+    assert set(hidden_matrices(model).values()) == {form}
+
+
+def test_a_stack_that_the_user_names_is_a_matrix_for_each_and_a_convolution_one():
+    model = nn.ModuleList([module(conv=nn.Conv1d(8, 8, 2, groups=2))])
+    model[0].w = nn.Parameter(torch.zeros(4, 8, 16))
+    chosen = named(model, hidden_matrices(model, {r"\.w$": True, "conv.weight": True}))
+    assert chosen == {"0.w": "experts", "0.conv.weight": "convolution"}
 
 
 def test_every_model_trains_with_its_groups():
@@ -156,6 +279,10 @@ def test_the_user_decides_by_expressions_of_which_the_last_wins():
         ({"nothing_like_it": True}, "found in no parameter's name"),
         ({"(": True}, "no regular expression"),
         ({"norm": True}, r"of shape \(8,\)"),
+        ({"mlp": "false"}, "True or False"),
+        ({0: False}, "no regular expression"),
+        (["mlp"], "True or False"),
+        ("mlp:false", "True or False"),
     ],
 )
 def test_error_on_an_expression_that_cannot_be(matrices, message):
