@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from hf_sai.groups.param_groups import param_groups
-from hf_sai.groups.table import describe_groups, group_table
+from hf_sai.groups.table import group_table, tensor_table, unmeasured_rows
 from hf_sai.memory.skeletons import build_skeleton
 from hf_sai.optim.gsnr import UNMEASURED, GSNRRow
 from hf_sai.optim.momentum import QUANTIZED
 from hf_sai.optim.rules import RULES
 from hf_sai.optim.saved_state import SHAPE_KEY
+from hf_sai.trainer.optim_args import parse_optim_args
 
 __all__ = ["add_parser"]
 
@@ -34,6 +35,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("path", help="a model's or adapter's directory or name, or a Trainer checkpoint directory")
     parser.add_argument("--base-model", help="the adapter's base model, if it is not where the adapter says")
     parser.add_argument("--update", choices=RULES, help="with orthogonal: also which tensors are hidden matrices")
+    parser.add_argument("--matrices", metavar="EXPRESSION:BOOL;...", help="what --optim_args matrices=... would change")
+    parser.add_argument("--names", action="store_true", help="also show each tensor and its group")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that the model brings along")
     parser.set_defaults(run=run)
 
@@ -49,11 +52,20 @@ def run(args: argparse.Namespace) -> str:
     if optimizer_file.exists() and not optimizer_file.is_file():
         raise ValueError(f"cannot read {optimizer_file}: it is no regular file")
     if optimizer_file.is_file():
-        if args.update is not None:
-            raise ValueError(f"{args.path} holds an optimizer's state, which says its rule itself; leave out --update")
+        if args.update is not None or args.matrices is not None:
+            raise ValueError(
+                f"{args.path} holds an optimizer's state, which says its rule itself; leave out --update and --matrices"
+            )
         return _table_of_checkpoint(optimizer_file, args)
+    chosen = parse_optim_args({} if args.matrices is None else {"matrices": args.matrices})
     # The table says whether a group decays; any value above 0 will do.
-    return describe_groups(param_groups(_skeleton(args), lr=1.0, weight_decay=1.0, update=args.update))
+    groups = param_groups(_skeleton(args), lr=1.0, weight_decay=1.0, update=args.update, **chosen)
+    return _tables(groups, unmeasured_rows(groups), args, trained=False)
+
+
+def _tables(groups: list[dict[str, Any]], rows: list[GSNRRow], args: argparse.Namespace, *, trained: bool) -> str:
+    table = group_table(groups, rows, trained=trained)
+    return f"{table}\n\n{tensor_table(rows)}" if args.names else table
 
 
 def _skeleton(args: argparse.Namespace) -> Any:
@@ -84,7 +96,7 @@ def _table_of_checkpoint(file: Path, args: argparse.Namespace) -> str:
         gsnr = float(state.get(index, {}).get("gsnr", UNMEASURED)) or None
         ratio = gsnr / math.sqrt(math.prod(shapes[name])) if gsnr and math.prod(shapes[name]) else None
         rows.append(GSNRRow(name, str(groups[number].get("name", number)), shapes[name], gsnr, ratio))
-    return group_table(groups, rows, trained=True)
+    return _tables(groups, rows, args, trained=True)
 
 
 def _read_state(file: Path) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]:

@@ -94,7 +94,7 @@ def _is_layer(above: nn.Module, child: nn.Module) -> bool:
 
 
 def _is_made_of_modules(module: nn.Module) -> bool:
-    """Whether a module has modules below; of a plain sequence, which may be a weight and what follows it, its own have."""
+    """Whether a module has modules below; a plain sequence, which may be a weight and what follows, not by itself."""
     children = list(module.children())
     return any(map(_is_made_of_modules, children)) if type(module) is nn.Sequential else bool(children)
 

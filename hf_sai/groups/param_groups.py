@@ -91,6 +91,10 @@ def param_groups(
         >>> [(g["name"], g["weight_decay"], [name for name, _ in g["params"]]) for g in groups]
         [('base/decay', 0.1, ['weight']), ('base/no_decay', 0.0, ['bias'])]
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"groups are read from the model itself (a torch.nn.Module), but this is a {type(model).__name__}."
+        )
     look_at(model)
     roles = peft_roles(model)
     _require_known("freeze", freeze, {key for p in model.parameters() for key in _keys(roles.get(id(p)))})
@@ -272,7 +276,8 @@ def _hidden(
     if not any(id(parameter) in hidden for _, parameter, _ in named):
         logger.warning(
             "update='orthogonal': %s trains no hidden matrix, so all its tensors take update='factored'. Name some by "
-            "matrices={'expression': True}, or ask for update='factored'.",
+            "matrices={'expression': True} (Trainer: --optim_args matrices=expression:true), or ask for "
+            "update='factored'.",
             type(model).__name__,
         )
     return hidden

@@ -1,4 +1,4 @@
-"""Writes parameter groups as a table: what each holds, whether it decays, its g-SNR, and who is still unmeasured."""
+"""Writes tables of groups (what each holds, if it decays, its g-SNR, who is unmeasured) and of the tensors in them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_sai.optim.gsnr import GSNRRow
 from hf_sai.optim.html_table import html_table
 from hf_sai.optim.sgd_sai import SGDSaI
 
-__all__ = ["GroupTable", "describe_groups", "group_table"]
+__all__ = ["GroupTable", "describe_groups", "group_table", "tensor_table", "unmeasured_rows"]
 
 _HEAD = ("group", "role", "tensors", "elements", "shapes", "decay", "g-SNR", "g-SNR/sqrt(n)")
 _SHAPES_SHOWN = 3
@@ -48,12 +48,25 @@ def describe_groups(groups: SGDSaI | Sequence[dict[str, Any]]) -> GroupTable:
     """
     if isinstance(groups, SGDSaI):
         return group_table(groups.param_groups, groups.gsnr_report(), trained=bool(groups.state))
-    rows = [
+    return group_table(groups, unmeasured_rows(groups), trained=False)
+
+
+def unmeasured_rows(groups: Sequence[dict[str, Any]]) -> list[GSNRRow]:
+    """Returns a row for each parameter of what ``param_groups`` returned."""
+    return [
         GSNRRow(name=name, group=group["name"], shape=tuple(parameter.shape), gsnr=None, ratio=None)
         for group in groups
         for name, parameter in group["params"]
     ]
-    return group_table(groups, rows, trained=False)
+
+
+def tensor_table(rows: Iterable[GSNRRow]) -> str:
+    """Returns a table of parameters, one line each, in the order of the rows."""
+    lines = [("tensor", "group", "shape", "g-SNR")]
+    for row in rows:
+        gsnr = "-" if row.gsnr is None else f"{row.gsnr:.4g}"
+        lines.append((row.name, row.group, _shape(row), gsnr))
+    return _aligned(lines)
 
 
 def group_table(groups: Sequence[dict[str, Any]], rows: Iterable[GSNRRow], *, trained: bool) -> GroupTable:
@@ -81,8 +94,7 @@ def group_table(groups: Sequence[dict[str, Any]], rows: Iterable[GSNRRow], *, tr
     every = [row for members in by_group.values() for row in members]
     lines.append(("total", "", *_counts(every), "", "", "", ""))
 
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    text = [_aligned(lines)]
     unmeasured = [row.name for row in every if not row.measured] if trained else []
     missing = f"UNMEASURED, no finite non-zero gradient so far, not being trained ({len(unmeasured)}):"
     if unmeasured:
@@ -90,6 +102,15 @@ def group_table(groups: Sequence[dict[str, Any]], rows: Iterable[GSNRRow], *, tr
     shown = GroupTable("\n".join(text))
     shown.html = html_table(lines, f"{missing} {', '.join(unmeasured)}" if unmeasured else "")
     return shown
+
+
+def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def _shape(row: GSNRRow) -> str:
+    return "x".join(map(str, row.shape)) or "scalar"
 
 
 def _distinct(words: Iterable[str]) -> str:
@@ -101,7 +122,7 @@ def _counts(rows: Sequence[GSNRRow]) -> tuple[str, str]:
 
 
 def _shapes(rows: Sequence[GSNRRow]) -> str:
-    counted = Counter("x".join(map(str, row.shape)) or "scalar" for row in rows).most_common()
+    counted = Counter(map(_shape, rows)).most_common()
     shown = [shape if times == 1 else f"{shape} ({times})" for shape, times in counted[:_SHAPES_SHOWN]]
     return ", ".join(shown + (["..."] if len(counted) > _SHAPES_SHOWN else []))
 

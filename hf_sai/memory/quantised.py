@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -86,7 +87,8 @@ def _kept_whole(model: Any) -> list[str]:
 
 
 def _bitsandbytes(model: Any, name: str, settings: dict[str, Any]) -> Any:
-    import bitsandbytes  # noqa: F401  (without it transformers fails with a NameError)
+    if find_spec("bitsandbytes") is None:  # transformers fails with a NameError
+        raise ImportError(f'the layers of {name} in 4 or 8 bits need bitsandbytes: pip install "hf-sai[quant]"')
     import transformers
     from transformers import integrations
 

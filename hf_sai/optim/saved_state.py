@@ -100,7 +100,11 @@ def _checked(
             f"The state was saved for parameter groups of {counts[0]} parameters, and this optimizer's have "
             f"{counts[1]}. Build model and groups as they were{_of_the_same_update(saved_groups, groups)}. {_FRESH}"
         )
-    saved_groups = [upgrade_group(group, present) for group, present in zip(saved_groups, groups, strict=True)]
+    # What a group says of its tensors is of the present model, if a state of another rule does not say it.
+    saved_groups = [
+        {**{key: present[key] for key in ("matrices",) if key in present}, **upgrade_group(group, present)}
+        for group, present in zip(saved_groups, groups, strict=True)
+    ]
     for group, present in zip(saved_groups, groups, strict=True):
         _require_options(group, present["params"])
     _warn_of_other_options(saved_groups, groups)
@@ -133,8 +137,12 @@ def _checked(
 
 def _of_the_same_update(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> str:
     """Words for who asked for another rule than the saved one, which may have groups of its own."""
-    saved, asked = (sorted({str(group.get("update", "published")) for group in of}) for of in (saved_groups, groups))
-    return "" if saved == asked else f": with update={'/'.join(saved)}, and not {'/'.join(asked)}"
+    saved, asked = ({str(group.get("update", "published")) for group in of} for of in (saved_groups, groups))
+    if saved == asked:
+        return ""
+    # Who asks for orthogonal gets factored groups beside it.
+    names = ["orthogonal" if "orthogonal" in of else "/".join(sorted(of)) for of in (saved, asked)]
+    return f": with update={names[0]}, and not {names[1]}"
 
 
 def _each(
@@ -175,6 +183,7 @@ def _by_name(
     if sorted(saved) == sorted(present) and len(set(saved)) == len(saved):
         indices = list(chain.from_iterable(group["params"] for group in saved_groups))
         index_of = dict(zip(saved, indices, strict=True))
+        _require_the_same_rules(saved_groups, groups)
         moved = {
             new: states[index_of[name]] for new, name in zip(indices, present, strict=True) if index_of[name] in states
         }
@@ -191,6 +200,25 @@ def _by_name(
             f"{_FRESH}"
         )
     return states, saved_groups
+
+
+def _require_the_same_rules(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError where a parameter's state would come into a group of another rule: groups keep their options."""
+    rules = [(str(group["update"]), group.get("matrices")) for group in saved_groups]
+    was, now = (
+        {name: rule for rule, group in zip(rules, of, strict=True) for name in group["param_names"]}
+        for of in (saved_groups, groups)
+    )
+    for name, (update, form) in was.items():
+        if now[name] != (update, form):
+            raise ValueError(
+                f"The state was saved with {_said(update, form)} for parameter {name}, which is in a group with "
+                f"{_said(*now[name])} now. Build the groups as they were, with the same option matrices. {_FRESH}"
+            )
+
+
+def _said(update: str, form: str | None) -> str:
+    return f"update={update}" + (f", matrices={form}" if form else "")
 
 
 def _names(groups: Sequence[dict[str, Any]]) -> list[str] | None:

@@ -118,7 +118,7 @@ class SGDSaI(Optimizer):
     built_with: list[list[tuple[weakref.ref[Tensor], torch.Size]]]
 
     #: id of each group -> its rule, its momentum and whether that looks ahead, to see if somebody changes them.
-    _rules: dict[int, tuple[str, float, bool]]
+    _rules: dict[int, tuple[str, str | None, float, bool]]
 
     _layout: Layout | None
     _releases: Releases | None
@@ -298,8 +298,8 @@ class SGDSaI(Optimizer):
         for group in self.all_groups:
             if id(group) not in self._rules:
                 self._rules[id(group)] = _rule_of(group)
-            before, momentum, nesterov = self._rules[id(group)]
-            if group["update"] == before:
+            before, form, momentum, nesterov = self._rules[id(group)]
+            if (group["update"], _form_of(group)) == (before, form):
                 if (group["momentum"], group["nesterov"]) != (momentum, nesterov):
                     self._take_up_momentum(group, momentum)
                 continue
@@ -542,14 +542,19 @@ def _identities(group: dict[str, Any]) -> list[tuple[weakref.ref[Tensor], torch.
     return [(weakref.ref(p), p.shape) for p in group["params"]]
 
 
-def _rule_of(group: dict[str, Any]) -> tuple[str, float, bool]:
-    """A group's rule, momentum and nesterov. One that averages says from the first on in the group what it shows.
+def _rule_of(group: dict[str, Any]) -> tuple[str, str | None, float, bool]:
+    """A group's rule, form, momentum and nesterov. One that averages says from the first on in the group what it shows.
 
     A key that came later would be lost: torch.distributed.checkpoint loads those that a new optimizer has.
     """
     if RULES[group["update"]].averages:
         group.setdefault("means_shown", False)
-    return str(group["update"]), group["momentum"], group["nesterov"]
+    return str(group["update"]), _form_of(group), group["momentum"], group["nesterov"]
+
+
+def _form_of(group: dict[str, Any]) -> str | None:
+    """What a group's tensors are, where its rule asks."""
+    return group.get("matrices") if group["update"] == "orthogonal" else None
 
 
 def _check_params(group: dict[str, Any]) -> None:

@@ -72,12 +72,13 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tupl
         options.pop(key, None)
     if options.get("gradient_release"):
         _refuse_what_excludes_gradient_release(args)
-    advises = options.get("update", "published") == "published" and _ADVISING.get() and args.process_index == 0
-    if advises:
-        _warn_of_default_learning_rate(args)
+    update = options.get("update", DEFAULTS["update"])
+    advises = _ADVISING.get() and args.process_index == 0
+    if advises and update in _START_AT:
+        _warn_of_default_learning_rate(args, _START_AT[update])
     kwargs = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **options}
     if model is not None:
-        return _class_for(model, grouping, advises), kwargs
+        return _class_for(model, grouping, advises and update == "published"), kwargs
     if grouping:
         needing = ", ".join(f"{key}={value}" for key, value in grouping.items())
         raise ValueError(f"{needing} needs the model, but get_optimizer_cls_and_kwargs got none.")
@@ -239,11 +240,18 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def _warn_of_default_learning_rate(args: TrainingArguments) -> None:
+# Rules that want another rate than AdamW, and what to try.
+_START_AT = {
+    "published": "--learning_rate 1e-2, then a third and three times that; "
+    "or --optim sgd_sai_factored, which takes AdamW's",
+    "orthogonal": "--learning_rate 8e-3, then half and twice that",
+}
+
+
+def _warn_of_default_learning_rate(args: TrainingArguments, start_at: str) -> None:
     default = type(args).__dataclass_fields__["learning_rate"].default
     if args.learning_rate == default:
         _warn_once(
             f"learning_rate is {default:g}, the default of {type(args).__name__}, which is meant for AdamW. SGD-SaI "
-            "needs a larger one and will hardly learn: try --learning_rate 1e-2, then a third and three times that; or "
-            "--optim sgd_sai_factored, which takes AdamW's."
+            f"needs a larger one and will hardly learn: try {start_at}."
         )

@@ -76,8 +76,28 @@ def test_hidden_matrices_are_shown_for_the_rule_that_has_them(base_directory: An
     layers = base_model().config.num_hidden_layers
     assert shown["base/linear"][1] == str(7 * layers)
     assert "base/linear" not in rows(groups(capsys, base_directory))
+    chosen = ("--update", "orthogonal", "--matrices", "mlp:false")
+    assert rows(groups(capsys, base_directory, *chosen))["base/linear"][1] == str(4 * layers)
+    assert "found in no parameter's name" in error(capsys, base_directory, *chosen[:3], "nothing:false")
+    assert "matrices must be expression:true" in error(capsys, base_directory, *chosen[:3], "mlp")
+    assert "matrices is for update='orthogonal'" in error(capsys, base_directory, *chosen[2:])
     checkpoint(tmp_path / "trained", base_model())
-    assert "leave out --update" in error(capsys, tmp_path / "trained", "--update", "orthogonal")
+    for words in (chosen[:2], chosen[2:]):
+        assert "leave out --update and --matrices" in error(capsys, tmp_path / "trained", *words)
+
+
+def test_names_are_shown_with_their_groups(base_directory: Any, tmp_path: Any, capsys: Any) -> None:
+    table, tensors = groups(capsys, base_directory, "--update", "orthogonal", "--names").split("\n\n")
+    assert table == groups(capsys, base_directory, "--update", "orthogonal").strip()
+    shown = rows(tensors)
+    assert set(shown) == {name for name, _ in base_model().named_parameters()}
+    assert shown["model.layers.0.mlp.up_proj.weight"][0] == "base/linear"
+    assert shown["lm_head.weight"][0] == "base/decay"
+    optimizer = checkpoint(tmp_path / "trained", base_model())
+    shown = rows(groups(capsys, tmp_path / "trained", "--names").split("\n\n")[1])
+    assert {name: cells[-1] for name, cells in shown.items()} == {
+        row.name: f"{row.gsnr:.4g}" for row in optimizer.gsnr_report()
+    }
 
 
 def test_an_adapters_directory_shows_its_roles(base_directory: Any, tmp_path: Any, capsys: Any) -> None:

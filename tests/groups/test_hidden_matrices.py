@@ -306,6 +306,11 @@ def test_adapters_take_factored_and_a_model_without_hidden_matrices_says_so(capl
         param_groups(model, lr=1.0, weight_decay=0.0, update="orthogonal", matrices={"lora_A": True})
 
 
+def test_error_on_parameters_in_the_place_of_the_model():
+    with pytest.raises(ValueError, match=r"from the model itself \(a torch.nn.Module\), but this is a generator"):
+        create_sgd_sai_optimizer(llama().parameters(), lr=1e-2, update="orthogonal")
+
+
 def test_groups_made_for_another_rule_are_refused_and_say_what_to_call():
     with pytest.raises(ValueError, match="create_sgd_sai_optimizer"):
         SGDSaI(param_groups(llama(), lr=1e-2, weight_decay=0.0), update="orthogonal")

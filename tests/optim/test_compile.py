@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from hf_sai import SGDSaI
+from hf_sai import SGDSaI, create_sgd_sai_optimizer
+from hf_sai.optim.rules import RULES
 
 #: torch 2.6 compiles anew for each rate, up to its limit, 2.13 does not; those between were not tried.
 COMPILES_ONCE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
@@ -75,3 +76,21 @@ def test_a_learning_rate_that_is_a_number_is_compiled_in_and_followed():
     assert not COMPILES_ONCE or counts == [0, 1, 2, 2]  # once more when it first changes, then for all rates
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("update", RULES)
+def test_the_first_step_may_be_compiled_which_makes_the_state(update):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+    plain = copy.deepcopy(model)
+    pair = [create_sgd_sai_optimizer(m, lr=torch.tensor(0.01), update=update) for m in (model, plain)]
+    steps = [torch.compile(lambda: pair[0].step(), backend="eager"), pair[1].step]
+    for index in range(3):
+        for own, step in zip((model, plain), steps, strict=True):
+            train(own, pair[own is plain], step, 1, [0.01 * (index + 1)])
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+        assert {k: getattr(v, "shape", v) for k, v in pair[0].state[p].items()} == {
+            k: getattr(v, "shape", v) for k, v in pair[1].state[q].items()
+        }

@@ -271,3 +271,20 @@ def test_without_knowing_what_the_tensors_are_it_refuses(group, message):
         SGDSaI([{"params": [nn.Parameter(torch.ones(4, 4))], **group}], update="orthogonal")
     with pytest.raises(ValueError, match=r"update='orthogonal'"):
         SGDSaI(nn.Linear(4, 4).parameters(), update="orthogonal")
+
+
+def test_a_form_changed_between_steps_starts_anew():
+    p = nn.Parameter(gradient((12, 30), 7))
+    optimizer = optimizer_for("linear", p)
+    train(optimizer, p, 2)
+    start = p.detach().clone()
+    optimizer.param_groups[0]["matrices"] = "linear_transposed"
+    train(optimizer, p, 3, first=2)
+    reference = reference_for(start, "linear_transposed")
+    reference.gsnr = [optimizer.state[p]["gsnr"]]
+    for step in range(2, 5):
+        reference.step([gradient(p.shape, step)])
+    assert_moved_alike([p], reference.params, [start], rel=1e-4)
+    optimizer.param_groups[0]["matrices"] = "experts"
+    with pytest.raises(ValueError, match=r"matrices='experts' does not fit a tensor of shape \(12, 30\)"):
+        train(optimizer, p, 1)

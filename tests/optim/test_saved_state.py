@@ -333,6 +333,53 @@ def test_where_another_update_has_other_groups_the_refusal_names_both_updates():
         other.load_state_dict(saved)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_refusal_names_orthogonal_as_it_was_asked_for(turned):
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Sequential(nn.Linear(6, 6)), nn.Embedding(3, 6)])
+    rules = ("orthogonal", "factored")[:: -1 if turned else 1]
+    saved, other = (create_sgd_sai_optimizer(model, lr=1e-2, update=rule) for rule in rules)
+    train(saved, 1)
+    with pytest.raises(ValueError, match=f"with update={rules[0]}, and not {rules[1]}\\. To train on"):
+        other.load_state_dict(saved.state_dict())
+
+
+def layers():
+    torch.manual_seed(0)
+    return nn.ModuleList(nn.Sequential(nn.Linear(6, 6, bias=False)) for _ in range(3))
+
+
+def of_layers(model, *factored, **options):
+    matrices = {f"^{index}": False for index in factored}
+    return create_sgd_sai_optimizer(model, lr=1e-2, update="orthogonal", matrices=matrices, **options)
+
+
+def test_a_parameter_whose_group_has_another_rule_now_is_refused_by_name():
+    """Groups keep the options they were saved with, so that the state would come under a rule that it is not of."""
+    saved = of_layers(layers(), 1)
+    train(saved, 2)
+    other = of_layers(layers(), 2)
+    with pytest.raises(
+        ValueError,
+        match=r"with update=orthogonal, matrices=linear for parameter 2\.0\.weight, which is in a group with "
+        r"update=factored now\. Build the groups as they were, with the same option matrices\.",
+    ):
+        other.load_state_dict(saved.state_dict())
+    assert not other.state
+    same = of_layers(layers(), 1)
+    same.load_state_dict(saved.state_dict())
+
+
+def test_the_rule_of_a_state_that_overruled_another_can_be_changed_back():
+    factored = create_sgd_sai_optimizer(layers(), lr=1e-2, update="factored")
+    train(factored, 2)
+    other = of_layers(layers())
+    other.load_state_dict(factored.state_dict())
+    assert other.param_groups[0]["update"] == "factored"
+    other.param_groups[0]["update"] = "orthogonal"  # what the warning says to do
+    train(other, 2)
+
+
 # --- options
 
 

@@ -49,7 +49,8 @@ class Factored(Rows):
     def allocate(self, part: Part) -> None:
         if "averaged_steps" not in part.state:
             part.state["averaged_steps"] = 0
-            part.state.update({key: part.zeros(torch.float32, dims) for key, dims in self.kept(part).items()})
+            for key, dims in self.kept(part).items():  # a comprehension would be traced wrongly by torch.compile
+                part.state[key] = part.zeros(torch.float32, dims)
 
     def taken_up(self, part: Part, saved: dict[str, Tensor]) -> dict[str, Tensor]:
         estimate = saved.get(MEAN_SQUARES[0])

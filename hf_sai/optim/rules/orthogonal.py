@@ -85,6 +85,10 @@ class Orthogonal(Published):
             if key not in part.state:
                 part.state[key] = part.zeros(torch.float32, dims)
 
+    def leave(self, part: Part, rule: Published) -> None:
+        super().leave(part, rule)
+        part.state.pop(ROW_MEAN_SQUARE, None)  # also where the form has changed: its rows are others
+
     def scale(self, gsnr: float, numel: int) -> float:
         return gsnr / math.sqrt(numel)
 
