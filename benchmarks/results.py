@@ -51,7 +51,7 @@ FACTORED, PRESET = "sgd_sai, factored gradient", "sgd_sai, factored gradient, mo
 PRESET_8BIT = PRESET + ", 8 bits"
 ORTHOGONAL, AVERAGED = "sgd_sai, orthogonal", "sgd_sai, averaged"
 RULES_AND_ADAMW = {"adamw", "published", "factored", "averaged", "orthogonal"}
-QUALITY_TASKS = ("gpt2", "vit", "vit_full", "smollm2_full", "bert_class")
+QUALITY_TASKS = ("gpt2", "vit", "llama_code", "seq2seq", "vit_full", "smollm2_full", "bert_class")
 #: Variants that lay an idea over a rule, where the others take something away from it.
 IDEAS_TRIED = {name for name in VARIANTS if not name.endswith(("bit", "without_gsnr"))}
 #: What the settings of a GPT-2 sweep are called elsewhere; the runs were made when `update` was `normalize_gradient`.
@@ -618,11 +618,13 @@ TABLES: dict[str, Callable[[dict], str]] = {
         for task in ("gpt2", "vit", "vit_full")
     },
     "nesterov": nesterov,
-    **{f"gpt2-steps-{steps}": rivals("gpt2", RIVALS, steps=steps) for steps in (3200,)},
-    **{f"vit-steps-{steps}": rivals("vit", RIVALS, steps=steps) for steps in (600, 2400)},
+    **{
+        f"{task.replace('_', '-')}-steps-{steps}": rivals(task, RIVALS, steps=steps)
+        for task, lengths in {"gpt2": (3200,), "vit": (600, 2400), "llama_code": (200,), "seq2seq": (200,)}.items()
+        for steps in lengths
+    },
     **{f"vit-rows-{rows}": rivals("vit", RIVALS.keys() | IDEAS_TRIED, batch_size=rows) for rows in (2, 8)},
     **{f"rivals-{task.replace('_', '-')}": rivals(task, RIVALS) for task in QUALITY_TASKS},
-    **{f"rivals-{task.replace('_', '-')}": rivals(task, RIVALS, steps=200) for task in ("llama_code", "seq2seq")},
 }
 
 
