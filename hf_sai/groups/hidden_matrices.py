@@ -8,25 +8,27 @@ features before it. Positions, norms and biases are no matrices at all, nor is w
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from hf_sai.groups.peft_roles import peft_roles
 from hf_sai.optim.layout import whole_shapes
 
 __all__ = ["hidden_matrices"]
 
-_Candidate = tuple[str, nn.Parameter, str]  # the path of its module, itself and its form
+_Weight = tuple[str, nn.Parameter, str | None]  # the path of its module, itself and its form
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-# Parts of a module's path by which it is none of the layers between. What a layer calls a head is its attention's.
-_OUTSIDE = re.compile(r"embed|(?:^|_)(?:heads?|classifier|score|predictor)$")
-_OUTSIDE_IN_A_LAYER = re.compile(r"embed|^(?:(?:lm_)?head|classifier|score|shared_expert_gate)$|(?:^|_)router$")
+# Parts of a module's path by which it is none of the layers between. What a layer calls heads, or q_head, is attention.
+_OUTSIDE = re.compile(r"embed|(?:^|_)(?:heads?|classifier|score|box_predictor)$|^bbox_predictor$")
+_OUTSIDE_IN_A_LAYER = re.compile(r"embed|^(?:(?![qkv]_).*_)?(?:head|classifier|score|router)$|^shared_expert_gate$")
 
-# Layers that are stacked further down: a tower below an embedding or a predictor has hidden matrices of its own.
+# Layers that are stacked further down: a tower below an embedding or a head has hidden matrices of its own.
 _STACKED_BELOW = re.compile(r"[^.]*[^.\d][^.]*(?:\.[^.]*[^.\d][^.]*)*\.\d+\..")
 
 # Most channels of what is no feature yet: a sound's, or a picture's colours.
@@ -36,9 +38,10 @@ _RAW_CHANNELS = 3
 def hidden_matrices(model: nn.Module, chosen: Mapping[str, bool] | None = None) -> dict[int, str]:
     """Returns the form of every hidden matrix of ``model`` (a key of ``FORMS``), by ``id(parameter)``.
 
-    Layers are what lies in an ``nn.ModuleList``, and what is made of modules and repeated in an ``nn.Sequential``.
-    Where these are weights alone, or none, the weights in ``nn.Sequential`` are taken, or else those in the lists, but
-    for the model's first and last. Adapters' parameters are not listed.
+    Layers are what lies in an ``nn.ModuleList``, and beside it in an ``nn.Sequential`` of modules that have such lists.
+    A list of single weights that ends the model is its heads, if it has other layers. Models without lists have their
+    layers in ``nn.Sequential``. What is in no list is left out if it is the model's first or last weight. Adapters'
+    parameters are not listed.
 
     Args:
         model: Any module.
@@ -58,45 +61,53 @@ def hidden_matrices(model: nn.Module, chosen: Mapping[str, bool] | None = None) 
     embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag))
     outside = adapters | {id(p) for module in embeddings for p in module.parameters()}
     outside |= {id(p) for module in model.modules() for p in (*_output_embeddings(module), *_router(module))}
-    candidates = list(_candidates(model))
+    weights = list(_weights(model))
     hidden = {
         id(p): form
-        for path, p, form in _in_layers(model, candidates)
-        if id(p) not in outside and not _is_outside(path.lower())
+        for path, p, form in _in_layers(model, weights)
+        if form is not None and id(p) not in outside and not _is_outside(path.lower())
     }
-    return _corrected(model, hidden, {id(p): form for _, p, form in candidates}, chosen or {}, adapters)
+    return _corrected(
+        model, hidden, {id(p): form for _, p, form in weights if form is not None}, chosen or {}, adapters
+    )
 
 
-def _in_layers(model: nn.Module, candidates: list[_Candidate]) -> list[_Candidate]:
-    """Those of the candidates that lie where a model stacks its layers."""
-    above = {path: list(_above(model, path)) for path, _, _ in candidates}
-    listed = [entry for entry in candidates if any(_is_layer(*pair) for pair in above[entry[0]])]
-    if any(_is_layer(*pair) for path, _, _ in listed for pair in above[path][:-1]):
-        return listed
-    inner = candidates[1:-1]
-    in_sequences = [e for e in inner if any(isinstance(module, nn.Sequential) for module, _ in above[e[0]])]
-    return in_sequences or [entry for entry in inner if entry in listed]
+def _in_layers(model: nn.Module, weights: Sequence[_Weight]) -> Iterator[_Weight]:
+    """Those of the weights that lie where a model stacks its layers."""
+    lists, sequences = (
+        [_around(model, path, kind) for path, _, _ in weights] for kind in (nn.ModuleList, nn.Sequential)
+    )
+    inner = range(1, len(weights) - 1)
+    in_sequences = [index for index in inner if sequences[index]]
+    of_blocks = {
+        sequence
+        for above, within in zip(sequences, lists, strict=True)
+        for sequence in above
+        if any(f"{found}.".startswith(f"{sequence}.".lstrip(".")) for found in within)
+    }
+    chosen = {index for index, within in enumerate(lists) if within}
+    chosen |= {index for index in in_sequences if of_blocks.intersection(sequences[index])}
+    if heads := _heads(weights, lists):
+        whole_model = len(heads) == len(weights)
+        chosen = chosen - heads or set(in_sequences) or (heads.intersection(inner) if whole_model else heads)
+    return (weights[index] for index in sorted(chosen or in_sequences))
 
 
-def _above(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """The modules that a module lies in, the outermost first, each with that child of it which leads there."""
-    for name in path.split(".") if path else ():
-        child = model.get_submodule(name)
-        yield model, child
-        model = child
+def _heads(weights: Sequence[_Weight], lists: Sequence[Sequence[str]]) -> set[int]:
+    """The numbers of the single weights in a list that ends the model; none if it ends otherwise."""
+    if not weights or not lists[-1]:
+        return set()
+    [*around, own] = lists[-1]
+    heads = {index for index, within in enumerate(lists) if own in within}
+    single = all(weights[index][0].rpartition(".")[0] == own for index in heads)
+    return heads if single and not around else set()
 
 
-def _is_layer(above: nn.Module, child: nn.Module) -> bool:
-    """Whether a module's child is a layer of it: any in a list, in a sequence what is made of modules and repeated."""
-    if isinstance(above, nn.Sequential):
-        return _is_made_of_modules(child) and sum(type(other) is type(child) for other in above) > 1
-    return isinstance(above, nn.ModuleList)
-
-
-def _is_made_of_modules(module: nn.Module) -> bool:
-    """Whether a module has modules below; a plain sequence, which may be a weight and what follows, not by itself."""
-    children = list(module.children())
-    return any(map(_is_made_of_modules, children)) if type(module) is nn.Sequential else bool(children)
+def _around(model: nn.Module, path: str, kind: type[nn.Module]) -> list[str]:
+    """The paths of the modules of a kind that a module lies in, the outermost first."""
+    parts = path.split(".")
+    prefixes = (".".join(parts[:end]) for end in range(len(parts)))
+    return [prefix for prefix in prefixes if isinstance(model.get_submodule(prefix), kind)]
 
 
 def _is_outside(path: str) -> bool:
@@ -121,7 +132,6 @@ def _corrected(
         )
     named = dict(model.named_parameters())
     shapes = dict(zip(named, whole_shapes(named.values()), strict=True))
-    forms = {id(m.weight): "convolution" for m in model.modules() if isinstance(m, _CONVOLUTIONS)} | forms
     for expression, is_hidden in chosen.items():
         try:
             meant = [name for name in named if re.search(expression, name)]
@@ -137,30 +147,41 @@ def _corrected(
                 what = "of an adapter" if key in adapters else f"of shape {tuple(shapes[name])}"
                 raise ValueError(f"matrices makes a hidden matrix of {name}, which is {what}; name hidden layers only.")
             else:
-                hidden.setdefault(key, forms.get(key, {2: "linear", 3: "experts"}.get(dims, "convolution")))
+                hidden.setdefault(key, forms.get(key) or _form_of_another(model, name, dims))
     return hidden
 
 
-def _candidates(model: nn.Module) -> Iterator[_Candidate]:
-    """The weights that may be hidden matrices, with the path of their module and their form."""
+def _form_of_another(model: nn.Module, name: str, dims: int) -> str:
+    """The form of a parameter that would not have been taken for a hidden matrix."""
+    if dims == 2:
+        return "linear"
+    parts = name.split(".")
+    above = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts)))
+    return "convolution" if dims > 3 or any(isinstance(module, _ConvNd) for module in above) else "experts"
+
+
+def _weights(model: nn.Module) -> Iterator[_Weight]:
+    """The weights that may be hidden matrices and, without a form, others by which a model may begin or end."""
     for path, module in model.named_modules(remove_duplicate=False):
         own = dict(module.named_parameters(recurse=False))
         shapes = dict(zip(own, whole_shapes(own.values()), strict=True))
         for name, parameter in own.items():
             form = _form(module, path, name, shapes)
-            if form is not None:
+            if form is not None or (name == "weight" and isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS))):
                 yield path, parameter, form
 
 
 def _form(module: nn.Module, path: str, name: str, shapes: Mapping[str, Sequence[int]]) -> str | None:
     kind, shape = type(module).__name__, shapes[name]
+    if len(shape) > 1 and min(shape[0], math.prod(shape[1:])) == 1:
+        return None
     if name == "weight" and isinstance(module, nn.Linear):
-        return "linear" if min(shape) > 1 else None
+        return "linear"
     if name == "weight" and kind == "Conv1D" and len(shape) == 2:  # transformers'
-        return "linear_transposed" if min(shape) > 1 else None
+        return "linear_transposed"
     if name == "weight" and isinstance(module, _CONVOLUTIONS):
         mixes = module.groups == 1  # a depthwise one mixes no channels
-        return "convolution" if mixes and module.in_channels > _RAW_CHANNELS and module.out_channels > 1 else None
+        return "convolution" if mixes and module.in_channels > _RAW_CHANNELS else None
     if name == "in_proj_weight" and isinstance(module, nn.MultiheadAttention):
         return "linear"
     if len(shape) == 3 and "expert" in f"{path}.{kind}".lower():

@@ -1,5 +1,6 @@
 """Which tensors are hidden matrices: by the structure of real models, by the user's word, in groups and in Trainer."""
 
+import itertools
 import logging
 
 import pytest
@@ -159,33 +160,58 @@ def layer():
     return module(inner=nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)))
 
 
+def weights(*sizes):
+    """Linear weights in a row."""
+    return [nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
+
+
 STRUCTURES = {
-    "a list of heads beside a sequence": (
-        lambda: module(
-            trunk=nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 8)),
-            outs=nn.ModuleList([nn.Linear(8, 2), nn.Linear(8, 3)]),
-        ),
-        ["trunk.2"],
+    "a sequence of weights": (lambda: nn.Sequential(*weights(9, 8, 8, 2)), ["1"]),
+    "the same with one number in and one out": (lambda: nn.Sequential(*weights(1, 8, 8, 1)), ["1"]),
+    "convolutions that see colours": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 4)),
+        ["1"],
     ),
-    "a sequence of sequences of weights": (
+    "a convolution within a list that hears a sound": (
+        lambda: module(convs=nn.ModuleList([nn.Conv1d(1, 8, 3), nn.Conv1d(8, 8, 3)]), out=nn.Linear(8, 2)),
+        ["convs.1"],
+    ),
+    "a sequence of sequences": (
         lambda: nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in "abc"]),
         ["1.0"],
     ),
-    "a sequence of stages of layers": (
-        lambda: module(stages=nn.Sequential(nn.Sequential(layer()), nn.Sequential(layer()))),
-        ["stages.0.0.inner.0", "stages.0.0.inner.2", "stages.1.0.inner.0", "stages.1.0.inner.2"],
+    "a list of heads beside a sequence": (
+        lambda: module(trunk=nn.Sequential(*weights(9, 8, 8)), outs=nn.ModuleList([nn.Linear(8, 2), nn.Linear(8, 3)])),
+        ["trunk.1"],
     ),
-    "what a layer calls heads is attention": (
-        lambda: nn.ModuleList([module(heads=nn.ModuleList([module(key=nn.Linear(8, 4))]), q_head=nn.Linear(8, 8))]),
-        ["0.heads.0.key", "0.q_head"],
+    "a list of weights beside a sequence that gives out": (
+        lambda: module(
+            into=nn.Linear(9, 8), layers=nn.ModuleList(weights(8, 8, 8)), head=nn.Sequential(*weights(8, 8, 2))
+        ),
+        ["layers.0", "layers.1"],
     ),
-    "layers in a sequence, and what follows them": (
+    "a list of weights after an embedding": (
+        lambda: module(table=nn.Embedding(11, 8), layers=nn.ModuleList(weights(8, 8, 8))),
+        ["layers.0", "layers.1"],
+    ),
+    "layers beside a list of heads": (
+        lambda: module(layers=nn.ModuleList([layer()]), outs=nn.ModuleList([nn.Linear(8, 2)])),
+        ["layers.0.inner.0", "layers.0.inner.2"],
+    ),
+    "blocks in a sequence that have lists": (
         lambda: module(
             table=nn.Embedding(11, 8),
-            blocks=nn.Sequential(layer(), layer(), nn.Sequential(nn.Linear(8, 2))),
+            blocks=nn.Sequential(
+                *[module(heads=nn.ModuleList([module(key=nn.Linear(8, 4))]), up=nn.Linear(8, 8)) for _ in "ab"]
+            ),
+            other=nn.Sequential(nn.Linear(8, 8)),
             lm_head=nn.Linear(8, 11),
         ),
-        ["blocks.0.inner.0", "blocks.0.inner.2", "blocks.1.inner.0", "blocks.1.inner.2"],
+        ["blocks.0.heads.0.key", "blocks.0.up", "blocks.1.heads.0.key", "blocks.1.up"],
+    ),
+    "heads that are attention, and heads that are not": (
+        lambda: nn.ModuleList([module(q_head=nn.Linear(8, 8), cls_head=nn.Linear(8, 5), classifier=nn.Linear(8, 5))]),
+        ["0.q_head"],
     ),
     "a tower below an embedder": (
         lambda: module(text_embedder=module(layers=nn.ModuleList([layer()])), decoder=nn.ModuleList([layer()])),
@@ -193,10 +219,10 @@ STRUCTURES = {
     ),
     "what embeds and what predicts, in lists of their own": (
         lambda: module(
-            decoder=nn.ModuleList([layer()]),
             patch_embeddings=nn.ModuleList([module(proj=nn.Conv2d(4, 8, 2))]),
-            bbox_predictor=module(layers=nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 4)])),
-            class_embed=nn.ModuleList([nn.Linear(8, 3)]),
+            class_embed=module(layers=nn.ModuleList(weights(8, 8))),
+            bbox_predictor=module(layers=nn.ModuleList(weights(8, 8, 4))),
+            decoder=nn.ModuleList([layer()]),
         ),
         ["decoder.0.inner.0", "decoder.0.inner.2"],
     ),
@@ -233,11 +259,19 @@ def test_stacks_of_experts_say_by_how_they_fit_which_dimension_is_the_outputs(up
     assert set(hidden_matrices(model).values()) == {form}
 
 
+def test_a_stack_of_experts_that_says_how_it_lies_is_believed():
+    experts = nn.Module()
+    experts.w, experts.is_transposed = nn.Parameter(torch.zeros(3, 8, 24)), True
+    assert set(hidden_matrices(nn.ModuleList([module(experts=experts)])).values()) == {"experts_transposed"}
+
+
 def test_a_stack_that_the_user_names_is_a_matrix_for_each_and_a_convolution_one():
-    model = nn.ModuleList([module(conv=nn.Conv1d(8, 8, 2, groups=2))])
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 2))
+    model = nn.ModuleList([module(conv=nn.Conv1d(8, 8, 2, groups=2), up=nn.ConvTranspose1d(8, 8, 2), normed=normed)])
     model[0].w = nn.Parameter(torch.zeros(4, 8, 16))
-    chosen = named(model, hidden_matrices(model, {r"\.w$": True, "conv.weight": True}))
-    assert chosen == {"0.w": "experts", "0.conv.weight": "convolution"}
+    chosen = named(model, hidden_matrices(model, {r"\.w$": True, r"(conv|up)\.weight": True, "original1": True}))
+    convolutions = ("0.conv.weight", "0.up.weight", "0.normed.parametrizations.weight.original1")
+    assert chosen == {"0.w": "experts", **dict.fromkeys(convolutions, "convolution")}
 
 
 def test_every_model_trains_with_its_groups():
