@@ -20,6 +20,7 @@ from hf_sai.optim.momentum import BLOCK_KEY, MOMENTUM_KEYS, convert
 from hf_sai.optim.options import OPTIONS, check_options, upgrade_group
 from hf_sai.optim.rules import RULES
 from hf_sai.optim.rules.averaged import WEIGHT_SUM
+from hf_sai.optim.rules.orthogonal import form_of
 
 __all__ = ["SHAPE_KEY", "Incoming", "completed", "read"]
 
@@ -89,7 +90,7 @@ def read(
 def _checked(
     state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], flat: bool
 ) -> tuple[dict[str, Any], Incoming]:
-    saved_groups = state_dict["param_groups"]
+    saved_groups = _in_present_order(state_dict["param_groups"], groups)
     if any("momentum" not in group or "eps" not in group for group in saved_groups):
         keys = ", ".join(sorted(map(str, saved_groups[0].keys() - {"params", "param_names"})))
         raise ValueError(f"The state was written by another optimizer (its options: {keys}). {_FRESH}")
@@ -139,7 +140,7 @@ def _of_the_same_update(saved_groups: Sequence[dict[str, Any]], groups: Sequence
     """Words for who asked for another rule than the saved one, which may have groups of its own."""
     saved, asked = ({str(group.get("update", "published")) for group in of} for of in (saved_groups, groups))
     if saved == asked:
-        return ""
+        return ", with the same option matrices" if "orthogonal" in saved else ""
     # Who asks for orthogonal gets factored groups beside it.
     names = ["orthogonal" if "orthogonal" in of else "/".join(sorted(of)) for of in (saved, asked)]
     return f": with update={names[0]}, and not {names[1]}"
@@ -170,6 +171,20 @@ def _require_ours(name: str, state: dict[str, Any]) -> None:
         raise ValueError(
             f"The state was written by another optimizer: parameter {name} has {keys}, and no g-SNR. {_FRESH}"
         )
+
+
+def _in_present_order(saved_groups: list[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saved groups in the order of the present ones, where both have groups of the same names."""
+    saved, present = (
+        [frozenset(map(str, group.get("param_names") or ())) for group in of] for of in (saved_groups, groups)
+    )
+    if (
+        frozenset() in saved
+        or len(set(saved)) < len(saved)
+        or sorted(map(sorted, saved)) != sorted(map(sorted, present))
+    ):
+        return saved_groups
+    return [saved_groups[saved.index(names)] for names in present]
 
 
 def _by_name(
@@ -204,7 +219,7 @@ def _by_name(
 
 def _require_the_same_rules(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
     """Raise ValueError where a parameter's state would come into a group of another rule: groups keep their options."""
-    rules = [(str(group["update"]), group.get("matrices")) for group in saved_groups]
+    rules = [(str(group["update"]), form_of(group)) for group in saved_groups]
     was, now = (
         {name: rule for rule, group in zip(rules, of, strict=True) for name in group["param_names"]}
         for of in (saved_groups, groups)

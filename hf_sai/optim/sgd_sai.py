@@ -25,6 +25,7 @@ from hf_sai.optim.layout import UNMEASURED, Layout, Part, admit, find_layout, ki
 from hf_sai.optim.options import DEFAULTS, OPTIONS, check_options, upgrade_group
 from hf_sai.optim.rules import RULES
 from hf_sai.optim.rules.averaged import WEIGHT_SUM, show_means
+from hf_sai.optim.rules.orthogonal import form_of
 from hf_sai.optim.saved_state import Incoming, completed, read
 from hf_sai.optim.stochastic import draw_alike, in_many_processes
 from hf_sai.optim.update import Choice, can_unscale, multiplied, sgd_sai
@@ -299,7 +300,7 @@ class SGDSaI(Optimizer):
             if id(group) not in self._rules:
                 self._rules[id(group)] = _rule_of(group)
             before, form, momentum, nesterov = self._rules[id(group)]
-            if (group["update"], _form_of(group)) == (before, form):
+            if (group["update"], form_of(group)) == (before, form):
                 if (group["momentum"], group["nesterov"]) != (momentum, nesterov):
                     self._take_up_momentum(group, momentum)
                 continue
@@ -549,12 +550,7 @@ def _rule_of(group: dict[str, Any]) -> tuple[str, str | None, float, bool]:
     """
     if RULES[group["update"]].averages:
         group.setdefault("means_shown", False)
-    return str(group["update"]), _form_of(group), group["momentum"], group["nesterov"]
-
-
-def _form_of(group: dict[str, Any]) -> str | None:
-    """What a group's tensors are, where its rule asks."""
-    return group.get("matrices") if group["update"] == "orthogonal" else None
+    return str(group["update"]), form_of(group), group["momentum"], group["nesterov"]
 
 
 def _check_params(group: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import contextvars
 import functools
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from hf_sai.groups.param_groups import param_groups
@@ -74,11 +74,19 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tupl
         _refuse_what_excludes_gradient_release(args)
     update = options.get("update", DEFAULTS["update"])
     advises = _ADVISING.get() and args.process_index == 0
-    if advises and update in _START_AT:
-        _warn_of_default_learning_rate(args, _START_AT[update])
+    if advises and update == "published":
+        _warn_of_default_learning_rate(
+            args,
+            "SGD-SaI needs a larger one and will hardly learn: try --learning_rate 1e-2, then a third and three times "
+            "that; or --optim sgd_sai_factored, which takes AdamW's.",
+        )
     kwargs = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **options}
     if model is not None:
-        return _class_for(model, grouping, advises and update == "published"), kwargs
+        advice: dict[str, Callable[[SGDSaI], None]] = {
+            "published": watch_updates,
+            "orthogonal": functools.partial(_warn_of_orthogonal_rate, args),
+        }
+        return _class_for(model, grouping, advice.get(update) if advises else None), kwargs
     if grouping:
         needing = ", ".join(f"{key}={value}" for key, value in grouping.items())
         raise ValueError(f"{needing} needs the model, but get_optimizer_cls_and_kwargs got none.")
@@ -195,15 +203,15 @@ def _grouping(options: dict[str, Any]) -> dict[str, Any]:
     return grouping
 
 
-def _class_for(model: Any, grouping: dict[str, Any], advises: bool) -> type[SGDSaI]:
+def _class_for(model: Any, grouping: dict[str, Any], advise: Callable[[SGDSaI], None] | None) -> type[SGDSaI]:
     # Trainer calls optimizer_cls(groups, **kwargs), and takes for a factory what is no subclass of Optimizer.
     class SGDSaIWithNames(SGDSaI):
         def __new__(cls, params: Any, **options: Any) -> SGDSaI:  # type: ignore[misc]
             lr, weight_decay = (options.get(key, DEFAULTS[key]) for key in ("lr", "weight_decay"))
             groups = named_groups(model, params, lr, weight_decay, **grouping)
             optimizer = SGDSaI(groups, **options)
-            if advises:
-                watch_updates(optimizer)
+            if advise is not None:
+                advise(optimizer)
             return optimizer
 
     return SGDSaIWithNames
@@ -240,18 +248,18 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-# Rules that want another rate than AdamW, and what to try.
-_START_AT = {
-    "published": "--learning_rate 1e-2, then a third and three times that; "
-    "or --optim sgd_sai_factored, which takes AdamW's",
-    "orthogonal": "--learning_rate 8e-3, then half and twice that",
-}
-
-
-def _warn_of_default_learning_rate(args: TrainingArguments, start_at: str) -> None:
+def _warn_of_default_learning_rate(args: TrainingArguments, advice: str) -> None:
     default = type(args).__dataclass_fields__["learning_rate"].default
     if args.learning_rate == default:
         _warn_once(
-            f"learning_rate is {default:g}, the default of {type(args).__name__}, which is meant for AdamW. SGD-SaI "
-            f"needs a larger one and will hardly learn: try {start_at}."
+            f"learning_rate is {default:g}, the default of {type(args).__name__}, which is meant for AdamW. {advice}"
+        )
+
+
+def _warn_of_orthogonal_rate(args: TrainingArguments, optimizer: SGDSaI) -> None:
+    if any(group["update"] == "orthogonal" for group in optimizer.param_groups):  # not on adapters
+        _warn_of_default_learning_rate(
+            args,
+            "From scratch sgd_sai_orthogonal needs a larger one and will hardly learn: try --learning_rate 8e-3, then "
+            "half and twice that.",
         )

@@ -370,6 +370,38 @@ def test_a_parameter_whose_group_has_another_rule_now_is_refused_by_name():
     same.load_state_dict(saved.state_dict())
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_groups_in_another_order_keep_their_options(both):
+    def optimizer(order):
+        pairs = named(shapes=((4, 4), (3, 4), (4, 4), (4, 4)))
+        rules = [
+            {"params": pairs[:2], "update": "orthogonal", "matrices": "linear", "lr": 3e-2},
+            {"params": pairs[2:], "update": "factored", "weight_decay": 0.5},
+        ]
+        made = SGDSaI([dict(rules[index]) for index in order], lr=1e-2)
+        if not both:
+            made.param_groups[order.index(0)]["update"] = "factored"  # the key matrices stays, and is not looked at
+        return dict(pairs), made
+
+    (values, saved), (others, other) = optimizer([0, 1]), optimizer([1, 0])
+    train(saved, 3)
+    with torch.no_grad():
+        for name, p in others.items():
+            p.copy_(values[name])
+    other.load_state_dict(copy.deepcopy(saved.state_dict()))
+    train(saved, 3, start=3)
+    train(other, 3, start=3)
+    for name, p in others.items():
+        assert torch.equal(p, values[name]), name
+
+
+def test_other_counts_of_hidden_matrices_are_refused_with_the_option_that_decides():
+    saved = of_layers(layers(), 1)
+    train(saved, 1)
+    with pytest.raises(ValueError, match="as they were, with the same option matrices"):
+        of_layers(layers(), 1, 2).load_state_dict(saved.state_dict())
+
+
 def test_the_rule_of_a_state_that_overruled_another_can_be_changed_back():
     factored = create_sgd_sai_optimizer(layers(), lr=1e-2, update="factored")
     train(factored, 2)

@@ -27,7 +27,7 @@ from hf_sai.optim.layout import Copies, Part, Sharing, local, sum_over_holders
 from hf_sai.optim.momentum import load, momentum_of, store
 from hf_sai.optim.rules.published import Portion, Published
 
-__all__ = ["FORMS", "ROW_MEAN_SQUARE", "Orthogonal", "newton_schulz"]
+__all__ = ["FORMS", "ROW_MEAN_SQUARE", "Orthogonal", "form_of", "newton_schulz"]
 
 #: What a group's tensors are, its key ``matrices`` -> the dimensions that number the matrices' rows, an output each.
 FORMS: dict[str, tuple[int, ...]] = {
@@ -143,6 +143,11 @@ class Orthogonal(Published):
             following = next(rounds, None)  # its pieces travel while this one's matrices are made orthogonal
             yield current.parts, current.orthogonal()
             current = following
+
+
+def form_of(group: Mapping[str, Any]) -> str | None:
+    """What a group's tensors are, a key of ``FORMS``, where its rule asks; None for other rules."""
+    return group.get("matrices") if group["update"] == Orthogonal.name else None
 
 
 class Matrices(NamedTuple):
