@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> str:
                 f"{args.path} holds an optimizer's state, which says its rule itself; leave out --update and --matrices"
             )
         return _table_of_checkpoint(optimizer_file, args)
-    chosen = parse_optim_args({} if args.matrices is None else {"matrices": args.matrices})
+    chosen = parse_optim_args(None if args.matrices is None else f"matrices={args.matrices}")
     # The table says whether a group decays; any value above 0 will do.
     groups = param_groups(_skeleton(args), lr=1.0, weight_decay=1.0, update=args.update, **chosen)
     return _tables(groups, unmeasured_rows(groups), args, trained=False)

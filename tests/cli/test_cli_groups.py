@@ -80,6 +80,7 @@ def test_hidden_matrices_are_shown_for_the_rule_that_has_them(base_directory: An
     assert rows(groups(capsys, base_directory, *chosen))["base/linear"][1] == str(4 * layers)
     assert "found in no parameter's name" in error(capsys, base_directory, *chosen[:3], "nothing:false")
     assert "matrices must be expression:true" in error(capsys, base_directory, *chosen[:3], "mlp")
+    assert "not of the form key=value" in error(capsys, base_directory, *chosen[:3], "l{1,2}:false")  # as in Trainer
     assert "matrices is for update='orthogonal'" in error(capsys, base_directory, *chosen[2:])
     checkpoint(tmp_path / "trained", base_model())
     for words in (chosen[:2], chosen[2:]):
