@@ -25,7 +25,7 @@ _Weight = tuple[str, nn.Parameter, str | None]  # the path of its module, itself
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 # Parts of a module's path by which it is none of the layers between. What a layer calls heads, or q_head, is attention.
-_OUTSIDE = re.compile(r"embed|(?:^|_)(?:heads?|classifier|score|box_predictor)$|^bbox_predictor$")
+_OUTSIDE = re.compile(r"embed|(?:^|_)(?:heads?|classifier|score|b?box_predictor)$")
 _OUTSIDE_IN_A_LAYER = re.compile(r"embed|^(?:(?![qkv]_).*_)?(?:head|classifier|score|router)$|^shared_expert_gate$")
 
 # Layers that are stacked further down: a tower below an embedding or a head has hidden matrices of its own.
@@ -67,9 +67,8 @@ def hidden_matrices(model: nn.Module, chosen: Mapping[str, bool] | None = None) 
         for path, p, form in _in_layers(model, weights)
         if form is not None and id(p) not in outside and not _is_outside(path.lower())
     }
-    return _corrected(
-        model, hidden, {id(p): form for _, p, form in weights if form is not None}, chosen or {}, adapters
-    )
+    forms = {id(p): form for _, p, form in weights if form is not None}
+    return _corrected(model, hidden, forms, chosen or {}, adapters)
 
 
 def _in_layers(model: nn.Module, weights: Sequence[_Weight]) -> Iterator[_Weight]:
@@ -83,7 +82,7 @@ def _in_layers(model: nn.Module, weights: Sequence[_Weight]) -> Iterator[_Weight
         sequence
         for above, within in zip(sequences, lists, strict=True)
         for sequence in above
-        if any(f"{found}.".startswith(f"{sequence}.".lstrip(".")) for found in within)
+        if any(sequence == "" or found.startswith(f"{sequence}.") for found in within)
     }
     chosen = {index for index, within in enumerate(lists) if within}
     chosen |= {index for index in in_sequences if of_blocks.intersection(sequences[index])}

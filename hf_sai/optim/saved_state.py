@@ -103,7 +103,7 @@ def _checked(
         )
     # What a group says of its tensors is of the present model, if a state of another rule does not say it.
     saved_groups = [
-        {**{key: present[key] for key in ("matrices",) if key in present}, **upgrade_group(group, present)}
+        {**{key: value for key, value in present.items() if key == "matrices"}, **upgrade_group(group, present)}
         for group, present in zip(saved_groups, groups, strict=True)
     ]
     for group, present in zip(saved_groups, groups, strict=True):

@@ -301,17 +301,14 @@ def _row_factors(orthogonal: Tensor, running: Tensor) -> Tensor:
 
 def _usable(parts: Sequence[Part]) -> dict[int, Tensor]:
     """For each part whether its whole gradient is finite, by its number; one all_reduce a process group."""
-    # In float32 at least: a sum of squares in float16 would not be finite where all that it sums is.
-    lost = {
-        part.number: (
-            ~torch.linalg.vector_norm(part.grad, dtype=torch.promote_types(part.grad.dtype, torch.float32)).isfinite()
-        )
-        .float()
-        .reshape(1)
-        for part in parts
-    }
+    lost = {part.number: (~_norm(part.grad).isfinite()).float().reshape(1) for part in parts}
     sum_over_holders((lost[part.number], part.holders(), part.table_device) for part in parts)
     return {number: count == 0 for number, count in lost.items()}
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    """In float32 at least: in float16 the sum of squares would not be finite where all that it sums is."""
+    return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
 
 
 def _advanced(part: Part, usable: dict[int, Tensor]) -> Tensor:
