@@ -103,7 +103,7 @@ def _heads(weights: Sequence[_Weight], lists: Sequence[Sequence[str]]) -> set[in
 
 
 def _around(model: nn.Module, path: str, kind: type[nn.Module]) -> list[str]:
-    """The paths of the modules of a kind that a module lies in, the outermost first."""
+    """The paths of the modules of a kind that a module or parameter lies in, the outermost first."""
     parts = path.split(".")
     prefixes = (".".join(parts[:end]) for end in range(len(parts)))
     return [prefix for prefix in prefixes if isinstance(model.get_submodule(prefix), kind)]
@@ -154,9 +154,7 @@ def _form_of_another(model: nn.Module, name: str, dims: int) -> str:
     """The form of a parameter that would not have been taken for a hidden matrix."""
     if dims == 2:
         return "linear"
-    parts = name.split(".")
-    above = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts)))
-    return "convolution" if dims > 3 or any(isinstance(module, _ConvNd) for module in above) else "experts"
+    return "convolution" if dims > 3 or _around(model, name, _ConvNd) else "experts"
 
 
 def _weights(model: nn.Module) -> Iterator[_Weight]:

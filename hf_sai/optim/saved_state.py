@@ -178,13 +178,9 @@ def _in_present_order(saved_groups: list[dict[str, Any]], groups: Sequence[dict[
     saved, present = (
         [frozenset(map(str, group.get("param_names") or ())) for group in of] for of in (saved_groups, groups)
     )
-    if (
-        frozenset() in saved
-        or len(set(saved)) < len(saved)
-        or sorted(map(sorted, saved)) != sorted(map(sorted, present))
-    ):
-        return saved_groups
-    return [saved_groups[saved.index(names)] for names in present]
+    by_names = dict(zip(saved, saved_groups, strict=True))
+    alike = by_names.keys() == set(present) and len(by_names) == len(saved) == len(present)
+    return [by_names[names] for names in present] if alike and all(present) else saved_groups
 
 
 def _by_name(

@@ -349,9 +349,9 @@ def layers():
     return nn.ModuleList(nn.Sequential(nn.Linear(6, 6, bias=False)) for _ in range(3))
 
 
-def of_layers(model, *factored, **options):
+def of_layers(model, *factored):
     matrices = {f"^{index}": False for index in factored}
-    return create_sgd_sai_optimizer(model, lr=1e-2, update="orthogonal", matrices=matrices, **options)
+    return create_sgd_sai_optimizer(model, lr=1e-2, update="orthogonal", matrices=matrices)
 
 
 def test_a_parameter_whose_group_has_another_rule_now_is_refused_by_name():
