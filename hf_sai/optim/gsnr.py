@@ -22,6 +22,7 @@ __all__ = [
     "gsnr_from_moments",
     "measure",
     "measure_gsnr",
+    "refuse_sparse",
     "report",
     "rows",
 ]
@@ -205,18 +206,22 @@ def rows(layout: Layout, names: dict[int, str] | None = None) -> Iterator[tuple[
             yield GSNRRow(name, str(group.get("name", number)), tuple(shape), gsnr if measured else None, ratio), p
 
 
-def _row(part: Part) -> Tensor:
-    """(sum, sum of squares, g-SNR if known, whether it is known) of a part, float64[4] on its table's device."""
-    known = torch.tensor([part.gsnr, float(part.gsnr != UNMEASURED)], dtype=torch.float64)
-    gradient = part.grad
-    if gradient is None:
-        return torch.cat([torch.zeros_like(known), known]).to(part.table_device)
-    if gradient.is_sparse:
+def refuse_sparse(part: Part) -> None:
+    """Raise ValueError for a part whose gradient is sparse; no rule can take it, whether its g-SNR is known or not."""
+    if part.grad is not None and part.grad.layout is not torch.strided:
         raise ValueError(
             f"SGD-SaI does not support sparse gradients, and a parameter of shape {tuple(part.shape)} has one. "
             "Build its torch.nn.Embedding with sparse=False."
         )
-    return torch.cat([_moments(gradient).to(part.table_device), known.to(part.table_device)])
+
+
+def _row(part: Part) -> Tensor:
+    """(sum, sum of squares, g-SNR if known, whether it is known) of a part, float64[4] on its table's device."""
+    known = torch.tensor([part.gsnr, float(part.gsnr != UNMEASURED)], dtype=torch.float64)
+    if part.grad is None:
+        return torch.cat([torch.zeros_like(known), known]).to(part.table_device)
+    refuse_sparse(part)
+    return torch.cat([_moments(part.grad).to(part.table_device), known.to(part.table_device)])
 
 
 def _moments(gradient: Tensor) -> Tensor:

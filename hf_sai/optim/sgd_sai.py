@@ -399,6 +399,8 @@ class SGDSaI(Optimizer):
 
     def _advance(self, parts: Sequence[Part], new: Sequence[Part], of_scaler: dict[str, Tensor | None]) -> None:
         """Algorithm 1 for these parts: measure the new ones, then gradient, momentum and parameter by their rules."""
+        for part in parts:
+            gsnr.refuse_sparse(part)
         # --- g-SNR, once: G = ||g|| / sigma(g)
         gsnr.measure(new)
         for part in new:

@@ -493,6 +493,22 @@ def test_sparse_gradients_are_a_clear_error():
         optimizer.step()
 
 
+@pytest.mark.parametrize("update", ["published", "factored", "averaged", "rows"])
+def test_sparse_gradients_are_a_clear_error_after_dense_ones_too(update):
+    """As after a resume by a script whose embedding is sparse now."""
+    embedding = nn.Embedding(5, 3)
+    optimizer = SGDSaI(embedding.parameters(), update=update)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    optimizer.step()
+    before = embedding.weight.detach().clone()
+    optimizer.zero_grad()
+    embedding.sparse = True
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match="sparse=False"):
+        optimizer.step()
+    assert torch.equal(embedding.weight, before)
+
+
 def test_step_prints_nothing(capsys):
     trained()
     assert capsys.readouterr() == ("", "")
