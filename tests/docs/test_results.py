@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import PIL.Image
@@ -27,6 +28,9 @@ def test_the_picture_on_top_of_readme_is_drawn_from_the_records_that_are_there()
     script = load("headline_picture")
     with PIL.Image.open(script.PICTURE) as picture:
         assert picture.text["Source"] == script.digest(), "run `make results`"
+    alternative = re.search(r"!\[(.+?)\]\(docs/headline\.png\)", (script.ROOT / "README.md").read_text())[1]
+    for run, _, _ in script.RUNS:
+        assert script.name(script.RunRecord.load(script.ROOT / "model_cards" / run).optimizer) in alternative
 
 
 def test_no_page_is_out_of_date(results):
