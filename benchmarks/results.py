@@ -624,6 +624,8 @@ TABLES: dict[str, Callable[[dict], str]] = {
         for steps in lengths
     },
     **{f"vit-rows-{rows}": rivals("vit", RIVALS.keys() | IDEAS_TRIED, batch_size=rows) for rows in (2, 8)},
+    "gpt2-rows-2": rivals("gpt2", RIVALS, batch_size=2),
+    "gpt2-rows-32": rivals("gpt2", RIVALS, batch_size=32, steps=200),
     **{f"rivals-{task.replace('_', '-')}": rivals(task, RIVALS) for task in QUALITY_TASKS},
 }
 
