@@ -45,11 +45,9 @@ def measure(parts: Sequence[Part]) -> None:
     knows a parameter's g-SNR already, from a checkpoint that had nothing for the others, that one counts.
 
     Args:
-        parts: Unmeasured, and the same on all processes that hold some of these parameters; a part without a gradient
-            counts as zeros. What cannot be measured yet stays ``UNMEASURED``, all others are ``fresh`` afterwards.
-
-    Raises:
-        ValueError: A gradient is sparse.
+        parts: Unmeasured, with dense gradients, and the same on all processes that hold some of these parameters; a
+            part without a gradient counts as zeros. What cannot be measured yet stays ``UNMEASURED``, all others are
+            ``fresh`` afterwards.
     """
     if not parts:
         return
@@ -83,6 +81,9 @@ def measure_gsnr(gradients: Sequence[Tensor], *, eps: float | Sequence[float] = 
         One float per gradient; ``UNMEASURED`` (0.0) where nothing can be measured yet: the gradient is empty, all
         zero, or holds inf or NaN.
 
+    Raises:
+        ValueError: A gradient is sparse.
+
     Example:
         >>> import torch
         >>> [round(value, 6) for value in measure_gsnr([torch.tensor([3.0, -3.0, 3.0, -3.0]), torch.zeros(2)])]
@@ -90,6 +91,7 @@ def measure_gsnr(gradients: Sequence[Tensor], *, eps: float | Sequence[float] = 
     """
     floors = [eps] * len(gradients) if isinstance(eps, (int, float)) else eps
     parts = [kind_of(g).of_gradient(g, {"eps": floor}) for g, floor in zip(gradients, floors, strict=True)]
+    refuse_sparse(parts)
     measure(parts)
     return [part.gsnr for part in parts]
 
@@ -206,13 +208,14 @@ def rows(layout: Layout, names: dict[int, str] | None = None) -> Iterator[tuple[
             yield GSNRRow(name, str(group.get("name", number)), tuple(shape), gsnr if measured else None, ratio), p
 
 
-def refuse_sparse(part: Part) -> None:
-    """Raise ValueError for a part whose gradient is sparse; no rule can take it, whether its g-SNR is known or not."""
-    if part.grad is not None and part.grad.layout is not torch.strided:
-        raise ValueError(
-            f"SGD-SaI does not support sparse gradients, and a parameter of shape {tuple(part.shape)} has one. "
-            "Build its torch.nn.Embedding with sparse=False."
-        )
+def refuse_sparse(parts: Sequence[Part]) -> None:
+    """Raise ValueError for a sparse gradient; no rule can take it, whether its g-SNR is known or not."""
+    for part in parts:
+        if part.grad is not None and part.grad.layout is not torch.strided:
+            raise ValueError(
+                f"SGD-SaI does not support sparse gradients, and a parameter of shape {tuple(part.shape)} has one. "
+                "Build its torch.nn.Embedding with sparse=False."
+            )
 
 
 def _row(part: Part) -> Tensor:
@@ -220,7 +223,6 @@ def _row(part: Part) -> Tensor:
     known = torch.tensor([part.gsnr, float(part.gsnr != UNMEASURED)], dtype=torch.float64)
     if part.grad is None:
         return torch.cat([torch.zeros_like(known), known]).to(part.table_device)
-    refuse_sparse(part)
     return torch.cat([_moments(part.grad).to(part.table_device), known.to(part.table_device)])
 
 

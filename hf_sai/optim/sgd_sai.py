@@ -380,10 +380,11 @@ class SGDSaI(Optimizer):
             self._releases.clear()
         self._take_up_rules()
         self._refuse_means()
+        parts = self.layout.parts()
+        gsnr.refuse_sparse(parts)  # before anything changes, gradients and counts too
         for group in self.param_groups:
             if group["stochastic_rounding"]:  # of all processes alike, however many and whatever they hold of the group
                 group["rounding_step"] = group.get("rounding_step", 0) + 1
-        parts = self.layout.parts()
         new = self.layout.unmeasured(parts)
         of_scaler = {key: getattr(self, key) for key in ("grad_scale", "found_inf") if hasattr(self, key)}
         # Measuring looks at the gradients anyway, so they are unscaled for it; the momentum starts from true gradients.
@@ -399,8 +400,6 @@ class SGDSaI(Optimizer):
 
     def _advance(self, parts: Sequence[Part], new: Sequence[Part], of_scaler: dict[str, Tensor | None]) -> None:
         """Algorithm 1 for these parts: measure the new ones, then gradient, momentum and parameter by their rules."""
-        for part in parts:
-            gsnr.refuse_sparse(part)
         # --- g-SNR, once: G = ||g|| / sigma(g)
         gsnr.measure(new)
         for part in new:
@@ -481,6 +480,7 @@ class SGDSaI(Optimizer):
         self._take_up_rules()
         self._refuse_means()
         part = self.layout.part(p, group)
+        gsnr.refuse_sparse([part])
         self._advance([part], self.layout.unmeasured([part]), {})
 
     def gsnr_report(self, named_parameters: Iterable[tuple[str, Tensor]] | None = None) -> GSNRReport:

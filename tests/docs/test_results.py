@@ -37,6 +37,41 @@ def test_no_page_is_out_of_date(results):
     results.main(["--check"])
 
 
+def test_sentences_beside_the_tables_say_what_the_tables_say(results):
+    def loss(task, name, **other):
+        stores, own = results.of_quality(task, [name])
+        reported = results.quality_reported(stores[name], name, **own | other)
+        return results.statistics.mean(run["test_loss"] for run in reported)
+
+    def lead(task, **other):
+        return f"{loss(task, 'adamw', **other) - loss(task, 'orthogonal', **other):.2f}"
+
+    stores, own = results.of_quality("seq2seq", ["adamw"])
+    by_rate = {"weight_decay": 0.01, "beta1": 0.9, "beta2": 0.999}
+    runs = stores["adamw"].find("adamw", 0.002, settings=by_rate, **own)
+    of_rate = [run["test_loss"] for run in runs if run["seed"] in range(1, 6)]
+    assert len(of_rate) == 5
+    by_rate_alone = f"{results.statistics.mean(of_rate) - loss('seq2seq', 'orthogonal'):.2f}"
+
+    which, lengths = (
+        " ".join((results.ROOT / page).read_text().split())
+        for page in ("docs/which_update.md", "docs/research/lengths.md")
+    )
+    there = "(../which_update.md#beside-other-optimizers)"
+    assert f"it ended at {results.mean_and_spread(of_rate)}:" in which
+    assert f"is {lead('gpt2', steps=3200)} here, and {lead('gpt2')} in [800 steps]{there}" in lengths
+    assert f"is {lead('llama_code', steps=200)} here and {lead('llama_code')} after 800 steps" in lengths
+    assert f"grows from {lead('seq2seq', steps=200)} to {by_rate_alone}, or {lead('seq2seq')}, as AdamW's" in lengths
+    assert (
+        f"is {lead('gpt2', batch_size=2)} with 2 rows, {lead('gpt2')} with [8 rows]{there} and "
+        f"{lead('gpt2', batch_size=32, steps=200)} with 32." in lengths
+    )
+    for table in ("gpt2-rows-2", "gpt2-rows-32", "vit-rows-2", "vit-rows-8"):
+        assert results.TABLES[table]({}).splitlines()[2].startswith("| orthogonal |")  # the lowest loss comes first
+    assert round(loss("gpt2", "published"), 4) == round(loss("gpt2", "official"), 4)
+    assert loss("smollm2_full", "averaged") < loss("smollm2_full", "adamw") < loss("smollm2_full", "orthogonal")
+
+
 def test_every_table_stands_on_a_page(results):
     pages = [path.read_text() for pattern in results.PAGES for path in results.ROOT.glob(pattern)]
     shown = {block[2] for text in pages for block in results.BLOCK.finditer(text)}

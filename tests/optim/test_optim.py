@@ -509,6 +509,22 @@ def test_sparse_gradients_are_a_clear_error_after_dense_ones_too(update):
     assert torch.equal(embedding.weight, before)
 
 
+def test_a_refused_sparse_gradient_leaves_the_other_gradients_and_the_count_of_roundings():
+    """GradScaler's scale must not be undone twice by who catches the error and steps again."""
+    dense = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    embedding = nn.Parameter(torch.ones(4, 2))
+    optimizer = SGDSaI([dense, embedding], fused=True, stochastic_rounding=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
+    dense.grad, embedding.grad = torch.full_like(dense, 1024.0), torch.eye(4)[:, :2].to_sparse()
+    before = dense.grad.clone()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="sparse=False"):
+            optimizer.step()
+    assert torch.equal(dense.grad, before)
+    assert "rounding_step" not in optimizer.param_groups[0]
+    assert not optimizer.state[dense]
+
+
 def test_step_prints_nothing(capsys):
     trained()
     assert capsys.readouterr() == ("", "")
